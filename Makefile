@@ -1,0 +1,50 @@
+# `make help` lists the commands. Everything runs inside .venv, which the first command makes.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.DEFAULT_GOAL := help
+.PHONY: help demo dev serve test lint requirements clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("bakeoff-queue needs Python >= 3.11, and $(PYTHON) is %d.%d: run `make PYTHON=python3.12 ...`" % v[:2])'
+	@echo "making $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: setup.cfg | $(BIN)/python
+	@echo "installing bakeoff-queue and its sandbox into $(VENV) ..."
+	@$(PIP) install -e '.[sandbox]'
+	@touch $@
+
+$(VENV)/.test: setup.cfg | $(BIN)/python
+	@echo "installing bakeoff-queue and its tests' tools into $(VENV) ..."
+	@$(PIP) install -e '.[test]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo  ## watch runs go from PENDING to COMPLETE on private servers, then clean up
+	@$(BIN)/bakeoff-queue demo
+
+dev: $(VENV)/.demo  ## the demo's services, staying up: prints the URL, an admin token and a curl line
+	@$(BIN)/bakeoff-queue dev $(if $(DATA),--data $(DATA))
+
+serve: $(VENV)/.demo  ## one production-style process from the settings (BAKEOFF_QUEUE_*)
+	@$(BIN)/bakeoff-queue serve
+
+test: $(VENV)/.test  ## run all tests on private servers
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test  ## ruff and pyrefly
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyrefly check
+
+requirements: $(VENV)/.test  ## resolve setup.cfg into the pinned, hashed requirements.txt
+	@$(PIP) install pip-tools
+	@CUSTOM_COMPILE_COMMAND='make requirements' $(BIN)/pip-compile -q --generate-hashes --strip-extras --no-emit-find-links --no-emit-index-url --output-file requirements.txt setup.cfg
+
+clean:  ## remove the virtual environment and caches
+	@rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
