@@ -1,0 +1,245 @@
+"""Every knob of the service, with its unit, its default and the reason for it.
+
+One frozen `Settings`; nothing else reads the environment. Values come from, in this order:
+arguments, `BAKEOFF_QUEUE_*` in the environment, `BAKEOFF_QUEUE_*_FILE` (a file that holds a
+secret), and the `queue:` section of a YAML file, so that the settings can live in bakeoff's own
+config.yaml. A mistyped name is an error in each of them.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+PREFIX = "BAKEOFF_QUEUE_"
+CONFIG_VARIABLE = f"{PREFIX}CONFIG"
+# Read by the command line's admin commands (cli/), not part of the service's settings.
+CLIENT_VARIABLES = {f"{PREFIX}URL", f"{PREFIX}TOKEN"}
+MIN_SECRET_BYTES = 32
+
+
+class SettingsRefused(Exception):
+    """The settings are wrong; the message has a line for each, with the fix."""
+
+
+class Settings(BaseSettings):
+    """The service's settings. Durations are whole seconds and end in `_s`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    database_url: SecretStr = Field(
+        SecretStr("postgres://localhost/bakeoff"),
+        description="PostgreSQL 15-18, the authority. Form: postgres://user:password@host/name",
+    )
+    redis_lease_url: str = Field(
+        "redis://localhost:6379/1",
+        description="Redis for lease keys, in a logical database of their own: expiry events come"
+        " late when one database holds many keys with a TTL.",
+    )
+    redis_token_url: str = Field(
+        "redis://localhost:6379/2", description="Redis for token revocations; not the lease one's."
+    )
+    listen_address: str = Field("127.0.0.1", description="Address to listen on.")
+    listen_port: int = Field(8400, ge=0, le=65535, description="Port to listen on; 0 picks one.")
+    public_url: str = Field(
+        "http://127.0.0.1:8400",
+        description="The address runners know us by, which they sign as the audience.",
+    )
+    token_keys: SecretStr = Field(
+        SecretStr(""),
+        description="Key ring of the runner tokens: kid:secret[,kid:secret]; the first one signs,"
+        " the others still verify. Each secret has 32 bytes or more.",
+    )
+    token_ttl_s: int = Field(900, ge=30, description="Life of a runner token.")
+    clock_skew_s: int = Field(
+        300, ge=1, description="How far signed_at of a registration may be from our clock."
+    )
+    lease_ttl_s: int = Field(300, ge=2, description="A lease that is silent for so long lapses.")
+    heartbeat_interval_s: int = Field(
+        30, ge=1, description="How often a runner beats; loaded GPU hosts miss beats, hence 1/10."
+    )
+    claim_wait_max_s: int = Field(
+        50, ge=0, le=300, description="Longest wait of a claim; balancers cut at 60 s."
+    )
+    max_runtime_s: int = Field(86_400, ge=1, description="Longest life of one attempt at a run.")
+    max_attempts: int = Field(5, ge=1, description="Failures after which a run is FAILED for good.")
+    retry_backoff_s: int = Field(
+        300, ge=0, description="A failed run waits this long times its attempt count."
+    )
+    max_leases: int = Field(1, ge=1, le=64, description="Leases a runner may hold at once.")
+    sweep_interval_s: float = Field(5, gt=0, description="Between sweeps, with 20 % jitter.")
+    sweep_degraded_s: float = Field(
+        1, gt=0, description="Between sweeps while Redis gives no expiry events."
+    )
+    claim_recheck_s: float = Field(
+        5, gt=0, description="A parked claim looks again after this, in case a NOTIFY was lost."
+    )
+    trusted_root: Path | None = Field(
+        None, description="Sigstore trusted_root.json; none means Sigstore's production root."
+    )
+    signers_file: Path = Field(
+        Path(__file__).with_name("signers.yaml"), description="Who may sign bundles."
+    )
+    verify_workers: int = Field(4, ge=1, description="Bundles verified at a time; then 503 busy.")
+    uploads_max: int = Field(
+        16, ge=1, description="Bundles received at a time; each may take 34 MiB of disk."
+    )
+    database_pool_max: int = Field(10, ge=2, description="Connections to PostgreSQL per process.")
+    drain_s: float = Field(20, ge=0, description="Longest wait for requests in flight at a stop.")
+    drain_notice_s: float = Field(
+        0,
+        ge=0,
+        description="How long /readyz answers 503 before we stop listening, so that the"
+        " balancer has seen it; 0 suits a process without a balancer.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="auto: console on a terminal, JSON elsewhere."
+    )
+    sandbox_postgres: Path | None = Field(
+        None, description="Folder of the PostgreSQL programs that demo, dev and tests start."
+    )
+    sandbox_redis: Path | None = Field(
+        None, description="The redis-server that demo, dev and tests start."
+    )
+
+    @field_validator("public_url")
+    @classmethod
+    def _no_trailing_slash(cls, value: str) -> str:
+        return value.rstrip("/")
+
+    @field_validator("token_keys")
+    @classmethod
+    def _key_ring(cls, value: SecretStr) -> SecretStr:
+        parse_key_ring(value)
+        return value
+
+    @model_validator(mode="after")
+    def _durations_fit(self) -> Self:
+        if self.lease_ttl_s < 3 * self.heartbeat_interval_s:
+            raise ValueError(
+                f"lease_ttl_s ({self.lease_ttl_s}) must be at least 3 x heartbeat_interval_s"
+                f" ({self.heartbeat_interval_s}): one lost beat must not cost a lease"
+            )
+        if self.redis_lease_url == self.redis_token_url:
+            raise ValueError(
+                "redis_lease_url and redis_token_url must name different logical databases"
+            )
+        return self
+
+    @property
+    def token_ring(self) -> dict[str, bytes]:
+        """The token keys by kid, the signing one first."""
+        return parse_key_ring(self.token_keys)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Say which source wins: arguments, environment, secret files, YAML."""
+        return init_settings, env_settings, _SecretFiles(settings_cls), _QueueSection(settings_cls)
+
+
+def parse_key_ring(ring: SecretStr) -> dict[str, bytes]:
+    """Read `kid:secret[,kid:secret]`. Raises ValueError, which never holds a secret."""
+    keys: dict[str, bytes] = {}
+    for position, entry in enumerate(filter(None, ring.get_secret_value().split(",")), start=1):
+        kid, colon, secret = entry.strip().partition(":")
+        if not kid or not colon:
+            raise ValueError(f"token_keys: entry {position} is not of the form kid:secret")
+        if len(secret.encode()) < MIN_SECRET_BYTES:
+            raise ValueError(
+                f"token_keys: the secret of {kid} is shorter than {MIN_SECRET_BYTES} bytes;"
+                " make one with `openssl rand -hex 32`"
+            )
+        if kid in keys:
+            raise ValueError(f"token_keys: the kid {kid} appears twice")
+        keys[kid] = secret.encode()
+    return keys
+
+
+def load_settings(**arguments: Any) -> Settings:
+    """Read the settings. Raises SettingsRefused with a line for each thing wrong."""
+    _refuse_unknown_variables()
+    try:
+        return Settings(**arguments)
+    except ValidationError as error:
+        raise SettingsRefused("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _refuse_unknown_variables() -> None:
+    names = {PREFIX + name.upper() for name in Settings.model_fields}
+    known = names | {f"{name}_FILE" for name in names} | CLIENT_VARIABLES | {CONFIG_VARIABLE}
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    if unknown:
+        raise SettingsRefused("\n".join(_unknown(name, known) for name in unknown))
+
+
+def _unknown(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _explain(item: Any) -> str:
+    name = ".".join(str(part) for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        return _unknown(name, set(Settings.model_fields))
+    return f"{PREFIX}{name.upper()}: {message}" if name else message
+
+
+class _SecretFiles(PydanticBaseSettingsSource):
+    """`BAKEOFF_QUEUE_<NAME>_FILE` names a file whose text is the value of `<NAME>`."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        path = os.environ.get(f"{PREFIX}{field_name.upper()}_FILE")
+        # A field that itself ends in _file has its own variable of that spelling.
+        if path is None or f"{field_name}_file" in Settings.model_fields:
+            return None, field_name, False
+        try:
+            return Path(path).read_text().strip(), field_name, False
+        except OSError as error:
+            variable = f"{PREFIX}{field_name.upper()}_FILE"
+            raise SettingsRefused(f"{variable}: cannot read {path}: {error.strerror}") from None
+
+    def __call__(self) -> dict[str, Any]:
+        found = {name: self.get_field_value(f, name)[0] for name, f in _fields(self).items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+class _QueueSection(PydanticBaseSettingsSource):
+    """The `queue:` section of the YAML file that `BAKEOFF_QUEUE_CONFIG` names."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        path = os.environ.get(CONFIG_VARIABLE)
+        return _read_queue_section(Path(path)) if path else {}
+
+
+def _fields(source: PydanticBaseSettingsSource) -> dict[str, FieldInfo]:
+    return source.settings_cls.model_fields
+
+
+def _read_queue_section(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise SettingsRefused(f"{CONFIG_VARIABLE}: cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise SettingsRefused(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    section = (document or {}).get("queue", {}) if isinstance(document or {}, dict) else None
+    if not isinstance(section, dict):
+        raise SettingsRefused(f"{path}: `queue:` must hold the settings by name")
+    return section
