@@ -1,0 +1,79 @@
+"""run_model_metrics and run_hardware_metrics, written once by the submit that won."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from db.pool import Executor
+from db.queries import load
+
+SQL = load("metrics")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMetrics:
+    """One (task, prompt) cell of a run's model."""
+
+    prompt_id: int
+    score: float | None
+    pass_fail: bool | None
+    failure_reason: str | None
+    failure_detail: str | None
+    gflops_per_token: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class HardwareMetrics:
+    """The machine a run was measured on; what is unknown is None."""
+
+    gpu_model: str | None
+    vram_mb: int | None
+    power_limit_w: float | None
+    cpu_model: str | None
+    cpu_cores: int | None
+    ram_gb: float | None
+    os_name: str | None
+    os_version: str | None
+    driver_version: str | None
+    peak_vram_mb: int | None
+    measured_tflops: float | None
+
+
+async def add_model_metrics(
+    connection: Executor, run_id: UUID, model_id: UUID, cells: Sequence[ModelMetrics]
+) -> None:
+    """Write the cells of a run."""
+    await connection.execute(
+        SQL["add_model_metrics"],
+        run_id,
+        model_id,
+        [c.prompt_id for c in cells],
+        [c.score for c in cells],
+        [c.pass_fail for c in cells],
+        [c.failure_reason for c in cells],
+        [c.failure_detail for c in cells],
+        [c.gflops_per_token for c in cells],
+    )
+
+
+async def add_hardware_metrics(connection: Executor, run_id: UUID, of: HardwareMetrics) -> None:
+    """Write the run's hardware row, and find or make the rows it points to."""
+    await connection.execute(SQL["lock_hardware"])
+    system = await connection.fetchval(
+        SQL["get_or_add_system_hardware"], of.cpu_model, of.cpu_cores, of.ram_gb
+    )
+    software = await connection.fetchval(
+        SQL["get_or_add_system_software"], of.os_name, of.os_version, of.driver_version
+    )
+    gpu = await connection.fetchval(SQL["get_or_add_gpu_hardware"], of.gpu_model, of.vram_mb)
+    await connection.execute(SQL["link_gpu"], system, gpu)
+    await connection.execute(
+        SQL["add_hardware_metrics"],
+        run_id,
+        system,
+        software,
+        gpu,
+        of.peak_vram_mb,
+        of.power_limit_w,
+        of.measured_tflops,
+    )

@@ -1,0 +1,92 @@
+"""Models with their creators and sources, and upstream's lookup tables."""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from datetime import date
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from db.pool import Executor
+from db.queries import load
+
+SQL = load("models")
+
+
+@dataclass(frozen=True, slots=True)
+class NewCreator:
+    """A row of `creators`."""
+
+    creator_id: UUID
+    name: str | None
+    display_name: str
+    homepage: str | None
+    provisional: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NewModel:
+    """A row of `models`; the fields stand in the order of the statement's parameters."""
+
+    model_id: UUID
+    name: str
+    creator_id: UUID | None
+    model_hash: str | None
+    parameter_count_b: float
+    active_parameter_count_b: float
+    architecture_id: int
+    context_length_default: int | None
+    context_length_min: int | None
+    context_length_max: int | None
+    file_format_id: int
+    quantization_id: int
+    model_source_size: int | None
+    release_date: date | None
+    version: str | None
+    description: str | None
+    provisional: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NewSource:
+    """A row of `model_sources`."""
+
+    model_id: UUID
+    source_type_id: int
+    url: str
+    metadata: dict[str, Any] | None
+
+
+async def lookups(pool: Executor) -> dict[str, dict[str, int]]:
+    """Return the ids of upstream's lookup names: kind -> name -> id."""
+    found: dict[str, dict[str, int]] = {}
+    for row in await pool.fetch(SQL["lookups"]):
+        found.setdefault(row["kind"], {})[row["name"]] = row["id"]
+    return found
+
+
+async def add_creators(connection: Executor, creators: Sequence[NewCreator]) -> None:
+    """Get-or-create creators."""
+    await connection.execute(SQL["add_creators"], *_columns(creators, 5))
+
+
+async def add(connection: Executor, models: Sequence[NewModel]) -> None:
+    """Get-or-create models; what is known of one is not overwritten."""
+    await connection.execute(SQL["add"], *_columns(models, 17))
+
+
+async def add_sources(connection: Executor, sources: Sequence[NewSource]) -> None:
+    """Add the sources that a model does not have yet."""
+    await connection.execute(SQL["add_sources"], *_columns(sources, 4))
+
+
+async def known(connection: Executor, model_ids: Sequence[UUID]) -> dict[UUID, asyncpg.Record]:
+    """Return the models of these ids that exist."""
+    rows = await connection.fetch(SQL["known"], list(model_ids))
+    return {row["model_id"]: row for row in rows}
+
+
+def _columns(rows: Sequence[Any], width: int) -> list[list[Any]]:
+    """Turn rows into the columns that `unnest` takes."""
+    return [list(column) for column in zip(*map(astuple, rows), strict=True)] or [[]] * width

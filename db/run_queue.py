@@ -1,0 +1,223 @@
+"""The run_queue table: one function per statement of `sql/run_queue.sql`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from db.pool import Executor
+from db.queries import load
+
+SQL = load("run_queue")
+# What NOTIFY is sent on when a run becomes claimable.
+CHANNEL = "bakeoff_queue"
+
+
+@dataclass(frozen=True, slots=True)
+class Claimant:
+    """One request of a claim statement: who asks, and under which Idempotency-Key."""
+
+    runner_id: str
+    fingerprint: str
+    claim_key: str
+    claim_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """One heartbeat: the lease it renews, and who says so."""
+
+    run_id: UUID
+    lease_id: UUID
+    runner_id: str
+    fingerprint: str
+    progress: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseGuard:
+    """What a runner must show to touch a lease: the run, the secret, its name and its key."""
+
+    run_id: UUID
+    lease_id: UUID
+    runner_id: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedRun:
+    """One row to enqueue."""
+
+    run_id: UUID
+    model_id: UUID
+    job: dict[str, Any]
+    config_hash: str
+    priority: int
+    not_before: datetime | None
+    max_attempts: int
+    max_runtime_s: int | None
+    batch_id: UUID | None
+
+
+async def claim(
+    pool: Executor,
+    claimants: Sequence[Claimant],
+    *,
+    vram_gb: int,
+    quantizations: Sequence[str],
+    ttl: timedelta,
+    max_leases: int,
+    max_runtime_s: int,
+) -> list[asyncpg.Record]:
+    """Hand a run to each claimant where one fits; a record per claimant, in order.
+
+    Raises asyncpg.UniqueViolationError when two claims of one runner raced: claim again.
+    """
+    return await pool.fetch(
+        SQL["claim"],
+        vram_gb,
+        list(quantizations),
+        [c.runner_id for c in claimants],
+        [c.fingerprint for c in claimants],
+        [c.claim_key for c in claimants],
+        [c.claim_digest for c in claimants],
+        ttl,
+        max_leases,
+        max_runtime_s,
+    )
+
+
+async def held_by(pool: Executor, runner_id: str) -> list[asyncpg.Record]:
+    """Return the live leases of a runner, oldest first."""
+    return await pool.fetch(SQL["held_by"], runner_id)
+
+
+async def next_retry(pool: Executor, vram_gb: int, quantizations: Sequence[str]) -> datetime | None:
+    """Return when the earliest deferred run that fits becomes claimable."""
+    return await pool.fetchval(SQL["next_retry"], vram_gb, list(quantizations))
+
+
+async def explain_claim(pool: Executor) -> list[asyncpg.Record]:
+    """Return the PENDING runs by model, with what each needs."""
+    return await pool.fetch(SQL["explain_claim"])
+
+
+async def beat(
+    pool: Executor, beats: Sequence[Beat], *, ttl: timedelta, max_runtime_s: int
+) -> list[asyncpg.Record]:
+    """Renew leases; a record with its `place` (from 1) for each beat that found its lease."""
+    return await pool.fetch(
+        SQL["beat"],
+        [b.run_id for b in beats],
+        [b.lease_id for b in beats],
+        [b.runner_id for b in beats],
+        [b.fingerprint for b in beats],
+        [b.progress for b in beats],
+        ttl,
+        max_runtime_s,
+    )
+
+
+async def release(pool: Executor, guard: LeaseGuard, reason: str) -> asyncpg.Record | None:
+    """Hand a lease back; None when the guard does not fit."""
+    return await pool.fetchrow(SQL["release"], *_guard(guard), reason)
+
+
+async def fail(
+    pool: Executor,
+    guard: LeaseGuard,
+    *,
+    failure_code: str,
+    detail: str,
+    backoff_s: int,
+    retry_after_s: int,
+) -> asyncpg.Record | None:
+    """End a lease by a failure; None when the guard does not fit."""
+    return await pool.fetchrow(
+        SQL["fail"], *_guard(guard), failure_code, detail, backoff_s, retry_after_s
+    )
+
+
+async def lapse(pool: Executor, limit: int) -> list[asyncpg.Record]:
+    """End up to `limit` overdue leases and return them."""
+    return await pool.fetch(SQL["lapse"], limit)
+
+
+async def complete(
+    connection: Executor, guard: LeaseGuard, result_sha256: str
+) -> asyncpg.Record | None:
+    """Mark the run COMPLETE and close its attempt; None when the guard does not fit."""
+    row = await connection.fetchrow(SQL["complete"], *_guard(guard), result_sha256)
+    if row is not None:
+        await connection.execute(
+            SQL["complete_attempt"],
+            guard.run_id,
+            row["lease_seq"],
+            row["completed_at"],
+            row["started_at"],
+            row["last_heartbeat"],
+            row["progress"],
+        )
+    return row
+
+
+async def find(pool: Executor, run_id: UUID, fingerprint: str = "") -> asyncpg.Record | None:
+    """Return a run with its model and, for a key, whether it is good and who may sign."""
+    return await pool.fetchrow(SQL["find"], run_id, fingerprint)
+
+
+async def enqueue(connection: Executor, runs: Sequence[QueuedRun]) -> None:
+    """Add runs, and wake the claims that wait when the transaction commits."""
+    await connection.execute(
+        SQL["enqueue"],
+        [r.run_id for r in runs],
+        [r.model_id for r in runs],
+        [r.job for r in runs],
+        [r.config_hash for r in runs],
+        [r.priority for r in runs],
+        [r.not_before for r in runs],
+        [r.max_attempts for r in runs],
+        [r.max_runtime_s for r in runs],
+        [r.batch_id for r in runs],
+    )
+    await connection.execute(SQL["announce"])
+
+
+async def enqueued(connection: Executor, run_ids: Sequence[UUID]) -> list[asyncpg.Record]:
+    """Return what is queued under these run_ids."""
+    return await connection.fetch(SQL["enqueued"], list(run_ids))
+
+
+async def list_page(
+    pool: Executor,
+    *,
+    status: str | None,
+    after: tuple[datetime, UUID] | None,
+    limit: int,
+) -> list[asyncpg.Record]:
+    """Return one page of the queue, oldest first, after the cursor."""
+    created_at, run_id = after or (None, None)
+    return await pool.fetch(SQL["list_page"], status, created_at, run_id, limit)
+
+
+async def cancel(connection: Executor, run_id: UUID, reason: str) -> str | None:
+    """Cancel a PENDING run or ask for it on a live one; return its state, None when neither."""
+    for name in ("cancel_pending", "cancel_live"):
+        status = await connection.fetchval(SQL[name], run_id, reason)
+        if status is not None:
+            return status
+    return None
+
+
+async def end_leases_of_key(
+    connection: Executor, fingerprint: str, reason: str
+) -> list[asyncpg.Record]:
+    """End every lease of a revoked key and return those that were live."""
+    return await connection.fetch(SQL["end_leases_of_key"], fingerprint, reason)
+
+
+def _guard(guard: LeaseGuard) -> tuple[UUID, UUID, str, str]:
+    return guard.run_id, guard.lease_id, guard.runner_id, guard.fingerprint

@@ -1,0 +1,89 @@
+"""The runners table and the nonces of their registrations."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from db.pool import Executor, fetch_one
+from db.queries import load
+
+SQL = load("runners")
+
+
+@dataclass(frozen=True, slots=True)
+class SignedOn:
+    """What a runner says of itself when it registers."""
+
+    runner_id: str
+    public_key: str
+    hostname: str
+    process_id: int | None
+    effective_user: str | None
+    instance_id: UUID
+    capabilities: dict[str, Any]
+    version: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Nonce:
+    """A registration that was answered: its request, and what its answer was made of."""
+
+    fingerprint: str
+    nonce: str
+    request_sha256: str
+    jti: UUID
+    issued_at: datetime
+    keep_until: datetime
+    created: bool
+
+
+async def upsert(connection: Executor, runner: SignedOn) -> asyncpg.Record:
+    """Write the runner's row; `created` tells whether it is new."""
+    return await fetch_one(
+        connection,
+        SQL["upsert"],
+        runner.runner_id,
+        runner.public_key,
+        runner.hostname,
+        runner.process_id,
+        runner.effective_user,
+        runner.instance_id,
+        runner.capabilities,
+        runner.version,
+        runner.fingerprint,
+    )
+
+
+async def find(pool: Executor, runner_id: str) -> asyncpg.Record | None:
+    """Return a runner's row."""
+    return await pool.fetchrow(SQL["find"], runner_id)
+
+
+async def sign_off(pool: Executor, runner_id: str) -> None:
+    """Mark a runner DEAD: it said goodbye."""
+    await pool.execute(SQL["sign_off"], runner_id)
+
+
+async def remember_nonce(connection: Executor, nonce: Nonce) -> bool:
+    """Record a nonce; False when this key has used it before."""
+    stored = await connection.fetchval(
+        SQL["remember_nonce"],
+        nonce.fingerprint,
+        nonce.nonce,
+        nonce.request_sha256,
+        nonce.jti,
+        nonce.issued_at,
+        nonce.keep_until,
+        nonce.created,
+    )
+    return stored is not None
+
+
+async def find_nonce(connection: Executor, fingerprint: str, nonce: str) -> Nonce | None:
+    """Return the registration that used this nonce."""
+    row = await connection.fetchrow(SQL["find_nonce"], fingerprint, nonce)
+    return Nonce(**row) if row else None

@@ -1,0 +1,82 @@
+-- name: add_model_metrics
+-- A second writer never overwrites: the run's rows are written once, by the submit that won.
+INSERT INTO run_model_metrics (
+    run_id, prompt_id, model_id, score, pass_fail, failure_reason, failure_detail, gflops_per_token
+)
+SELECT $1, t.prompt_id, $2, t.score, t.pass_fail, t.failure_reason, t.failure_detail, t.gflops
+FROM unnest($3::int [], $4::float8 [], $5::bool [], $6::text [], $7::text [], $8::float8 [])
+    AS t (prompt_id, score, pass_fail, failure_reason, failure_detail, gflops)
+
+-- name: lock_hardware
+-- Upstream's hardware tables have no unique keys, and an adopted database may hold doubles: get-or-
+-- create is made safe by one lock, held for the few statements until the commit.
+SELECT pg_advisory_xact_lock(hashtext('bakeoff_queue.hardware'))
+
+-- name: get_or_add_system_hardware
+WITH wanted (cpu_model, cpu_cores, ram_gb) AS (VALUES ($1::text, $2::int, $3::float8)),
+
+found AS (
+    SELECT h.system_hardware_id FROM system_hardware AS h, wanted AS w
+    WHERE
+        h.cpu_model IS NOT DISTINCT FROM w.cpu_model
+        AND h.cpu_cores IS NOT DISTINCT FROM w.cpu_cores
+        AND h.ram_gb IS NOT DISTINCT FROM w.ram_gb
+    ORDER BY 1 LIMIT 1
+),
+
+added AS (
+    INSERT INTO system_hardware (cpu_model, cpu_cores, ram_gb)
+    SELECT * FROM wanted WHERE NOT EXISTS (SELECT FROM found)
+    RETURNING system_hardware_id
+)
+
+SELECT * FROM found UNION ALL SELECT * FROM added
+
+-- name: get_or_add_system_software
+WITH wanted (os_name, os_version, driver_version) AS (VALUES ($1::text, $2::text, $3::text)),
+
+found AS (
+    SELECT s.system_software_id FROM system_software AS s, wanted AS w
+    WHERE
+        s.os_name IS NOT DISTINCT FROM w.os_name
+        AND s.os_version IS NOT DISTINCT FROM w.os_version
+        AND s.driver_version IS NOT DISTINCT FROM w.driver_version
+    ORDER BY 1 LIMIT 1
+),
+
+added AS (
+    INSERT INTO system_software (os_name, os_version, driver_version)
+    SELECT * FROM wanted WHERE NOT EXISTS (SELECT FROM found)
+    RETURNING system_software_id
+)
+
+SELECT * FROM found UNION ALL SELECT * FROM added
+
+-- name: get_or_add_gpu_hardware
+WITH wanted (gpu_model, vram_mb) AS (VALUES ($1::text, $2::int)),
+
+found AS (
+    SELECT g.gpu_hardware_id FROM gpu_hardware AS g, wanted AS w
+    WHERE
+        g.gpu_model IS NOT DISTINCT FROM w.gpu_model
+        AND g.vram_mb IS NOT DISTINCT FROM w.vram_mb
+    ORDER BY 1 LIMIT 1
+),
+
+added AS (
+    INSERT INTO gpu_hardware (gpu_model, vram_mb)
+    SELECT * FROM wanted WHERE NOT EXISTS (SELECT FROM found)
+    RETURNING gpu_hardware_id
+)
+
+SELECT * FROM found UNION ALL SELECT * FROM added
+
+-- name: link_gpu
+INSERT INTO system_gpu_link (system_hardware_id, gpu_hardware_id) VALUES ($1, $2)
+ON CONFLICT DO NOTHING
+
+-- name: add_hardware_metrics
+INSERT INTO run_hardware_metrics (
+    run_id, system_hardware_id, system_software_id, gpu_hardware_id, peak_vram_mb, power_limit_w,
+    measured_tflops
+) VALUES ($1, $2, $3, $4, $5, $6, $7)

@@ -1,0 +1,552 @@
+-- name: claim
+-- Hand runs to a group of requests that declare the same capabilities ($1 VRAM in GB,
+-- $2 quantizations), one run each, in one statement. Returns a row per request, in order, whether
+-- it got a run or not. Round trips: one, for all that wait together.
+WITH RECURSIVE requests AS (
+    SELECT *
+    FROM unnest($3::text [], $4::text [], $5::text [], $6::text [])
+        WITH ORDINALITY AS r (runner_id, fingerprint, claim_key, claim_digest, place)
+),
+
+-- A claim sent again, while its lease lives, gets that lease and nothing new.
+replayed AS (
+    SELECT r.place, q.queue_id
+    FROM requests AS r
+    INNER JOIN run_queue AS q ON r.runner_id = q.claimed_by AND r.claim_key = q.claim_key
+),
+
+-- The key rows are locked so that no claim slips past a revocation that commits at the same time:
+-- a revocation in flight makes this wait, and PostgreSQL then checks the row again, by its newest
+-- version. Without the lock this statement's snapshot would still show the key as good, and the
+-- revocation would not see the lease.
+admitted AS MATERIALIZED (
+    SELECT fingerprint, coalesce(max_leases, $8) AS max_leases
+    FROM runner_keys
+    WHERE
+        fingerprint = any($4) AND revoked_at IS NULL
+        AND (not_after IS NULL OR not_after > clock_timestamp())
+    FOR SHARE
+),
+
+-- A runner's lowest free lease slot. Two claims of one runner in two processes may see the same
+-- free slot; the unique index lets one of them through and the other looks again.
+entitled AS MATERIALIZED (
+    SELECT r.*, s.slot, row_number() OVER (ORDER BY r.place) AS turn
+    FROM requests AS r
+    INNER JOIN admitted AS a ON r.fingerprint = a.fingerprint
+    INNER JOIN runners AS u ON r.runner_id = u.runner_id AND u.paused_at IS NULL
+    CROSS JOIN LATERAL (
+        SELECT slot FROM generate_series(1, a.max_leases) AS slot
+        WHERE NOT EXISTS (
+            SELECT FROM run_queue AS q
+            WHERE q.claimed_by = r.runner_id AND q.lease_slot = slot
+        )
+        ORDER BY slot LIMIT 1
+    ) AS s
+    WHERE r.place NOT IN (SELECT place FROM replayed)
+),
+
+-- The models that have PENDING runs: one index probe each, however long their queues are.
+waiting (model_id) AS (
+    (
+        SELECT model_id FROM run_queue
+        WHERE status = 'PENDING' AND job IS NOT NULL
+        ORDER BY model_id LIMIT 1
+    )
+    UNION ALL
+    SELECT (
+        SELECT q.model_id FROM run_queue AS q
+        WHERE q.status = 'PENDING' AND q.job IS NOT NULL AND q.model_id > w.model_id
+        ORDER BY q.model_id LIMIT 1
+    )
+    FROM waiting AS w WHERE w.model_id IS NOT NULL
+),
+
+fitting AS (
+    SELECT m.model_id
+    FROM waiting AS w
+    INNER JOIN models AS m ON w.model_id = m.model_id
+    INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
+    WHERE
+        x.name = any($2)
+        AND vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) <= $1
+),
+
+-- The head of each fitting model's queue, a few rows longer than what is asked for: rows that
+-- another process locks at this moment are passed over below.
+heads AS MATERIALIZED (
+    SELECT h.*
+    FROM fitting AS f
+    CROSS JOIN LATERAL (
+        SELECT q.queue_id, q.priority, q.created_at
+        FROM run_queue AS q
+        WHERE
+            q.model_id = f.model_id AND q.status = 'PENDING' AND q.job IS NOT NULL
+            AND (q.retry_after IS NULL OR q.retry_after <= clock_timestamp())
+        ORDER BY q.priority, q.created_at, q.queue_id
+        LIMIT (SELECT count(*) + 8 FROM entitled)
+    ) AS h
+    WHERE EXISTS (SELECT FROM entitled)
+    ORDER BY h.priority, h.created_at, h.queue_id
+    LIMIT (SELECT count(*) + 8 FROM entitled)
+),
+
+-- The candidates are a CTE of their own, materialized, with the LIMIT inside it: as a subquery of
+-- the UPDATE (WHERE queue_id IN (SELECT ... LIMIT n FOR UPDATE SKIP LOCKED)) the planner may run it
+-- more than once and update more than n rows.
+candidates AS MATERIALIZED (
+    SELECT q.queue_id, h.priority, h.created_at
+    FROM heads AS h
+    INNER JOIN run_queue AS q ON h.queue_id = q.queue_id
+    WHERE q.status = 'PENDING'
+    ORDER BY h.priority, h.created_at, h.queue_id
+    LIMIT (SELECT count(*) FROM entitled)
+    FOR UPDATE OF q SKIP LOCKED
+),
+
+assigned AS (
+    SELECT e.*, c.queue_id
+    FROM entitled AS e
+    INNER JOIN (
+        SELECT queue_id, row_number() OVER (ORDER BY priority, created_at, queue_id) AS turn
+        FROM candidates
+    ) AS c ON e.turn = c.turn
+),
+
+taken AS (
+    UPDATE run_queue AS q SET
+        status = 'CLAIMED',
+        claimed_by = a.runner_id,
+        claimed_at = clock_timestamp(),
+        started_at = NULL,
+        lease_seq = q.lease_seq + 1,
+        lease_id = gen_random_uuid(),
+        lease_key = a.fingerprint,
+        lease_expires_at = clock_timestamp() + $7::interval,
+        lease_slot = a.slot,
+        last_heartbeat = NULL,
+        progress = NULL,
+        claim_key = a.claim_key,
+        claim_digest = a.claim_digest,
+        retry_after = NULL,
+        updated_at = clock_timestamp()
+    FROM assigned AS a
+    WHERE q.queue_id = a.queue_id
+    RETURNING a.place, q.*
+),
+
+ledger AS (
+    INSERT INTO attempts (run_id, lease_seq, lease_id, runner_id, key_fingerprint, claimed_at)
+    SELECT run_id, lease_seq, lease_id, claimed_by, lease_key, claimed_at FROM taken
+),
+
+granted AS (
+    SELECT t.* FROM taken AS t
+    UNION ALL
+    SELECT r.place, q.* FROM replayed AS r
+    INNER JOIN run_queue AS q ON r.queue_id = q.queue_id
+)
+
+SELECT
+    r.place,
+    k.fingerprint IS NOT NULL AS key_known,
+    a.fingerprint IS NOT NULL AS key_good,
+    u.paused_at IS NOT NULL AS paused,
+    u.pause_reason,
+    e.place IS NOT NULL AS entitled,
+    -- Fewer than were there and asked for: others held the rows, so look again.
+    (SELECT count(*) FROM candidates)
+    < least((SELECT count(*) FROM entitled), (SELECT count(*) FROM heads)) AS contended,
+    g.queue_id, g.run_id, g.lease_seq, g.lease_id, g.lease_expires_at, g.claim_digest, g.job,
+    g.config_hash,
+    coalesce(g.max_runtime_s, $9) AS max_runtime_s,
+    m.model_id, m.name AS model_name, x.name AS quantization, m.parameter_count_b,
+    coalesce(m.active_parameter_count_b, m.parameter_count_b) AS active_parameter_count_b,
+    c.name AS architecture, f.name AS file_format, m.model_hash,
+    CASE WHEN g.queue_id IS NOT NULL THEN (
+        SELECT coalesce(jsonb_agg(
+            jsonb_build_object('source_type', y.name, 'url', s.url) ORDER BY s.source_id
+        ), '[]')
+        FROM model_sources AS s
+        INNER JOIN source_types AS y ON s.source_type_id = y.source_type_id
+        WHERE s.model_id = m.model_id
+    ) END AS sources,
+    CASE WHEN g.lease_seq > 1 THEN (
+        SELECT jsonb_agg(
+            jsonb_build_object('ended', p.ended_at, 'how', p.how, 'progress', p.progress)
+            ORDER BY p.lease_seq
+        )
+        FROM attempts AS p WHERE p.run_id = g.run_id AND p.lease_seq < g.lease_seq
+    ) END AS previous_attempts,
+    k.signer_identity, k.signer_issuer
+FROM requests AS r
+LEFT JOIN runner_keys AS k ON r.fingerprint = k.fingerprint
+LEFT JOIN admitted AS a ON r.fingerprint = a.fingerprint
+LEFT JOIN runners AS u ON r.runner_id = u.runner_id
+LEFT JOIN entitled AS e ON r.place = e.place
+LEFT JOIN granted AS g ON r.place = g.place
+LEFT JOIN models AS m ON g.model_id = m.model_id
+LEFT JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
+LEFT JOIN model_architectures AS c ON m.architecture_id = c.architecture_id
+LEFT JOIN model_file_formats AS f ON m.file_format_id = f.file_format_id
+ORDER BY r.place
+
+-- name: held_by
+-- The live leases of a runner.
+SELECT run_id, lease_id, lease_expires_at, lease_seq, queue_id, status
+FROM run_queue
+WHERE claimed_by = $1 AND status IN ('CLAIMED', 'IN_PROGRESS') AND job IS NOT NULL
+ORDER BY claimed_at
+
+-- name: next_retry
+-- When the earliest deferred run that fits ($1 VRAM in GB, $2 quantizations) becomes claimable;
+-- null when there is none.
+SELECT min(q.retry_after)
+FROM run_queue AS q
+INNER JOIN models AS m ON q.model_id = m.model_id
+INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
+WHERE
+    q.status = 'PENDING' AND q.job IS NOT NULL AND q.retry_after > clock_timestamp()
+    AND x.name = any($2)
+    AND vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) <= $1
+
+-- name: explain_claim
+-- Why a runner ($1 VRAM in GB, $2 quantizations) gets nothing: the PENDING runs by model, with
+-- what each needs and when the first of them may start.
+SELECT
+    m.name AS model_name,
+    x.name AS quantization,
+    vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) AS need_gb,
+    count(*) AS runs,
+    count(*) FILTER (WHERE q.retry_after > clock_timestamp()) AS deferred,
+    min(q.retry_after) FILTER (WHERE q.retry_after > clock_timestamp()) AS next_retry
+FROM run_queue AS q
+INNER JOIN models AS m ON q.model_id = m.model_id
+INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
+WHERE q.status = 'PENDING' AND q.job IS NOT NULL
+GROUP BY m.model_id, m.name, x.name, need_gb
+ORDER BY need_gb, m.name
+
+-- name: beat
+-- Renew the leases of all heartbeats that wait together; the first one of a lease starts the run.
+-- The guard is the whole claim to the run: its secret, its holder, a live state and a good key.
+-- A lease that is overdue but not yet swept is revived. A lost heartbeat is sent again, so this
+-- one statement need not wait for the disk.
+UPDATE run_queue AS q SET
+    status = 'IN_PROGRESS',
+    started_at = coalesce(q.started_at, clock_timestamp()),
+    last_heartbeat = clock_timestamp(),
+    lease_expires_at = least(
+        clock_timestamp() + $6::interval,
+        q.claimed_at + coalesce(q.max_runtime_s, $7) * interval '1 second'
+    ),
+    progress = coalesce(b.progress, q.progress),
+    updated_at = clock_timestamp()
+FROM unnest($1::uuid [], $2::uuid [], $3::text [], $4::text [], $5::jsonb [])
+    WITH ORDINALITY AS b (run_id, lease_id, runner_id, fingerprint, progress, place)
+INNER JOIN runner_keys AS k
+    ON
+        b.fingerprint = k.fingerprint AND k.revoked_at IS NULL
+        AND (k.not_after IS NULL OR k.not_after > clock_timestamp())
+CROSS JOIN set_config('synchronous_commit', 'off', true)
+WHERE
+    q.run_id = b.run_id AND q.job IS NOT NULL
+    AND q.lease_id = b.lease_id
+    AND q.claimed_by = b.runner_id
+    AND q.status IN ('CLAIMED', 'IN_PROGRESS')
+RETURNING
+    b.place, q.queue_id, q.lease_seq, q.lease_expires_at,
+    q.lease_expires_at - clock_timestamp() AS remaining,
+    q.cancel_requested_at IS NOT NULL AS cancel_requested, q.cancel_reason
+
+-- name: release
+-- Hand a lease back: no attempt is burnt. A run whose cancel was asked for ends here.
+WITH held AS MATERIALIZED (
+    SELECT q.* FROM run_queue AS q
+    INNER JOIN runner_keys AS k ON k.fingerprint = $4 AND k.revoked_at IS NULL
+    WHERE
+        q.run_id = $1 AND q.job IS NOT NULL AND q.lease_id = $2 AND q.claimed_by = $3
+        AND q.status IN ('CLAIMED', 'IN_PROGRESS')
+    FOR UPDATE OF q
+),
+
+freed AS (
+    UPDATE run_queue AS q SET
+        status = CASE WHEN h.cancel_requested_at IS NULL THEN 'PENDING' ELSE 'CANCELLED' END,
+        completed_at = CASE WHEN h.cancel_requested_at IS NOT NULL THEN clock_timestamp() END,
+        lease_id = NULL, lease_key = NULL, lease_expires_at = NULL, lease_slot = NULL,
+        claim_key = NULL, claim_digest = NULL, claimed_by = NULL, claimed_at = NULL,
+        started_at = NULL, updated_at = clock_timestamp()
+    FROM held AS h
+    WHERE q.queue_id = h.queue_id
+    RETURNING q.queue_id, q.run_id, q.lease_seq, q.status
+),
+
+ledger AS (
+    UPDATE attempts AS a SET
+        ended_at = clock_timestamp(),
+        how = CASE WHEN h.cancel_requested_at IS NULL THEN 'released' ELSE 'cancelled' END,
+        detail = $5, started_at = h.started_at, last_heartbeat = h.last_heartbeat,
+        progress = h.progress, outcome = jsonb_build_object('status', f.status)
+    FROM held AS h INNER JOIN freed AS f ON h.queue_id = f.queue_id
+    WHERE a.run_id = h.run_id AND a.lease_seq = h.lease_seq
+)
+
+SELECT queue_id, lease_seq, status, pg_notify('bakeoff_queue', '') FROM freed
+
+-- name: fail
+-- End a lease by a failure the runner reports: the attempt counts, the run waits longer each time
+-- and goes further back in the queue (upstream's rule), and is FAILED when its attempts are used up.
+WITH held AS MATERIALIZED (
+    SELECT q.*, q.attempt_count + 1 AS failures FROM run_queue AS q
+    INNER JOIN runner_keys AS k ON k.fingerprint = $4 AND k.revoked_at IS NULL
+    WHERE
+        q.run_id = $1 AND q.job IS NOT NULL AND q.lease_id = $2 AND q.claimed_by = $3
+        AND q.status IN ('CLAIMED', 'IN_PROGRESS')
+    FOR UPDATE OF q
+),
+
+ruled AS (
+    SELECT
+        h.*,
+        CASE
+            WHEN h.cancel_requested_at IS NOT NULL THEN 'CANCELLED'
+            WHEN h.failures >= h.max_attempts THEN 'FAILED'
+            ELSE 'PENDING'
+        END AS next_status
+    FROM held AS h
+),
+
+freed AS (
+    UPDATE run_queue AS q SET
+        status = r.next_status,
+        attempt_count = CASE
+            WHEN r.next_status = 'CANCELLED' THEN q.attempt_count ELSE r.failures
+        END,
+        priority = q.priority + CASE WHEN r.next_status = 'PENDING' THEN 5 * r.failures ELSE 0 END,
+        retry_after = CASE WHEN r.next_status = 'PENDING'
+            THEN clock_timestamp() + greatest($7 * r.failures, $8) * interval '1 second'
+        END,
+        completed_at = CASE WHEN r.next_status <> 'PENDING' THEN clock_timestamp() END,
+        error_detail = $5 || ': ' || $6,
+        lease_id = NULL, lease_key = NULL, lease_expires_at = NULL, lease_slot = NULL,
+        claim_key = NULL, claim_digest = NULL, claimed_by = NULL, claimed_at = NULL,
+        started_at = NULL, updated_at = clock_timestamp()
+    FROM ruled AS r
+    WHERE q.queue_id = r.queue_id
+    RETURNING q.queue_id, q.run_id, q.lease_seq, q.status, q.attempt_count, q.retry_after
+),
+
+-- Upstream's own table follows: readers of `runs` see a run that will never have a result.
+outcome AS (
+    UPDATE runs SET run_status = 'failed' FROM freed AS f
+    WHERE runs.run_id = f.run_id AND f.status = 'FAILED'
+),
+
+ledger AS (
+    UPDATE attempts AS a SET
+        ended_at = clock_timestamp(),
+        how = CASE WHEN f.status = 'CANCELLED' THEN 'cancelled' ELSE 'failed' END,
+        failure_code = $5, detail = $6, started_at = h.started_at,
+        last_heartbeat = h.last_heartbeat, progress = h.progress,
+        outcome = jsonb_build_object(
+            'status', f.status, 'attempt_count', f.attempt_count, 'retry_after', f.retry_after
+        )
+    FROM held AS h INNER JOIN freed AS f ON h.queue_id = f.queue_id
+    WHERE a.run_id = h.run_id AND a.lease_seq = h.lease_seq
+)
+
+SELECT queue_id, lease_seq, status, attempt_count, retry_after, pg_notify('bakeoff_queue', '')
+FROM freed
+
+-- name: lapse
+-- End up to $1 leases whose deadline has passed: the sweep. Every process runs it; SKIP LOCKED
+-- makes their batches disjoint, and the guard makes a second look harmless. The deadline is read
+-- again under the row's lock, so a heartbeat that came first wins. lease_id and claimed_by stay:
+-- until somebody else claims the run, a late result is still accepted.
+WITH overdue AS MATERIALIZED (
+    SELECT q.*, q.attempt_count + 1 AS failures FROM run_queue AS q
+    WHERE
+        q.status IN ('CLAIMED', 'IN_PROGRESS') AND q.job IS NOT NULL
+        AND q.lease_expires_at <= clock_timestamp()
+    LIMIT $1
+    FOR UPDATE SKIP LOCKED
+),
+
+ruled AS (
+    SELECT
+        o.*,
+        CASE
+            WHEN o.cancel_requested_at IS NOT NULL THEN 'CANCELLED'
+            WHEN o.failures >= o.max_attempts THEN 'FAILED'
+            ELSE 'PENDING'
+        END AS next_status
+    FROM overdue AS o
+),
+
+freed AS (
+    UPDATE run_queue AS q SET
+        status = r.next_status,
+        attempt_count = CASE
+            WHEN r.next_status = 'CANCELLED' THEN q.attempt_count ELSE r.failures
+        END,
+        completed_at = CASE WHEN r.next_status <> 'PENDING' THEN clock_timestamp() END,
+        error_detail = CASE WHEN r.next_status = 'FAILED' THEN 'its last lease lapsed' END,
+        lease_id = CASE WHEN r.next_status = 'CANCELLED' THEN NULL ELSE q.lease_id END,
+        lease_expires_at = NULL, lease_slot = NULL, claim_key = NULL, claim_digest = NULL,
+        updated_at = clock_timestamp()
+    FROM ruled AS r
+    WHERE q.queue_id = r.queue_id
+    RETURNING
+        q.queue_id, q.run_id, q.lease_seq, q.claimed_by, q.status,
+        clock_timestamp() - r.lease_expires_at AS lag
+),
+
+outcome AS (
+    UPDATE runs SET run_status = 'failed' FROM freed AS f
+    WHERE runs.run_id = f.run_id AND f.status = 'FAILED'
+),
+
+ledger AS (
+    UPDATE attempts AS a SET
+        ended_at = clock_timestamp(),
+        how = CASE WHEN f.status = 'CANCELLED' THEN 'cancelled' ELSE 'lapsed' END,
+        started_at = o.started_at, last_heartbeat = o.last_heartbeat, progress = o.progress
+    FROM overdue AS o INNER JOIN freed AS f ON o.queue_id = f.queue_id
+    WHERE a.run_id = o.run_id AND a.lease_seq = o.lease_seq
+),
+
+audited AS (
+    INSERT INTO audit (actor, action, run_id, runner_id, detail)
+    SELECT
+        'system', 'lease.lapse', run_id, claimed_by,
+        jsonb_build_object('lease_seq', lease_seq, 'status', status)
+    FROM freed
+)
+
+SELECT f.*, pg_notify('bakeoff_queue', '') FROM freed AS f
+
+-- name: complete
+-- Accept a result: the fence of a submit. PENDING counts while the lease_id is still there: the
+-- lease lapsed, but nobody has claimed the run since, so the hours of work are kept.
+UPDATE run_queue AS q SET
+    status = 'COMPLETE', completed_at = clock_timestamp(), result_sha256 = $5,
+    lease_expires_at = NULL, lease_slot = NULL, claim_key = NULL, claim_digest = NULL,
+    lease_id = NULL, retry_after = NULL, error_detail = NULL, updated_at = clock_timestamp()
+FROM runner_keys AS k
+WHERE
+    q.run_id = $1 AND q.job IS NOT NULL AND q.lease_id = $2 AND q.claimed_by = $3
+    AND q.status IN ('CLAIMED', 'IN_PROGRESS', 'PENDING')
+    AND k.fingerprint = $4 AND k.revoked_at IS NULL
+    AND (k.not_after IS NULL OR k.not_after > clock_timestamp())
+RETURNING q.queue_id, q.lease_seq, q.model_id, q.completed_at, q.started_at, q.last_heartbeat,
+    q.progress
+
+-- name: complete_attempt
+-- Close the ledger's row of the lease that completed the run.
+UPDATE attempts SET
+    ended_at = $3, how = 'completed', started_at = $4, last_heartbeat = $5, progress = $6
+WHERE run_id = $1 AND lease_seq = $2
+
+-- name: find
+-- One run of ours, with its model: what a submit and a GET need to know.
+SELECT
+    q.*,
+    m.name AS model_name, x.name AS quantization,
+    vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) AS need_gb,
+    k.revoked_at IS NULL AS key_good, k.signer_identity, k.signer_issuer
+FROM run_queue AS q
+LEFT JOIN models AS m ON q.model_id = m.model_id
+LEFT JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
+LEFT JOIN runner_keys AS k ON k.fingerprint = $2
+WHERE q.run_id = $1 AND q.job IS NOT NULL
+
+-- name: enqueue
+-- Add runs; a run_id that is already queued is passed over.
+INSERT INTO run_queue (
+    queue_id, run_id, model_id, job, config_hash, priority, retry_after, max_attempts,
+    max_runtime_s, batch_id
+)
+SELECT gen_random_uuid(), t.*
+FROM unnest(
+    $1::uuid [], $2::uuid [], $3::jsonb [], $4::text [], $5::int [], $6::timestamptz [],
+    $7::int [], $8::int [], $9::uuid []
+) AS t
+ON CONFLICT (run_id) WHERE job IS NOT NULL DO NOTHING
+
+-- name: enqueued
+-- What is queued under these run_ids.
+SELECT queue_id, run_id, status, model_id, job FROM run_queue
+WHERE run_id = any($1::uuid []) AND job IS NOT NULL
+
+-- name: announce
+-- Wake the claims that wait, in every process, when this transaction commits.
+SELECT pg_notify('bakeoff_queue', '')
+
+-- name: list_page
+-- One page of the admin's list, oldest first, after the cursor ($2, $3).
+SELECT
+    q.run_id, q.queue_id, q.status, q.priority, q.attempt_count, q.max_attempts, q.claimed_by,
+    q.claimed_at, q.created_at, q.completed_at, q.retry_after, q.error_detail, q.batch_id,
+    q.progress, q.cancel_requested_at, q.lease_expires_at,
+    m.name AS model_name, x.name AS quantization,
+    vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) AS need_gb
+FROM run_queue AS q
+INNER JOIN models AS m ON q.model_id = m.model_id
+INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
+WHERE
+    q.job IS NOT NULL
+    AND ($1::text IS NULL OR q.status = $1)
+    AND ($2::timestamptz IS NULL OR (q.created_at, q.run_id) > ($2, $3::uuid))
+ORDER BY q.created_at, q.run_id
+LIMIT $4
+
+-- name: cancel_pending
+-- Cancel a run that nobody works on: done at once.
+UPDATE run_queue SET
+    status = 'CANCELLED', cancel_requested_at = clock_timestamp(), cancel_reason = $2,
+    completed_at = clock_timestamp(), lease_id = NULL, updated_at = clock_timestamp()
+WHERE run_id = $1 AND job IS NOT NULL AND status = 'PENDING'
+RETURNING status
+
+-- name: cancel_live
+-- Ask the runner that works on the run to stop: its next heartbeat says so. Nothing that keeps the
+-- lease alive is touched, so a silent runner's cancel completes when its lease lapses.
+UPDATE run_queue SET
+    cancel_requested_at = coalesce(cancel_requested_at, clock_timestamp()),
+    cancel_reason = coalesce(cancel_reason, $2)
+WHERE run_id = $1 AND job IS NOT NULL AND status IN ('CLAIMED', 'IN_PROGRESS')
+RETURNING status
+
+-- name: end_leases_of_key
+-- End every lease of a key that was just revoked in this transaction, and forget the secrets of its
+-- lapsed ones, so that nothing of this key can be submitted any more.
+WITH held AS MATERIALIZED (
+    SELECT * FROM run_queue
+    WHERE
+        lease_key = $1 AND lease_id IS NOT NULL
+        AND status IN ('CLAIMED', 'IN_PROGRESS', 'PENDING')
+    ORDER BY queue_id FOR UPDATE
+),
+
+freed AS (
+    UPDATE run_queue AS q SET
+        status = CASE WHEN h.cancel_requested_at IS NULL THEN 'PENDING' ELSE 'CANCELLED' END,
+        completed_at = CASE WHEN h.cancel_requested_at IS NOT NULL THEN clock_timestamp() END,
+        lease_id = NULL, lease_key = NULL, lease_expires_at = NULL, lease_slot = NULL,
+        claim_key = NULL, claim_digest = NULL, claimed_by = NULL, claimed_at = NULL,
+        started_at = NULL, updated_at = clock_timestamp()
+    FROM held AS h
+    WHERE q.queue_id = h.queue_id
+),
+
+ledger AS (
+    UPDATE attempts AS a SET
+        ended_at = clock_timestamp(), how = 'revoked', detail = $2, started_at = h.started_at,
+        last_heartbeat = h.last_heartbeat, progress = h.progress
+    FROM held AS h
+    WHERE a.run_id = h.run_id AND a.lease_seq = h.lease_seq AND a.ended_at IS NULL
+)
+
+SELECT run_id, queue_id, lease_seq, pg_notify('bakeoff_queue', '')
+FROM held WHERE status IN ('CLAIMED', 'IN_PROGRESS')

@@ -1,0 +1,51 @@
+-- name: find
+SELECT * FROM runner_keys WHERE fingerprint = $1
+
+-- name: list_all
+SELECT * FROM runner_keys ORDER BY added_at, fingerprint
+
+-- name: add
+-- Admit a key. Nothing is returned when the key, or a good key of that runner, is already there.
+INSERT INTO runner_keys (
+    fingerprint, public_key, runner_id, description, added_by, not_after, max_leases,
+    capability_caps, signer_identity, signer_issuer
+) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+ON CONFLICT DO NOTHING
+RETURNING *
+
+-- name: runner_has_good_key
+SELECT EXISTS (SELECT FROM runner_keys WHERE runner_id = $1 AND revoked_at IS NULL)
+
+-- name: revoke
+-- The row lock makes claims of this key that run beside this transaction wait, and then see it.
+UPDATE runner_keys SET revoked_at = clock_timestamp(), revoked_reason = $2
+WHERE fingerprint = $1 AND revoked_at IS NULL
+RETURNING *
+
+-- name: revoked_among
+-- Which of these keys ($1) and token ids ($2) are revoked, expired or unknown: the answer that
+-- counts when Redis cannot give one.
+SELECT f AS fingerprint, NULL::uuid AS jti
+FROM unnest($1::text []) AS f
+WHERE NOT EXISTS (
+    SELECT FROM runner_keys AS k
+    WHERE k.fingerprint = f AND k.revoked_at IS NULL
+        AND (k.not_after IS NULL OR k.not_after > clock_timestamp())
+)
+UNION ALL
+SELECT NULL, jti FROM revoked_tokens WHERE jti = any($2::uuid [])
+
+-- name: all_revocations
+-- Everything Redis must know after it lost its memory: revoked keys whose tokens may still live
+-- ($1, the life of a token), and revoked tokens.
+SELECT fingerprint, NULL::uuid AS jti, revoked_at + $1::interval - clock_timestamp() AS remaining
+FROM runner_keys WHERE revoked_at > clock_timestamp() - $1::interval
+UNION ALL
+SELECT NULL, jti, expires_at - clock_timestamp()
+FROM revoked_tokens WHERE expires_at > clock_timestamp()
+
+-- name: revoke_token
+-- Tokens that have expired anyway are forgotten on the way.
+WITH forgotten AS (DELETE FROM revoked_tokens WHERE expires_at < clock_timestamp())
+
+INSERT INTO revoked_tokens (jti, expires_at) VALUES ($1, $2) ON CONFLICT DO NOTHING

@@ -1,0 +1,113 @@
+"""Accepted bundles, byte for byte, and refusals; and the run's row in upstream's `runs`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+import asyncpg
+
+from db.pool import Executor, fetch_one
+from db.queries import load
+
+SQL = load("submissions")
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What is recorded of an accepted result."""
+
+    run_id: UUID
+    lease_seq: int
+    runner_id: str
+    fingerprint: str
+    result_sha256: str
+    signer_identity: str
+    signer_issuer: str
+    log_index: int
+    logged_at: datetime
+    model_metrics: int
+    hardware_metrics: int
+    accepted_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One file of a bundle as it was received."""
+
+    name: str
+    sha256: str
+    content: bytes
+
+
+async def add(
+    connection: Executor, accepted: Accepted, files: Sequence[StoredFile]
+) -> asyncpg.Record:
+    """Record an accepted bundle and return its submission row."""
+    row = await fetch_one(
+        connection,
+        SQL["add"],
+        accepted.run_id,
+        accepted.lease_seq,
+        accepted.runner_id,
+        accepted.fingerprint,
+        accepted.result_sha256,
+        accepted.signer_identity,
+        accepted.signer_issuer,
+        accepted.log_index,
+        accepted.logged_at,
+        accepted.model_metrics,
+        accepted.hardware_metrics,
+        accepted.accepted_at,
+    )
+    await connection.execute(
+        SQL["add_files"],
+        accepted.run_id,
+        [f.name for f in files],
+        [f.sha256 for f in files],
+        [f.content for f in files],
+    )
+    return row
+
+
+async def find(pool: Executor, run_id: UUID) -> asyncpg.Record | None:
+    """Return the accepted submission of a run."""
+    return await pool.fetchrow(SQL["find"], run_id)
+
+
+async def publish(
+    connection: Executor,
+    run_id: UUID,
+    *,
+    run_status: str,
+    at: datetime,
+    runner_id: str,
+    provenance: Mapping[str, str | None],
+) -> None:
+    """Bring upstream's `runs` row up to the accepted result."""
+    await connection.execute(
+        SQL["publish"],
+        run_id,
+        run_status,
+        at,
+        runner_id,
+        provenance["runner_version"],
+        provenance["prompt_git_hash"],
+    )
+
+
+async def refuse(
+    pool: Executor, run_id: UUID, runner_id: str, fingerprint: str, code: str, detail: str
+) -> None:
+    """Count a refusal against the runner."""
+    await pool.execute(SQL["refuse"], run_id, runner_id, fingerprint, code, detail)
+
+
+async def accepted_of_key(connection: Executor, fingerprint: str) -> list[UUID]:
+    """Return the runs whose accepted results this key brought."""
+    return [row["run_id"] for row in await connection.fetch(SQL["accepted_of_key"], fingerprint)]
+
+
+async def add_runs(connection: Executor, run_ids: Sequence[UUID]) -> set[UUID]:
+    """Make `runs` rows and return the ids that were new."""
+    return {row["run_id"] for row in await connection.fetch(SQL["add_runs"], list(run_ids))}
