@@ -1,1 +1,203 @@
+"""Composition root: open the services, make the app, serve, drain, close."""
 
+import asyncio
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import redis.asyncio
+import structlog
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+from tornado.web import Application
+
+from auth.errors import PolicyRefused
+from auth.revocation import Revocations
+from auth.signers import BundleVerifier, load_policy
+from auth.tokens import Tokens
+from broker.allowlist import Allowlist
+from broker.claims import Claims
+from broker.credentials import Credentials, PostgresAuthority
+from broker.doorbell import Doorbell
+from broker.enqueue import Enqueue
+from broker.expiry import ExpiryListener, Sweep
+from broker.handbacks import Handbacks
+from broker.health import Health
+from broker.heartbeats import Heartbeats
+from broker.in_flight import InFlight
+from broker.lease_keys import LeaseKeys
+from broker.queue_view import QueueView
+from broker.registry import Registry
+from broker.services import Services
+from broker.submissions import Submissions
+from broker.wakeup import Wakeup
+from config.logging import configure_logging
+from config.settings import Settings, SettingsRefused, load_settings
+from db.migrate import newest_version
+from db.pool import DatabaseUnready, check_migrated, open_pool
+from handlers import admin, health, queue, runners, submit
+from handlers.base import NoSuchPath, log_request
+
+# More than the largest bundle: the caps are the handlers' own, with answers that say so.
+BODY_MAX = 64 * 1024 * 1024
+BODY_TIMEOUT_S = 30
+IDLE_TIMEOUT_S = 75
+HEADER_MAX = 16 * 1024
+REDIS_TIMEOUT_S = 1.0
+
+log = structlog.get_logger()
+
+
+class ServerRefused(Exception):
+    """The server cannot start; the message names what is wrong and the fix."""
+
+
+@asynccontextmanager
+async def open_services(settings: Settings) -> AsyncIterator[Services]:
+    """Yield everything the handlers need, opened from `settings`, closed at the end.
+
+    Raises DatabaseUnready or PolicyRefused. Redis may be away: that costs latency only.
+    """
+    async with AsyncExitStack() as stack:
+        dsn = settings.database_url.get_secret_value()
+        verifier = BundleVerifier(settings.trusted_root, load_policy(settings.signers_file))
+        pool = await stack.enter_async_context(open_pool(dsn, settings.database_pool_max))
+        await check_migrated(pool, newest_version())
+        lease_client = await _open_redis(stack, settings.redis_lease_url)
+        token_client = await _open_redis(stack, settings.redis_token_url)
+
+        token_ttl = timedelta(seconds=settings.token_ttl_s)
+        tokens = Tokens(settings.token_ring, token_ttl)
+        revocations = Revocations(token_client, PostgresAuthority(pool, token_ttl))
+        keys = LeaseKeys(lease_client)
+        bell = Doorbell()
+        claims = Claims(pool, settings, keys, bell)
+        workers = stack.enter_context(
+            ThreadPoolExecutor(settings.verify_workers, thread_name_prefix="verify")
+        )
+        sweep = Sweep(pool, settings, keys)
+        listener = ExpiryListener(lease_client, sweep)
+        for task in (sweep.run(), listener.run(), Wakeup(dsn, bell).run()):
+            stack.push_async_callback(_cancel, asyncio.create_task(task))
+        stack.push_async_callback(claims.close)
+        yield Services(
+            settings=settings,
+            credentials=Credentials(pool, tokens, revocations),
+            registry=Registry(pool, settings, tokens, revocations),
+            claims=claims,
+            heartbeats=Heartbeats(pool, settings, keys),
+            handbacks=Handbacks(pool, settings, keys),
+            submissions=Submissions(pool, settings, keys, verifier, workers),
+            allowlist=Allowlist(pool, settings, revocations, keys),
+            enqueue=Enqueue(pool, settings),
+            queue=QueueView(pool),
+            in_flight=InFlight(),
+            health=Health(pool, lease_client, listener, verifier, newest_version()),
+        )
+        await keys.flush()
+
+
+def make_app(services: Services) -> Application:
+    """Return the application: every address of every module."""
+    modules = (runners, queue, submit, admin, health)
+    return Application(
+        [route for module in modules for route in module.routes(services)],
+        default_handler_class=NoSuchPath,
+        default_handler_args={"services": services},
+        log_function=log_request,
+    )
+
+
+def make_server(app: Application) -> HTTPServer:
+    """Return the HTTP server with our limits."""
+    return HTTPServer(
+        app,
+        max_header_size=HEADER_MAX,
+        max_body_size=BODY_MAX,
+        body_timeout=BODY_TIMEOUT_S,
+        idle_connection_timeout=IDLE_TIMEOUT_S,
+    )
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Raises ServerRefused, DatabaseUnready or PolicyRefused when it cannot start.
+    """
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with open_services(settings) as services:
+        server = make_server(make_app(services))
+        sockets = _bind(settings)
+        server.add_sockets(sockets)
+        port = sockets[0].getsockname()[1]
+        log.info("server.listening", address=settings.listen_address, port=port)
+        await stop.wait()
+        await drain(settings, services, server)
+
+
+async def drain(settings: Settings, services: Services, server: HTTPServer) -> None:
+    """Take no more work, finish what is in flight, close.
+
+    The order matters: the balancer looks elsewhere first (/readyz), parked claims are answered at
+    once, and only then do we stop listening; closing connections first would cut answers off.
+    """
+    log.info("server.draining")
+    services.health.drain()
+    services.claims.drain()
+    await asyncio.sleep(settings.drain_notice_s)
+    server.stop()
+    try:
+        async with asyncio.timeout(settings.drain_s):
+            await services.in_flight.wait_idle()
+    except TimeoutError:
+        log.warning("server.drain_cut", in_flight=services.in_flight.count)
+    await server.close_all_connections()
+    log.info("server.stopped")
+
+
+def main() -> None:
+    """Serve from the settings; what stops the start is one line and exit code 1."""
+    try:
+        settings = load_settings()
+        configure_logging(settings.log_level, settings.log_format)
+        asyncio.run(serve(settings))
+    except (SettingsRefused, ServerRefused, DatabaseUnready, PolicyRefused) as error:
+        sys.exit(f"bakeoff-queue: {error}")
+
+
+async def _open_redis(stack: AsyncExitStack, url: str) -> redis.asyncio.Redis:
+    client = redis.asyncio.from_url(
+        url, socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S
+    )
+    stack.push_async_callback(client.aclose)
+    try:
+        await client.ping()
+    except (redis.RedisError, OSError) as error:
+        log.warning("redis.unreachable", error=type(error).__name__, fix="check the redis_*_url")
+    return client
+
+
+async def _cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
+
+
+def _bind(settings: Settings) -> list[socket.socket]:
+    try:
+        return bind_sockets(settings.listen_port, settings.listen_address)
+    except OSError as error:
+        raise ServerRefused(
+            f"cannot listen on {settings.listen_address}:{settings.listen_port}:"
+            f" {error.strerror}; set BAKEOFF_QUEUE_LISTEN_PORT to a free port"
+        ) from None
+
+
+if __name__ == "__main__":
+    main()

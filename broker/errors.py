@@ -3,6 +3,7 @@
 An exception's docstring is its message; `handlers/errors.py` gives it a status.
 """
 
+import re
 from dataclasses import dataclass
 
 
@@ -12,6 +13,11 @@ class Violation:
 
     pointer: str
     detail: str
+
+
+def code_of(error: Exception) -> str:
+    """Return the code that runners and admins see: the class's name in snake case."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()
 
 
 class BrokerError(Exception):
@@ -44,3 +50,97 @@ class DigestMismatch(BrokerError):
 
 class RunMismatch(BrokerError):
     """The result is not of the run, or not of the job, that was handed out."""
+
+
+class UnknownQuantization(InvalidRequest):
+    """A quantization is not one that upstream's table knows."""
+
+
+class NotFound(BrokerError):
+    """There is no such thing here."""
+
+
+class ClockSkew(BrokerError):
+    """signed_at is too far from the server's clock: set the machine's clock and sign again."""
+
+    def __init__(self, skew_s: float) -> None:
+        super().__init__(
+            f"signed_at is {abs(skew_s):.0f} s {'behind' if skew_s < 0 else 'ahead of'} the"
+            " server's clock: set the machine's clock (NTP) and sign again."
+        )
+        self.skew_s = round(skew_s)
+
+
+class KeyNotAllowed(BrokerError):
+    """This runner key is not on the allowlist: ask an admin to add it."""
+
+
+class KeyRevoked(BrokerError):
+    """This runner key has been revoked, or its time is over: ask an admin."""
+
+
+class RunnerPaused(BrokerError):
+    """This runner is paused: ask an admin to resume it."""
+
+
+class NonceReused(BrokerError):
+    """This nonce was used by another registration: draw a new one."""
+
+
+class LeaseLost(BrokerError):
+    """This lease is not live, or not yours: stop the work on this run and claim again."""
+
+
+class LeaseLimit(BrokerError):
+    """The runner holds as many leases as it may: finish or release one first."""
+
+    def __init__(self, held: list[str]) -> None:
+        super().__init__(
+            "The runner holds as many leases as it may: finish or release one first"
+            f" ({', '.join(held) or 'another claim is in flight'})."
+        )
+        self.held = held
+
+
+class RunFinished(BrokerError):
+    """The run has ended: stop the work on it and claim again."""
+
+
+class AlreadyComplete(BrokerError):
+    """Another result was accepted for this run: stop the work on it and claim again."""
+
+
+class Conflict(BrokerError):
+    """The request contradicts what is there."""
+
+
+class Busy(BrokerError):
+    """As many bundles as fit are being verified: send this one again in a few seconds."""
+
+
+class Draining(BrokerError):
+    """This process is stopping: send the request again, another one will take it."""
+
+
+class TooLarge(BrokerError):
+    """The body, or a part of it, is larger than this address takes."""
+
+
+class UnsupportedMediaType(BrokerError):
+    """The body is not of the media type that this address takes."""
+
+
+class EmptyBody(BrokerError):
+    """The request has no body: this address takes a JSON object."""
+
+
+class MethodNotAllowed(BrokerError):
+    """This address does not take that method; the Allow header names those it takes."""
+
+
+class Unavailable(BrokerError):
+    """The database cannot be reached at this moment: send the same request again."""
+
+
+class Internal(BrokerError):
+    """Something went wrong on our side; it is logged under this request_id."""

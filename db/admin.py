@@ -39,6 +39,11 @@ async def revoke_token(pool: Executor, token_id: UUID) -> str | None:
     return await pool.fetchval(SQL["revoke_token"], token_id)
 
 
+async def lock_answer(connection: Executor, actor: str, key: str) -> None:
+    """Wait until no other transaction works on this actor's Idempotency-Key."""
+    await connection.execute(SQL["lock_answer"], actor, key)
+
+
 async def find_answer(connection: Executor, actor: str, key: str) -> asyncpg.Record | None:
     """Return what this actor was answered under this Idempotency-Key."""
     return await connection.fetchrow(SQL["find_answer"], actor, key)

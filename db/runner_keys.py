@@ -35,6 +35,11 @@ async def find(pool: Executor, fingerprint: str) -> asyncpg.Record | None:
     return await pool.fetchrow(SQL["find"], fingerprint)
 
 
+async def find_for_share(connection: Executor, fingerprint: str) -> asyncpg.Record | None:
+    """Return the allowlist's row of a key, locked against a revocation beside us."""
+    return await connection.fetchrow(SQL["find_for_share"], fingerprint)
+
+
 async def list_all(pool: Executor) -> list[asyncpg.Record]:
     """Return the allowlist, oldest first, revoked keys included."""
     return await pool.fetch(SQL["list_all"])

@@ -63,6 +63,11 @@ async def find(pool: Executor, runner_id: str) -> asyncpg.Record | None:
     return await pool.fetchrow(SQL["find"], runner_id)
 
 
+async def standing(pool: Executor, fingerprint: str) -> asyncpg.Record | None:
+    """Return a registered runner's row beside its key's; None before it has registered."""
+    return await pool.fetchrow(SQL["standing"], fingerprint)
+
+
 async def sign_off(pool: Executor, runner_id: str) -> None:
     """Mark a runner DEAD: it said goodbye."""
     await pool.execute(SQL["sign_off"], runner_id)

@@ -26,3 +26,7 @@ VALUES ($1, $2, $3, $4)
 
 -- name: audit
 INSERT INTO audit (actor, action, run_id, runner_id, detail) VALUES ($1, $2, $3, $4, $5)
+
+-- name: lock_answer
+-- Two requests of one key wait for each other; the second one finds the first one's answer.
+SELECT pg_advisory_xact_lock(hashtext($1), hashtext($2))

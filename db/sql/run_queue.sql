@@ -158,6 +158,8 @@ SELECT
     (SELECT count(*) FROM candidates)
     < least((SELECT count(*) FROM entitled), (SELECT count(*) FROM heads)) AS contended,
     g.queue_id, g.run_id, g.lease_seq, g.lease_id, g.lease_expires_at, g.claim_digest, g.job,
+    g.claimed_by AS holder, g.lease_key AS holder_key,
+    g.lease_expires_at - clock_timestamp() AS remaining,
     g.config_hash,
     coalesce(g.max_runtime_s, $9) AS max_runtime_s,
     m.model_id, m.name AS model_name, x.name AS quantization, m.parameter_count_b,

@@ -1,6 +1,10 @@
 -- name: find
 SELECT * FROM runner_keys WHERE fingerprint = $1
 
+-- name: find_for_share
+-- Read under a lock that a revocation waits for, and that waits for a revocation.
+SELECT * FROM runner_keys WHERE fingerprint = $1 FOR SHARE
+
 -- name: list_all
 SELECT * FROM runner_keys ORDER BY added_at, fingerprint
 

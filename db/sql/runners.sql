@@ -24,6 +24,13 @@ RETURNING runner_id, (xmax = 0) AS created
 -- name: find
 SELECT * FROM runners WHERE runner_id = $1
 
+-- name: standing
+-- A runner that has registered, beside what the allowlist says of its key.
+SELECT r.capabilities, r.paused_at, r.pause_reason, k.capability_caps, k.max_leases
+FROM runner_keys AS k
+INNER JOIN runners AS r ON k.runner_id = r.runner_id
+WHERE k.fingerprint = $1 AND r.capabilities IS NOT NULL
+
 -- name: sign_off
 UPDATE runners SET status = 'DEAD' WHERE runner_id = $1
 

@@ -1,0 +1,200 @@
+"""Verify a Sigstore bundle over the exact bytes of a result: evidence of who signed, or a refusal.
+
+Nothing here returns a boolean: `BundleVerifier.verify` returns `SignerEvidence` or raises one of
+three refusals, whatever bytes come in. It is synchronous and stateless: worker threads share it.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+
+from cryptography.x509 import Certificate
+from pydantic import ValidationError
+from sigstore.errors import VerificationError
+from sigstore.models import Bundle
+from sigstore.verify import policy as certificate_policy
+from sigstore_models.bundle.v1 import Bundle as BundleModel
+
+from auth.errors import AuthError, PolicyRefused, SignatureInvalid, SignerNotAllowed
+from auth.signer_policy import Signer, SignerPolicy, check_signer, load_policy, source_of
+from auth.trust_root import TrustRoot, printable
+
+__all__ = [
+    "BundleVerifier",
+    "Signer",
+    "SignerEvidence",
+    "SignerPolicy",
+    "check_signer",
+    "load_policy",
+]
+
+# Real bundles have 9 KiB. The upload's own cap is a setting; this one holds whatever it is set to.
+MAX_BUNDLE_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SignerEvidence:
+    """Who signed a result and when, each fact covered by a signature that was verified.
+
+    `log_index` and `integrated_at` are the transparency log's; an entry without its promise (Rekor
+    v2) has the index of its inclusion proof and the time of its timestamp authority.
+    """
+
+    identity: str
+    issuer: str
+    log_index: int
+    integrated_at: datetime
+
+
+class BundleVerifier:
+    """Verifies bundles against one trust root.
+
+    `trusted_root` is a `trusted_root.json`, None is Sigstore's production root as our sigstore
+    package ships it; no network either way. `policy` is who may sign when a key has no signer.
+    Raises `PolicyRefused` when the trust root cannot be used.
+    """
+
+    def __init__(self, trusted_root: Path | None, policy: SignerPolicy) -> None:
+        self._policy = policy
+        self._root = TrustRoot(trusted_root)
+
+    def trusted_root_age_s(self, now: datetime) -> float:
+        """Seconds since the trust root's file was written, for readyz and the metrics."""
+        return self._root.age_s(now)
+
+    def verify(self, result: bytes, bundle: bytes, expected: Signer | None) -> SignerEvidence:
+        """Who signed exactly these bytes of result.json: `expected`, or else one of the policy.
+
+        Raises `SignatureInvalid`, `SignerNotAllowed` or `Unverifiable`, and nothing else.
+        """
+        try:
+            return self._verify(result, bundle, _AnyOf(self._allowed(expected)))
+        except AuthError:
+            raise
+        except _WrongSigner as error:
+            raise SignerNotAllowed(str(error)) from error
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        # Not only VerificationError: mutated bundles make the library raise ValueError, TypeError,
+        # KeyError...; and a panic in its Rust parts is a BaseException of no public class.
+        except BaseException as error:
+            raise SignatureInvalid(
+                f"The Sigstore bundle does not verify over the exact bytes of result.json (SHA-256 "
+                f"{sha256(result).hexdigest()}): {printable(error)}"
+            ) from error
+
+    def _allowed(self, expected: Signer | None) -> tuple[Signer, ...]:
+        if expected is None:
+            return self._policy.signers
+        try:
+            check_signer(expected)
+        except PolicyRefused as error:
+            raise SignerNotAllowed(f"No bundle can match this runner key. {error}") from error
+        return (expected,)
+
+    def _verify(self, result: bytes, raw: bytes, allowed: "_AnyOf") -> SignerEvidence:
+        # 1. Read the bundle, within a size that no honest one reaches.
+        model = _read(raw)
+        # 2. It is what `cosign sign-blob` writes: a signature of a message, by a certificate.
+        _require_message_signature(model)
+        bundle = Bundle.from_json(raw)
+        # 3. Our trust root knows the log, the CT log and the CA; otherwise nothing can be said
+        #    about the signature, and the runner is told to try again rather than that it is bad.
+        self._root.require(model, bundle.signing_certificate)
+        # 4. Sigstore's own plan (verify/verifier.py): the certificate chain at the time of signing,
+        #    its SCT, our policy, the log entry's inclusion and promise, and the signature and log
+        #    entry's body over these exact bytes. The policy comes before the signature there, so a
+        #    stranger's bad signature is told "not you", and the right signer's is told "invalid".
+        self._root.verifier.verify_artifact(result, bundle, allowed)
+        # 5. Only now are the bundle's words facts.
+        signer = allowed.match(bundle.signing_certificate)
+        log_index, integrated_at = _logged(model, bundle)
+        return SignerEvidence(signer.identity, signer.issuer, log_index, integrated_at)
+
+
+class _WrongSigner(VerificationError):
+    """The certificate is good, but names none of the signers that are allowed."""
+
+
+class _AnyOf:
+    """Sigstore's `VerificationPolicy` protocol over exact signers; of none, nobody is allowed."""
+
+    def __init__(self, signers: tuple[Signer, ...]) -> None:
+        self._signers = signers
+
+    def verify(self, cert: Certificate) -> None:
+        self.match(cert)
+
+    def match(self, cert: Certificate) -> Signer:
+        refusals = []
+        for signer in self._signers:
+            try:
+                _rule(signer).verify(cert)
+            except VerificationError as error:
+                refusals.append(f"{signer.identity} of {signer.issuer}: {printable(error)}")
+            else:
+                return signer
+        raise _WrongSigner(
+            "The bundle is signed, but by none of the signers that may sign this result. "
+            + "; ".join(refusals[:5])
+        )
+
+
+def _rule(signer: Signer) -> certificate_policy.VerificationPolicy:
+    # Not Identity(issuer=...): it skips the check when the issuer is an empty text.
+    children: list[certificate_policy.VerificationPolicy] = [
+        certificate_policy.OIDCIssuer(signer.issuer),
+        certificate_policy.Identity(identity=signer.identity),
+    ]
+    if source := source_of(signer.identity):
+        # A fork that calls our reusable workflow gets our identity and issuer; only these differ.
+        children.append(certificate_policy.OIDCSourceRepositoryURI(source.repository_uri))
+        children.append(certificate_policy.OIDCSourceRepositoryRef(source.ref))
+    return certificate_policy.AllOf(children)
+
+
+def _read(raw: bytes) -> BundleModel:
+    if len(raw) > MAX_BUNDLE_BYTES:
+        raise SignatureInvalid(
+            f"The Sigstore bundle has {len(raw)} bytes, {MAX_BUNDLE_BYTES} is the most"
+        )
+    try:
+        return BundleModel.from_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(str(name) for name in first["loc"]) or "its text"
+        problem = printable(f"{where}: {first['msg']}")
+        raise SignatureInvalid(
+            f"The signature is not a Sigstore bundle in JSON: {problem}"
+        ) from error
+
+
+def _require_message_signature(model: BundleModel) -> None:
+    if model.verification_material.public_key is not None:
+        raise SignatureInvalid(
+            "The Sigstore bundle is signed with a managed key (verificationMaterial.publicKey); "
+            "expected a certificate, which says who signed: sign with `cosign sign-blob`, keyless"
+        )
+    if model.dsse_envelope is not None:
+        raise SignatureInvalid(
+            "The Sigstore bundle holds a DSSE envelope (an attestation); expected messageSignature "
+            "over result.json: sign with `cosign sign-blob`"
+        )
+
+
+def _logged(model: BundleModel, bundle: Bundle) -> tuple[int, datetime]:
+    """The log index and time of a verified bundle, from the parts that a signature covers."""
+    entry = model.verification_material.tlog_entries[0]
+    if entry.inclusion_promise and entry.integrated_time:
+        return entry.log_index, datetime.fromtimestamp(entry.integrated_time, UTC)
+    # Rekor v2 promises nothing: the proof has the index, and one timestamp was found good. With
+    # two we could not tell which.
+    data = bundle.verification_material.timestamp_verification_data
+    stamps = data.rfc3161_timestamps if data else []
+    if len(stamps) != 1:
+        raise SignatureInvalid(
+            f"The Sigstore bundle has no inclusion promise and {len(stamps)} signed timestamps; "
+            "expected exactly one"
+        )
+    return entry.inclusion_proof.log_index, stamps[0].tst_info.gen_time

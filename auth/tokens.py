@@ -1,0 +1,117 @@
+"""Runner tokens: JWT (RFC 7519), HS256, signed by the first key of a ring.
+
+A token says which runner and which key; whether the key is still good is asked elsewhere
+(`auth/revocation.py` and the guards in SQL).
+"""
+
+import re
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import jwt
+
+from auth.errors import InvalidToken, TokenExpired
+
+ISSUER = "bakeoff-queue"
+AUDIENCE = "runner"
+ALGORITHM = "HS256"
+CLAIMS = ["iss", "aud", "sub", "jti", "iat", "nbf", "exp", "key_fp"]
+# The one spelling of a compact JWS: base64url without padding (RFC 7515, section 2).
+_COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+_MAX_LENGTH = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerClaims:
+    """What a verified runner token says."""
+
+    runner_id: str
+    fingerprint: str
+    jti: UUID
+    expires_at: datetime
+
+
+class Tokens:
+    """Makes and reads runner tokens.
+
+    `ring` maps kid to secret, the signing one first. An empty ring gets a random key, which serves
+    one process and is forgotten with it.
+    """
+
+    def __init__(self, ring: dict[str, bytes], ttl: timedelta) -> None:
+        self._ring = ring or {"ephemeral": secrets.token_bytes(32)}
+        self._ttl = ttl
+
+    def mint(self, runner_id: str, fingerprint: str, jti: UUID, issued_at: datetime) -> str:
+        """Return the token for a runner; the same arguments give the same token."""
+        kid, secret = next(iter(self._ring.items()))
+        claims = {
+            "iss": ISSUER,
+            "aud": AUDIENCE,
+            "sub": runner_id,
+            "jti": str(jti),
+            "iat": int(issued_at.timestamp()),
+            "nbf": int(issued_at.timestamp()),
+            "exp": int((issued_at + self._ttl).timestamp()),
+            "key_fp": fingerprint,
+        }
+        return jwt.encode(claims, secret, algorithm=ALGORITHM, headers={"kid": kid})
+
+    def read(self, token: str) -> RunnerClaims:
+        """Return what a token says. Raises InvalidToken or TokenExpired."""
+        if len(token) > _MAX_LENGTH or not _COMPACT.fullmatch(token):
+            raise InvalidToken("The bearer token is not a compact JWT: register to get one.")
+        try:
+            claims = jwt.decode(
+                token,
+                key=self._secret(token),
+                algorithms=[ALGORITHM],
+                audience=AUDIENCE,
+                issuer=ISSUER,
+                leeway=0,
+                options={
+                    "require": CLAIMS,
+                    "strict_aud": True,  # a list of audiences is not ours
+                    "verify_signature": True,
+                    "verify_exp": True,
+                    "verify_nbf": True,
+                    "verify_iat": True,
+                    "verify_aud": True,
+                    "verify_iss": True,
+                },
+            )
+        except jwt.ExpiredSignatureError:
+            raise TokenExpired from None
+        except (jwt.PyJWTError, ValueError, OverflowError):
+            raise InvalidToken from None
+        return self._claims(claims)
+
+    def _secret(self, token: str) -> bytes:
+        """Return the key the token names; its kid is a dictionary key and nothing else."""
+        header = jwt.get_unverified_header(token)
+        kid = header.get("kid")
+        if header.get("alg") != ALGORITHM or "crit" in header or not isinstance(kid, str):
+            raise InvalidToken
+        if kid not in self._ring:
+            raise InvalidToken("The token was signed with a key we do not use: register again.")
+        return self._ring[kid]
+
+    def _claims(self, claims: dict[str, Any]) -> RunnerClaims:
+        texts = (claims["sub"], claims["key_fp"], claims["jti"])
+        times = (claims["iat"], claims["exp"])
+        if not all(isinstance(text, str) for text in texts):
+            raise InvalidToken
+        if not all(type(time) is int for time in times):
+            raise InvalidToken
+        # A life longer than ours was not given by us, even if our key signed it.
+        if claims["exp"] - claims["iat"] > self._ttl.total_seconds() + 1:
+            raise InvalidToken
+        try:
+            jti = UUID(claims["jti"])
+        except ValueError:
+            raise InvalidToken from None
+        expires_at = datetime.fromtimestamp(claims["exp"], UTC)
+        return RunnerClaims(claims["sub"], claims["key_fp"], jti, expires_at)

@@ -1,0 +1,120 @@
+"""The trust root: which logs and CAs are believed, and telling "never heard of it" from "bad".
+
+A private instance's `trusted_root.json`, or Sigstore's production root as our sigstore package
+ships it; no network either way.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from urllib.parse import quote
+
+from cryptography.x509 import (
+    AuthorityKeyIdentifier,
+    Certificate,
+    ExtensionNotFound,
+    Name,
+    PrecertificateSignedCertificateTimestamps,
+    SubjectKeyIdentifier,
+)
+from sigstore.models import TrustedRoot
+from sigstore.verify import Verifier
+from sigstore_models.bundle.v1 import Bundle as BundleModel
+from sigstore_models.trustroot.v1 import TransparencyLogInstance
+from sigstore_models.trustroot.v1 import TrustedRoot as TrustedRootModel
+
+from auth.errors import PolicyRefused, Unverifiable
+
+_PRODUCTION = "https://tuf-repo-cdn.sigstore.dev"
+
+
+class TrustRoot:
+    """A trust root, read once, with the `verifier` that believes it. Threads may share it.
+
+    `path` is a `trusted_root.json`, or None for Sigstore's production root.
+    Raises `PolicyRefused` when it cannot be used.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        try:
+            with _root_file(path) as file:
+                self._written_at = file.stat().st_mtime
+                model = TrustedRootModel.from_json(file.read_bytes())
+            root = TrustedRoot(model)
+            self.verifier = Verifier(trusted_root=root)
+            self._logs, self._ct_logs = _ids(model.tlogs), _ids(model.ctlogs)
+            self._authorities = frozenset(map(_name_and_key_id, root.get_fulcio_certs()))
+        except Exception as error:
+            name = path or "of Sigstore"
+            raise PolicyRefused(
+                f"The trust root {name} cannot be used: {printable(error)}"
+            ) from error
+
+    def age_s(self, now: datetime) -> float:
+        """Seconds since the file was written; the production root's: since it was installed."""
+        return max(0.0, now.timestamp() - self._written_at)
+
+    def require(self, model: BundleModel, cert: Certificate) -> None:
+        """Raise `Unverifiable` unless the bundle's log, CA and CT log are in this root.
+
+        The library takes a log id as a hint, and tries every key it has for one it does not know:
+        that ends in "invalid", and in a runner that throws away a good result.
+        """
+        for entry in model.verification_material.tlog_entries:
+            if entry.log_id.key_id not in self._logs:
+                raise _unknown("transparency log", entry.log_id.key_id.hex())
+        # By key id as well: a CA's next key usually keeps its name.
+        issuer = cert.extensions.get_extension_for_class(AuthorityKeyIdentifier).value
+        if (cert.issuer, issuer.key_identifier) not in self._authorities:
+            raise _unknown("certificate authority", cert.issuer.rfc4514_string())
+        timestamps = cert.extensions.get_extension_for_class(
+            PrecertificateSignedCertificateTimestamps
+        )
+        for timestamp in timestamps.value:
+            if timestamp.log_id not in self._ct_logs:
+                raise _unknown("certificate transparency log", timestamp.log_id.hex())
+
+
+def printable(text: object) -> str:
+    """What can be shown of text from outside: one printable line of at most 200 characters."""
+    line = " ".join(str(text).split()) or type(text).__name__
+    return "".join(char if " " <= char <= "~" else "?" for char in line[:200])
+
+
+def _ids(logs: list[TransparencyLogInstance]) -> frozenset[bytes]:
+    # A log goes by the id its root declares: Rekor v2's is not the key's SHA-256 of RFC 6962.
+    declared = (name.key_id for log in logs for name in (log.log_id, log.checkpoint_key_id) if name)
+    return frozenset(declared)
+
+
+def _name_and_key_id(authority: Certificate) -> tuple[Name, bytes]:
+    try:
+        key = authority.extensions.get_extension_for_class(SubjectKeyIdentifier).value
+    except ExtensionNotFound:
+        key = SubjectKeyIdentifier.from_public_key(authority.public_key())
+    return authority.subject, key.digest
+
+
+def _unknown(what: str, name: str) -> Unverifiable:
+    return Unverifiable(
+        f"The bundle's {what} ({printable(name)}) is not in this server's trust root, which may be "
+        "older than the bundle: ask its operator to refresh it, and submit again"
+    )
+
+
+@contextmanager
+def _root_file(path: Path | None) -> Generator[Path]:
+    """The trust root as a file on disk.
+
+    `ClientTrustConfig.production(offline=True)` is not used: it needs a writable folder below
+    $HOME, and takes whatever a cache there holds, unverified, for the root of all trust. The
+    package's own copy is as trusted as the package; a test tells when a new release moves it.
+    """
+    if path is not None:
+        yield path
+        return
+    store = resources.files("sigstore._store") / quote(_PRODUCTION, safe="")
+    with resources.as_file(store / "trusted_root.json") as embedded:
+        yield embedded

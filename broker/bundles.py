@@ -1,0 +1,196 @@
+"""A submitted bundle, checked against itself and against the job that was handed out.
+
+The steps are numbered as in the plan of a submit (docs): 1 names, 2 manifest and digests,
+4 the result's text and schema, 5 binding. Step 3, the signature, is auth/signers.py. Each check
+returns what it read or nothing, and raises: nobody can forget to look at an answer.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from types import MappingProxyType
+from typing import Any, Self
+
+from broker.cells import judge_score
+from broker.documents import Schema, load_schema
+from broker.errors import (
+    BrokerError,
+    DigestMismatch,
+    InvalidBundle,
+    InvalidJson,
+    RunMismatch,
+    Violation,
+)
+from broker.jobs import Cell, Job
+from broker.strict_json import MAX_VIOLATIONS, pointer, quote
+
+RESULT = "result.json"
+MANIFEST = "manifest.json"
+SUMMARY = "summary.md"
+SIGNATURE = "signature.sigstore.json"
+DASHBOARD = "dashboard.html"
+
+REQUIRED = frozenset({RESULT, MANIFEST, SUMMARY, SIGNATURE})
+OPTIONAL = frozenset({DASHBOARD})
+CAPS: Mapping[str, int] = MappingProxyType(  # bytes
+    {
+        RESULT: 16 * 1024 * 1024,
+        DASHBOARD: 16 * 1024 * 1024,
+        SUMMARY: 1024 * 1024,
+        MANIFEST: 256 * 1024,
+        SIGNATURE: 128 * 1024,
+    }
+)
+NAMED_MISSING = 5  # of the cells a complete result lacks
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Step 1: the required files once each, and none that a bundle does not have.
+
+    Names are compared, never opened: `../` and archives are just unknown. Raises InvalidBundle.
+    """
+    counted = Counter(names)
+    problems = [f"{name} is missing" for name in sorted(REQUIRED - counted.keys())]
+    problems += [f"{quote(name)} is unknown" for name in counted.keys() - REQUIRED - OPTIONAL]
+    problems += [f"{quote(name)} is there twice" for name, n in counted.items() if n > 1]
+    if problems:
+        told = tuple(Violation("", problem) for problem in sorted(problems)[:MAX_VIOLATIONS])
+        raise InvalidBundle("The bundle has the wrong files.", told)
+
+
+def check_manifest(manifest: bytes, digests: Mapping[str, str], run_id: str) -> dict[str, Any]:
+    """Step 2: the manifest is of this run and names exactly the submitted files.
+
+    `digests` are the SHA-256 (lower-case hex) of the files as received, by name. The signature
+    must be listed too: a runner signs result.json first and writes the manifest last. Raises
+    InvalidBundle, DigestMismatch or RunMismatch; returns the manifest.
+    """
+    document = _read(MANIFEST, manifest, load_schema("manifest"))
+    _refuse(RunMismatch, _other_run(document, run_id))
+    submitted = {name: digest for name, digest in digests.items() if name != MANIFEST}
+    _refuse(InvalidBundle, _other_files(document["files"], submitted))
+    _refuse(DigestMismatch, _other_digests(document["files"], submitted))
+    return document
+
+
+def parse_result(text: bytes) -> dict[str, Any]:
+    """Step 4: strict JSON that fits schemas/result.json. Raises InvalidBundle."""
+    return _read(RESULT, text, load_schema("result"))
+
+
+def check_binding(result: dict[str, Any], job: Job) -> None:
+    """Step 5: the result is of this run, and all its cells are cells of the job, once each.
+
+    Raises RunMismatch with the first 50 violations.
+    """
+    _refuse(RunMismatch, _unbound(result, job))
+
+
+def _read(name: str, text: bytes, schema: Schema) -> dict[str, Any]:
+    try:
+        return schema.read(text, InvalidBundle)
+    except InvalidJson as error:  # 400 is for the request's own body; this is one of its files
+        raise InvalidBundle(f"{name}: {error}") from None
+    except InvalidBundle as error:
+        raise InvalidBundle(f"{name} does not fit its schema.", error.violations) from None
+
+
+def _refuse(refusal: type[BrokerError], violations: Iterable[Violation]) -> None:
+    first = tuple(islice(violations, MAX_VIOLATIONS))
+    if first:
+        raise refusal(violations=first)
+
+
+def _other_run(manifest: dict[str, Any], run_id: str) -> Iterator[Violation]:
+    """Both spellings count where both are given: two readers must not see two runs."""
+    if manifest.get("run_id", run_id) != run_id:
+        yield Violation("/run_id", "is not the claimed run")
+    if manifest.get("bundle", {}).get("run_id", run_id) != run_id:
+        yield Violation("/bundle/run_id", "is not the claimed run")
+
+
+def _other_files(files: dict[str, Any], submitted: Mapping[str, str]) -> Iterator[Violation]:
+    for name in sorted(submitted.keys() - files.keys()):
+        yield Violation("/files", f"{quote(name)} was submitted and is not listed")
+    for name in files:
+        if name not in submitted:
+            yield Violation(
+                pointer(("files", name)), "is listed and is not another file of the bundle"
+            )
+
+
+def _other_digests(files: dict[str, Any], submitted: Mapping[str, str]) -> Iterator[Violation]:
+    for name, digest in submitted.items():
+        entry = files[name]
+        nested = isinstance(entry, dict)
+        if (entry["sha256"] if nested else entry) != digest:
+            place = ("files", name, "sha256") if nested else ("files", name)
+            yield Violation(pointer(place), f"is not the SHA-256 of {name} as received")
+
+
+def _unbound(result: dict[str, Any], job: Job) -> Iterator[Violation]:
+    if result["run_id"] != job.run_id:
+        yield Violation("/run_id", "is not the claimed run")
+    if job.config_hash and result["provenance"].get("config_hash") != job.config_hash:
+        yield Violation("/provenance/config_hash", "is not the job's config_hash")
+    grid = _Grid.of(job)
+    seen: set[Cell] = set()
+    for index, record in enumerate(result["records"]):
+        yield from grid.foreign(("records", index), record)
+        cell = Cell(record["task_id"], record["prompt_id"], record["tier"])
+        if cell in seen:
+            yield Violation(pointer(("records", index)), "an earlier record has the same cell")
+        seen.add(cell)
+    if result["run_status"] == "complete":
+        yield from _missing(job, grid.cells - seen)
+    yield from _unbound_judgements(result.get("judgements") or (), grid)
+
+
+def _missing(job: Job, missing: frozenset[Cell]) -> Iterator[Violation]:
+    if missing:
+        first = islice((cell for cell in job.cells() if cell in missing), NAMED_MISSING)
+        named = "; ".join(f"{quote(cell.task_id)} x {quote(cell.prompt_id)}" for cell in first)
+        more = f" and {len(missing) - NAMED_MISSING} more" if len(missing) > NAMED_MISSING else ""
+        yield Violation("/records", f"a complete run has every cell; missing: {named}{more}")
+
+
+def _unbound_judgements(judgements: Iterable[dict[str, Any]], grid: "_Grid") -> Iterator[Violation]:
+    """A cell judged twice would have the score that its reader likes better."""
+    scored: set[tuple[str, str]] = set()
+    for index, judgement in enumerate(judgements):
+        yield from grid.foreign(("judgements", index), judgement)
+        if judge_score(judgement) is None:
+            continue
+        cell = (judgement["task_id"], judgement["prompt_id"])
+        if cell in scored:
+            yield Violation(pointer(("judgements", index)), "an earlier judgement scores this cell")
+        scored.add(cell)
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """The job's cells, and the parts of them by which to say what is wrong with another."""
+
+    model_ref: str
+    cells: frozenset[Cell]
+    pairs: frozenset[tuple[str, str]]
+    tasks: frozenset[str]
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        cells = frozenset(job.cells())
+        pairs = frozenset((cell.task_id, cell.prompt_id) for cell in cells)
+        return cls(job.model_ref, cells, pairs, frozenset(cell.task_id for cell in cells))
+
+    def foreign(self, place: tuple[str, int], entry: dict[str, Any]) -> Iterator[Violation]:
+        """What of a record or judgement (which has no tier) is not of the job."""
+        task_id, prompt_id, tier = entry["task_id"], entry["prompt_id"], entry.get("tier")
+        if entry["model_id"] != self.model_ref:
+            yield Violation(pointer((*place, "model_id")), "is not the job's model")
+        if task_id not in self.tasks:
+            yield Violation(pointer((*place, "task_id")), "is not a task of the job")
+        elif (task_id, prompt_id) not in self.pairs:
+            yield Violation(pointer((*place, "prompt_id")), "is not a prompt of this task's cells")
+        elif place[0] == "records" and (task_id, prompt_id, tier) not in self.cells:
+            yield Violation(pointer((*place, "tier")), "is not the tier of this cell")

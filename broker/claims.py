@@ -1,0 +1,239 @@
+"""Claims: a runner asks for the next run that fits its hardware.
+
+The way of a claim: `claim()` looks; requests that declare the same capabilities and wait together
+are served by one statement (`db/sql/run_queue.sql`, `claim`), which checks the key, gives back the
+lease of a claim that is sent again, holds each runner to its lease limit and hands out the runs in
+the queue's order. Nothing there and time to wait: the request parks, in memory, without a database
+connection, until the bell rings (NOTIFY) or it is time to look again.
+"""
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import asyncpg
+
+from broker.coalesce import Coalescer
+from broker.doorbell import Doorbell
+from broker.errors import Busy, Conflict, KeyNotAllowed, KeyRevoked, LeaseLimit, RunnerPaused
+from broker.lease_keys import LeaseKey, LeaseKeys
+from config.settings import Settings
+from db import run_queue
+from db.run_queue import Claimant, LeaseGuard
+
+# Two claims of one runner may race for a lease slot; the loser looks again and sees the winner.
+RACES_MAX = 5
+RETRY_AFTER_DEFAULT_S = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a runner can run: whole GB of VRAM, and quantizations in a fixed order."""
+
+    vram_gb: int
+    quantizations: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a runner gets none of `count` PENDING runs; `nearest` names the one closest to it."""
+
+    code: str
+    count: int
+    detail: str
+    nearest: str | None
+
+
+class Claims:
+    """Hands out runs. One per process; any number of processes share the queue."""
+
+    def __init__(
+        self, pool: asyncpg.Pool, settings: Settings, keys: LeaseKeys, bell: Doorbell
+    ) -> None:
+        self._pool = pool
+        self._settings = settings
+        self._keys = keys
+        self._bell = bell
+        self._desks: dict[Capabilities, Coalescer[Claimant, asyncpg.Record]] = {}
+        self._releases: set[asyncio.Task[None]] = set()
+        self._draining = False
+
+    async def claim(
+        self, claimant: Claimant, capabilities: Capabilities, wait_s: float
+    ) -> asyncpg.Record | None:
+        """Return the run for `claimant`, as `claim` of run_queue.sql has it, or None.
+
+        Waits up to `wait_s` seconds for one. Raises KeyNotAllowed, KeyRevoked, RunnerPaused,
+        LeaseLimit, and Conflict when the Idempotency-Key was used with another body.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait_s
+        while True:
+            rung = self._bell.listen()  # before the look: a run that arrives meanwhile rings it
+            row = await self._look(claimant, capabilities)
+            await self._refuse(claimant, row)
+            if row["queue_id"] is not None:
+                return row
+            left = until - loop.time()
+            if left <= 0 or self._draining:
+                return None
+            await self._park(rung, left)
+
+    async def retry_after_s(self, capabilities: Capabilities) -> int:
+        """Return the seconds until a deferred run that fits comes due; 30 when there is none."""
+        due = await run_queue.next_retry(
+            self._pool, capabilities.vram_gb, capabilities.quantizations
+        )
+        if due is None:
+            return RETRY_AFTER_DEFAULT_S
+        return max(1, round((due - datetime.now(UTC)).total_seconds()))
+
+    async def explain(self, capabilities: Capabilities) -> list[Reason]:
+        """Return why a runner of these capabilities gets nothing."""
+        return reasons(await run_queue.explain_claim(self._pool), capabilities)
+
+    async def undo(self, row: asyncpg.Record) -> None:
+        """Release the lease of a claim whose answer could not be delivered."""
+        guard = LeaseGuard(row["run_id"], row["lease_id"], row["holder"], row["holder_key"])
+        ended = await run_queue.release(self._pool, guard, "the claim's answer was not delivered")
+        if ended is not None:
+            self._keys.drop([LeaseKey(row["queue_id"], row["lease_seq"])])
+
+    def drain(self) -> None:
+        """Answer every parked claim at once: nothing for now, try again."""
+        self._draining = True
+        self._bell.ring()
+
+    async def close(self) -> None:
+        """Wait for the releases of undelivered claims."""
+        await asyncio.gather(*self._releases)
+
+    async def _look(self, claimant: Claimant, capabilities: Capabilities) -> asyncpg.Record:
+        desk = self._desks.get(capabilities)
+        if desk is None:
+
+            async def serve(claimants: Sequence[Claimant]) -> list[asyncpg.Record]:
+                return await self._serve(capabilities, claimants)
+
+            desk = self._desks[capabilities] = Coalescer(serve, undelivered=self._undelivered)
+        try:
+            return await desk.ask(claimant)
+        finally:
+            if desk.idle and self._desks.get(capabilities) is desk:
+                del self._desks[capabilities]
+
+    async def _serve(
+        self, capabilities: Capabilities, claimants: Sequence[Claimant]
+    ) -> list[asyncpg.Record]:
+        """Serve those that wait together: one statement, or more if one runner asks twice.
+
+        One statement never holds two requests of a runner: both would be given the same lease slot.
+        """
+        answers: dict[int, asyncpg.Record] = {}
+        waiting = dict(enumerate(claimants))
+        while waiting:
+            firsts = {c.runner_id: i for i, c in reversed(waiting.items())}
+            turn = {i: waiting.pop(i) for i in sorted(firsts.values())}
+            rows = await self._claim_runs(capabilities, list(turn.values()))
+            answers.update(zip(turn, rows, strict=True))
+        return [answers[i] for i in range(len(claimants))]
+
+    async def _claim_runs(
+        self, capabilities: Capabilities, claimants: list[Claimant]
+    ) -> list[asyncpg.Record]:
+        for _ in range(RACES_MAX):
+            try:
+                rows = await run_queue.claim(
+                    self._pool,
+                    claimants,
+                    vram_gb=capabilities.vram_gb,
+                    quantizations=capabilities.quantizations,
+                    ttl=timedelta(seconds=self._settings.lease_ttl_s),
+                    max_leases=self._settings.max_leases,
+                    max_runtime_s=self._settings.max_runtime_s,
+                )
+            except asyncpg.UniqueViolationError:
+                continue
+            granted = [row for row in rows if row["queue_id"] is not None]
+            self._keys.put(
+                LeaseKey(row["queue_id"], row["lease_seq"], row["remaining"]) for row in granted
+            )
+            if granted or not rows[0]["contended"]:
+                return rows
+        raise Busy("Many claims race for the same runs: claim again.")
+
+    def _undelivered(self, row: asyncpg.Record) -> None:
+        if row["queue_id"] is not None:
+            task = asyncio.create_task(self.undo(row))
+            self._releases.add(task)
+            task.add_done_callback(self._releases.discard)
+
+    async def _refuse(self, claimant: Claimant, row: asyncpg.Record) -> None:
+        """Raise what stands between the claimant and a run; return when nothing does."""
+        if row["queue_id"] is not None:
+            if row["claim_digest"] != claimant.claim_digest:
+                raise Conflict("This Idempotency-Key was used with another body: draw a new one.")
+        elif not row["key_known"]:
+            raise KeyNotAllowed
+        elif not row["key_good"]:
+            raise KeyRevoked
+        elif row["paused"]:
+            raise RunnerPaused(row["pause_reason"])
+        elif not row["entitled"]:
+            held = await run_queue.held_by(self._pool, claimant.runner_id)
+            raise LeaseLimit([str(lease["run_id"]) for lease in held])
+
+    async def _park(self, rung: asyncio.Event, left: float) -> None:
+        """Wait for the bell, or the slow re-check that also finds deferred runs; `left` s at most.
+
+        No timer per deferred run: the re-check is due within seconds of it anyway.
+        """
+        recheck = self._settings.claim_recheck_s * random.uniform(0.8, 1.2)  # noqa: S311 (jitter)
+        try:
+            async with asyncio.timeout(min(left, recheck)):
+                await rung.wait()
+        except TimeoutError:
+            return
+
+
+def reasons(models: Sequence[asyncpg.Record], offer: Capabilities) -> list[Reason]:
+    """Sort the PENDING runs by what keeps a runner that offers `offer` from them."""
+    too_big = [m for m in models if m["need_gb"] > offer.vram_gb]
+    unsupported = [
+        m
+        for m in models
+        if m["need_gb"] <= offer.vram_gb and m["quantization"] not in offer.quantizations
+    ]
+    fitting = [
+        m
+        for m in models
+        if m["need_gb"] <= offer.vram_gb and m["quantization"] in offer.quantizations
+    ]
+    deferred = [m for m in fitting if m["deferred"]]
+    found = []
+    if not models:
+        found.append(Reason("queue_empty", 0, "No run is PENDING.", None))
+    if too_big:
+        nearest = min(too_big, key=lambda m: m["need_gb"])
+        detail = f"needs {nearest['need_gb']} GB, you offer {offer.vram_gb}"
+        found.append(Reason("vram", _runs(too_big), detail, _name(nearest)))
+    if unsupported:
+        names = sorted({m["quantization"] for m in unsupported})
+        detail = f"needs {' or '.join(names)}, you offer {', '.join(offer.quantizations)}"
+        found.append(Reason("quantization", _runs(unsupported), detail, _name(unsupported[0])))
+    if deferred:
+        nearest = min(deferred, key=lambda m: m["next_retry"])
+        detail = f"not before {nearest['next_retry']:%Y-%m-%dT%H:%M:%SZ}"
+        count = sum(m["deferred"] for m in deferred)
+        found.append(Reason("retry_after", count, detail, _name(nearest)))
+    return found
+
+
+def _runs(models: Sequence[asyncpg.Record]) -> int:
+    return sum(m["runs"] for m in models)
+
+
+def _name(model: asyncpg.Record) -> str:
+    return f"{model['model_name']} {model['quantization']}"

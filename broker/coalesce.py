@@ -1,0 +1,71 @@
+"""One call for all that wait together: items that arrive during a call share the next one."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+class Coalescer(Generic[Item, Answer]):
+    """Turn many `ask(item)` into few `serve(items)`, at most one of them in flight.
+
+    `serve` returns an answer per item, in order. When it raises, everybody who waited gets the
+    exception. An asker that is cancelled before the call takes off is left out of it; one that is
+    cancelled during the call has its answer given to `undelivered`, which must undo it.
+    """
+
+    def __init__(
+        self,
+        serve: Callable[[Sequence[Item]], Awaitable[Sequence[Answer]]],
+        *,
+        undelivered: Callable[[Answer], None] = lambda answer: None,
+        limit: int = 1000,
+    ) -> None:
+        self._serve = serve
+        self._undelivered = undelivered
+        self._limit = limit
+        self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
+        self._running: asyncio.Task[None] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits and nothing is in flight."""
+        return not self._waiting and self._running is None
+
+    async def ask(self, item: Item) -> Answer:
+        """Return the answer to `item`, from a call shared with those that wait beside it."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        if self._running is None:
+            self._running = asyncio.create_task(self._run())
+        return await future
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                batch = self._take()
+                if batch:
+                    await self._serve_batch(batch)
+        finally:
+            self._running = None
+
+    def _take(self) -> list[tuple[Item, "asyncio.Future[Answer]"]]:
+        batch = [(item, future) for item, future in self._waiting if not future.done()]
+        self._waiting = batch[self._limit :]
+        return batch[: self._limit]
+
+    async def _serve_batch(self, batch: list[tuple[Item, "asyncio.Future[Answer]"]]) -> None:
+        try:
+            answers = await self._serve([item for item, _ in batch])
+        except Exception as error:  # everybody who waited is told; the next batch is served
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for (_, future), answer in zip(batch, answers, strict=True):
+            if future.done():
+                self._undelivered(answer)
+            else:
+                future.set_result(answer)

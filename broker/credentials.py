@@ -1,0 +1,73 @@
+"""Who sends this request: a runner by its token, or an admin by theirs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import asyncpg
+
+from auth import admin_tokens
+from auth.errors import InvalidToken, ScopeRequired
+from auth.revocation import Revocations, Revoked
+from auth.tokens import RunnerClaims, Tokens
+from broker.errors import KeyRevoked
+from db import admin, runner_keys
+
+
+@dataclass(frozen=True, slots=True)
+class Admin:
+    """A verified admin: the name of the token, and what it may do."""
+
+    name: str
+    scopes: tuple[str, ...]
+
+    @property
+    def actor(self) -> str:
+        """How the audit trail names them."""
+        return f"admin:{self.name}"
+
+
+class PostgresAuthority:
+    """What `auth/revocation.py` asks when Redis cannot answer."""
+
+    def __init__(self, pool: asyncpg.Pool, token_ttl: timedelta) -> None:
+        self._pool = pool
+        self._token_ttl = token_ttl
+
+    async def is_revoked(self, claims: RunnerClaims) -> bool:
+        """Return whether the key is not good (any more), or the token is revoked."""
+        found = await runner_keys.revoked_among(self._pool, [claims.fingerprint], [claims.jti])
+        return bool(found)
+
+    async def all_revocations(self) -> Sequence[Revoked]:
+        """Return every revocation that a living token could meet."""
+        rows = await runner_keys.all_revocations(self._pool, self._token_ttl)
+        return [Revoked(row["fingerprint"], row["jti"], row["remaining"]) for row in rows]
+
+
+class Credentials:
+    """Turns a bearer token into somebody."""
+
+    def __init__(self, pool: asyncpg.Pool, tokens: Tokens, revocations: Revocations) -> None:
+        self._pool = pool
+        self._tokens = tokens
+        self._revocations = revocations
+
+    async def runner(self, token: str) -> RunnerClaims:
+        """Return the runner of a token. Raises InvalidToken, TokenExpired or KeyRevoked."""
+        claims = self._tokens.read(token)
+        if await self._revocations.is_revoked(claims):
+            key = await runner_keys.find(self._pool, claims.fingerprint)
+            if key is None or key["revoked_at"] is not None:
+                raise KeyRevoked
+            raise InvalidToken("The token has been revoked: register again.")
+        return claims
+
+    async def admin(self, token: str, scope: str) -> Admin:
+        """Return the admin of a token. Raises InvalidToken, or ScopeRequired without `scope`."""
+        row = await admin.find_token(self._pool, admin_tokens.digest(token))
+        if row is None:
+            raise InvalidToken("This admin token is unknown, expired or revoked.")
+        if scope not in row["scopes"]:
+            raise ScopeRequired(f"The token lacks the scope {scope}, which this address needs.")
+        return Admin(row["name"], tuple(row["scopes"]))

@@ -1,0 +1,127 @@
+"""Schemas: JSON Schema documents of `broker/schemas/`, and what a document violates of them.
+
+The schemas are checked by the reference implementation (jsonschema) when they are loaded, and
+applied by jsonschema-rs. Its `iter_errors` finds all errors before it yields the first (600,000
+of them: 10 s and 1.5 GB), so arrays are taken out of a schema and validated item by item here.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import jsonschema_rs
+
+from broker import strict_json
+from broker.errors import BrokerError, Violation
+from broker.strict_json import MAX_VIOLATIONS, pointer, quote
+
+MAX_DETAIL = 200
+FOLDER = Path(__file__).parent / "schemas"
+
+Place = tuple[str | int, ...]
+
+
+@cache
+def load_schema(name: str) -> "Schema":
+    """The schema in broker/schemas/<name>.json; raises jsonschema.SchemaError if it is not one."""
+    return Schema(json.loads((FOLDER / f"{name}.json").read_text("utf-8")))
+
+
+class Schema:
+    """A compiled schema, shared by all threads. Formats are asserted; arrays do not recurse."""
+
+    def __init__(self, definition: dict[str, Any]) -> None:
+        jsonschema.Draft202012Validator.check_schema(definition)
+        self.definition = definition
+        self._root = _Node(definition, definition.get("$defs", {}))
+
+    def read(self, text: bytes, refusal: type[BrokerError]) -> Any:
+        """The value of a JSON text that fits.
+
+        Raises InvalidJson or DuplicateKey for the text, `refusal` with violations for the values.
+        """
+        document = strict_json.parse(text)
+        violations = strict_json.check_text(document) if strict_json.suspicious(text) else ()
+        violations = violations or self.violations(document)
+        if violations:
+            raise refusal(violations=violations)
+        return document
+
+    def violations(self, document: Any) -> tuple[Violation, ...]:
+        """What is wrong with a parsed document, the first 50; empty when it fits.
+
+        The details are at most 200 characters and never hold the document's values.
+        """
+        try:
+            return tuple(islice(self._root.violations(document, ()), MAX_VIOLATIONS))
+        except UnicodeEncodeError:  # jsonschema-rs cannot read lone surrogates
+            return strict_json.check_text(document)
+
+
+class _Node:
+    """A schema without its arrays' items, and a node for the items of each array."""
+
+    def __init__(self, schema: dict[str, Any], defs: dict[str, Any]) -> None:
+        self._defs = defs
+        self._arrays: list[tuple[tuple[str, ...], _Node]] = []
+        self._validator = jsonschema_rs.Draft202012Validator(
+            {**self._without_items(schema, ()), "$defs": defs},
+            validate_formats=True,
+            ignore_unknown_formats=False,
+            mask="the value",
+            offline=True,
+        )
+
+    def violations(self, document: Any, place: Place) -> Iterator[Violation]:
+        if not self._validator.is_valid(document):
+            for error in self._validator.iter_errors(document):
+                yield from _told(error, place)
+        for members, node in self._arrays:
+            items = _reach(document, members)
+            for index, item in enumerate(items if isinstance(items, list) else ()):
+                yield from node.violations(item, (*place, *members, index))
+
+    def _without_items(self, schema: Any, members: tuple[str, ...]) -> Any:
+        """The schema to compile; on the way, each array's items become a node."""
+        if not isinstance(schema, dict):
+            return schema
+        shell = dict(schema)
+        if isinstance(schema.get("items"), dict) and "prefixItems" not in schema:
+            self._arrays.append((members, _Node(self._resolve(shell.pop("items")), self._defs)))
+        if "properties" in schema:
+            shell["properties"] = {
+                name: self._without_items(child, (*members, name))
+                for name, child in schema["properties"].items()
+            }
+        return shell
+
+    def _resolve(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """One step, and only for a bare reference: enough to see the arrays behind it."""
+        target = schema.get("$ref", "")
+        if target.startswith("#/$defs/") and len(schema) == 1:
+            return self._defs[target.removeprefix("#/$defs/")]
+        return schema
+
+
+def _reach(document: Any, members: tuple[str, ...]) -> Any:
+    for name in members:
+        document = document.get(name) if isinstance(document, dict) else None
+    return document
+
+
+def _told(error: jsonschema_rs.ValidationError, place: Place) -> Iterator[Violation]:
+    """Unknown members are named one by one; all else is told in the library's masked words."""
+    here = (*place, *error.instance_path)
+    if isinstance(error.kind, jsonschema_rs.ValidationErrorKind.AdditionalProperties):
+        for name in error.kind.unexpected:
+            yield Violation(pointer((*here, name)), f"{quote(name)} is not a known member")
+    else:
+        yield Violation(pointer(here), _short(error.message))
+
+
+def _short(message: str) -> str:
+    return message if len(message) <= MAX_DETAIL else message[: MAX_DETAIL - 1] + "…"

@@ -1,0 +1,81 @@
+"""Release and fail: a runner gives a lease back before its time.
+
+Each is one guarded statement. A request that is sent again finds its lease ended, and is answered
+from the ledger with what the first one was told.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import asyncpg
+
+from broker.diagnosis import refuse_lease
+from broker.errors import InvalidRequest, Violation
+from broker.lease_keys import LeaseKey, LeaseKeys
+from config.settings import Settings
+from db import attempts, run_queue
+from db.run_queue import LeaseGuard
+
+FAILURE_CODES = ("timeout", "infra_error", "load_failure", "oom", "unknown")
+# What a model does is a result of the run, not a failure of it.
+RESULT_CODES = ("refusal", "malformed_output", "capability_gap")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt failed, and how long the runner thinks the run should wait."""
+
+    code: str
+    detail: str
+    retry_after_s: int
+
+
+class Handbacks:
+    """Ends leases for the runners that hold them."""
+
+    def __init__(self, pool: asyncpg.Pool, settings: Settings, keys: LeaseKeys) -> None:
+        self._pool = pool
+        self._settings = settings
+        self._keys = keys
+
+    async def release(self, guard: LeaseGuard, reason: str) -> dict[str, Any]:
+        """Hand a lease back without burning an attempt; return {status}.
+
+        Raises LeaseLost, RunFinished, KeyRevoked or NotFound.
+        """
+        row = await run_queue.release(self._pool, guard, reason)
+        if row is None:
+            return await self._answered(guard, ("released", "cancelled"))
+        self._keys.drop([LeaseKey(row["queue_id"], row["lease_seq"])])
+        return {"status": row["status"]}
+
+    async def fail(self, guard: LeaseGuard, failure: Failure) -> dict[str, Any]:
+        """End a lease by a failure; return {status, attempt_count, retry_after}.
+
+        Raises InvalidRequest for codes that belong into a result, LeaseLost, RunFinished,
+        KeyRevoked or NotFound.
+        """
+        if failure.code in RESULT_CODES:
+            detail = f"{failure.code} is a result of the model: submit it in result.json"
+            raise InvalidRequest(detail + ".", (Violation("/failure_code", detail),))
+        row = await run_queue.fail(
+            self._pool,
+            guard,
+            failure_code=failure.code,
+            detail=failure.detail,
+            backoff_s=self._settings.retry_backoff_s,
+            retry_after_s=failure.retry_after_s,
+        )
+        if row is None:
+            return await self._answered(guard, ("failed", "cancelled"))
+        self._keys.drop([LeaseKey(row["queue_id"], row["lease_seq"])])
+        return {name: row[name] for name in ("status", "attempt_count", "retry_after")}
+
+    async def _answered(self, guard: LeaseGuard, hows: tuple[str, ...]) -> dict[str, Any]:
+        """Return what the lease's end was answered the first time; raise if it ended otherwise."""
+        ended = await attempts.ended_lease(
+            self._pool, guard.run_id, guard.lease_id, guard.runner_id
+        )
+        if ended is None or ended["how"] not in hows or ended["outcome"] is None:
+            await refuse_lease(self._pool, guard)
+        return ended["outcome"]

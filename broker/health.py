@@ -1,0 +1,71 @@
+"""Is this process fit to serve? Postgres and its migrations decide; Redis only degrades."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import asyncpg
+import redis.asyncio
+
+from auth.signers import BundleVerifier
+from broker.expiry import ExpiryListener
+from db.pool import describe, missing_migration
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether to send requests here, and what each part says."""
+
+    ready: bool
+    checks: dict[str, Any]
+
+
+class Health:
+    """Looks at what the process stands on."""
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        lease_client: redis.asyncio.Redis,
+        listener: ExpiryListener,
+        verifier: BundleVerifier,
+        newest_migration: str,
+    ) -> None:
+        self._pool = pool
+        self._lease_client = lease_client
+        self._listener = listener
+        self._verifier = verifier
+        self._newest = newest_migration
+        self._draining = False
+
+    def drain(self) -> None:
+        """From now on this process is not ready: the balancer should look elsewhere."""
+        self._draining = True
+
+    async def readiness(self) -> Readiness:
+        """Return what /readyz answers."""
+        database = await self._database()
+        checks = {
+            "postgres": database,
+            "redis": await self._redis(),
+            "listener": "ok" if self._listener.healthy.is_set() else "degraded",
+            "trust_root": "ok",
+            "trust_root_age_s": round(self._verifier.trusted_root_age_s(datetime.now(UTC))),
+            "draining": self._draining,
+        }
+        return Readiness(database == "ok" and not self._draining, checks)
+
+    async def _database(self) -> str:
+        try:
+            if await missing_migration(self._pool, self._newest):
+                return f"migration {self._newest} is missing: run `bakeoff-queue db migrate`"
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            return f"unreachable: {describe(error)}"
+        return "ok"
+
+    async def _redis(self) -> str:
+        try:
+            await self._lease_client.ping()
+        except (redis.RedisError, OSError) as error:
+            return f"degraded: {describe(error)}"
+        return "ok"

@@ -1,0 +1,65 @@
+"""Heartbeats: a runner keeps its lease, and hears what to do with it.
+
+The way of a heartbeat: those that wait together renew their leases in one guarded statement; then,
+behind the answer, their TTL keys in Redis live on. No row back means the guard did not fit: one
+look tells which part.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import asyncpg
+
+from broker.coalesce import Coalescer
+from broker.diagnosis import refuse_lease
+from broker.lease_keys import LeaseKey, LeaseKeys
+from config.settings import Settings
+from db import run_queue
+from db.run_queue import Beat, LeaseGuard
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """A lease that lives on: until when, and what its runner is to do."""
+
+    lease_expires_at: datetime
+    directive: str
+    reason: str | None
+    grace_s: int | None
+
+
+class Heartbeats:
+    """Renews leases."""
+
+    def __init__(self, pool: asyncpg.Pool, settings: Settings, keys: LeaseKeys) -> None:
+        self._pool = pool
+        self._settings = settings
+        self._keys = keys
+        self._desk: Coalescer[Beat, asyncpg.Record | None] = Coalescer(self._serve)
+
+    async def beat(self, beat: Beat) -> Renewal:
+        """Renew a lease. Raises LeaseLost, RunFinished, KeyRevoked or NotFound."""
+        row = await self._desk.ask(beat)
+        if row is None:
+            guard = LeaseGuard(beat.run_id, beat.lease_id, beat.runner_id, beat.fingerprint)
+            await refuse_lease(self._pool, guard)
+        if row["cancel_requested"]:
+            grace_s = max(0, int(row["remaining"].total_seconds()))
+            return Renewal(row["lease_expires_at"], "cancel", row["cancel_reason"], grace_s)
+        return Renewal(row["lease_expires_at"], "continue", None, None)
+
+    async def _serve(self, beats: Sequence[Beat]) -> list[asyncpg.Record | None]:
+        # The same lease beaten twice in one batch: UPDATE ... FROM would renew it once and return
+        # one row, so the second sender would be told that its lease is lost.
+        by_lease = {(b.run_id, b.lease_id, b.runner_id, b.fingerprint): b for b in beats}
+        rows = await run_queue.beat(
+            self._pool,
+            list(by_lease.values()),
+            ttl=timedelta(seconds=self._settings.lease_ttl_s),
+            max_runtime_s=self._settings.max_runtime_s,
+        )
+        self._keys.put(LeaseKey(r["queue_id"], r["lease_seq"], r["remaining"]) for r in rows)
+        places = {row["place"]: row for row in rows}
+        found = {key: places.get(place) for place, key in enumerate(by_lease, start=1)}
+        return [found[(b.run_id, b.lease_id, b.runner_id, b.fingerprint)] for b in beats]

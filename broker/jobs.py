@@ -1,0 +1,69 @@
+"""The job of a run: what was handed out, and the cells a result of it may fill."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+from broker.errors import InvalidRequest, Violation
+
+MAX_CELLS = 100_000  # as many records as schemas/result.json allows
+FLOOR = "floor"  # upstream's prompt_id of every floor cell
+MAIN_TIER = "main"
+FLOOR_TIER = "dumb_model"
+
+
+class Cell(NamedTuple):
+    """One answer to be given: a task under a prompt; `tier` is main or dumb_model."""
+
+    task_id: str
+    prompt_id: str
+    tier: str
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run's payload; `model_ref` is the id its records carry as model_id."""
+
+    run_id: str
+    model_ref: str
+    tasks: tuple[dict[str, Any], ...]
+    floor_tasks: tuple[dict[str, Any], ...]
+    prompts: tuple[dict[str, Any], ...]
+    config: dict[str, Any]
+    config_hash: str | None
+
+    @classmethod
+    def from_payload(cls, run_id: str, payload: dict[str, Any]) -> Self:
+        """The job as stored in run_queue.job.
+
+        Raises InvalidRequest for more cells than a result can hold records: enqueue a job
+        through here, and no runner computes what could never be submitted.
+        """
+        job = cls(
+            run_id=run_id,
+            model_ref=payload["config"]["models"][0]["id"],
+            tasks=tuple(payload["tasks"]),
+            floor_tasks=tuple(payload.get("floor_tasks") or ()),
+            prompts=tuple(payload["prompts"]),
+            config=payload["config"],
+            config_hash=payload.get("config_hash"),
+        )
+        if len(job.tasks) * len(job.prompts) + len(job.floor_tasks) > MAX_CELLS:
+            raise InvalidRequest(
+                violations=(Violation("/tasks", f"a run has at most {MAX_CELLS} cells"),)
+            )
+        return job
+
+    def cells(self) -> Iterator[Cell]:
+        """Every cell a complete result fills, in the job's order."""
+        for task in self.tasks:
+            for prompt in self.prompts:
+                yield Cell(task["id"], prompt["id"], MAIN_TIER)
+        for task in self.floor_tasks:
+            yield Cell(task["id"], FLOOR, FLOOR_TIER)
+
+    def scorers(self) -> dict[tuple[str, str], str]:
+        """The scorer of each (task_id, tier): the job's, not what the result says of it."""
+        return {(task["id"], MAIN_TIER): task["scorer"] for task in self.tasks} | {
+            (task["id"], FLOOR_TIER): task["scorer"] for task in self.floor_tasks
+        }

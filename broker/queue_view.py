@@ -1,0 +1,182 @@
+"""The queue as admins and runners see it, and the cancel of a run."""
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from auth.tokens import RunnerClaims
+from broker.credentials import Admin
+from broker.diagnosis import FINISHED
+from broker.errors import InvalidRequest, NotFound, RunFinished, Violation
+from db import admin, attempts, run_queue, submissions
+
+STATUSES = ("PENDING", "CLAIMED", "IN_PROGRESS", "COMPLETE", "FAILED", "CANCELLED")
+PAGE_MAX = 1000
+# What a run's page shows of its row; lease_id stays inside, and the job has a place of its own.
+_ROW = (
+    "run_id", "queue_id", "status", "priority", "attempt_count", "max_attempts", "claimed_by",
+    "claimed_at", "started_at", "completed_at", "created_at", "retry_after", "error_detail",
+    "batch_id", "progress", "cancel_requested_at", "cancel_reason", "lease_seq",
+    "lease_expires_at", "last_heartbeat", "result_sha256", "config_hash", "max_runtime_s",
+    "quantization", "need_gb",
+)  # fmt: skip
+_LISTED = (
+    "run_id", "queue_id", "status", "priority", "attempt_count", "max_attempts", "claimed_by",
+    "claimed_at", "created_at", "completed_at", "retry_after", "error_detail", "batch_id",
+    "progress", "cancel_requested_at", "lease_expires_at", "quantization", "need_gb",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some runs, and where the next ones begin."""
+
+    runs: list[dict[str, Any]]
+    next_cursor: str | None
+
+
+class QueueView:
+    """Reads the queue, and cancels runs."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+
+    async def page(self, status: str | None, cursor: str | None, limit: int) -> Page:
+        """Return `limit` runs after `cursor`, oldest first. Raises InvalidRequest."""
+        if status is not None and status not in STATUSES:
+            raise _bad("/status", f"must be one of {', '.join(STATUSES)}")
+        if not 1 <= limit <= PAGE_MAX:
+            raise _bad("/limit", f"must be between 1 and {PAGE_MAX}")
+        after = _read_cursor(cursor) if cursor else None
+        rows = await run_queue.list_page(self._pool, status=status, after=after, limit=limit + 1)
+        shown, more = rows[:limit], len(rows) > limit
+        return Page(
+            [{**_pick(row, _LISTED), "model": row["model_name"]} for row in shown],
+            _write_cursor(shown[-1]) if more else None,
+        )
+
+    async def run(self, run_id: UUID) -> dict[str, Any]:
+        """Return a run with its job, its ledger and its receipt. Raises NotFound."""
+        row = await self._find(run_id)
+        submission = await submissions.find(self._pool, run_id)
+        return {
+            **_pick(row, _ROW),
+            "model": row["model_name"],
+            "job": row["job"],
+            "attempts": ledger(await attempts.of_run(self._pool, run_id)),
+            "receipt": receipt(submission) if submission else None,
+        }
+
+    async def own_run(self, claims: RunnerClaims, run_id: UUID) -> dict[str, Any]:
+        """Return a run as the runner that works, or worked, on it sees it. Raises NotFound.
+
+        A lease_id is shown to its holder only. A run that was never this runner's is not found.
+        """
+        row = await self._find(run_id)
+        mine = [
+            attempt
+            for attempt in await attempts.of_run(self._pool, run_id)
+            if attempt["runner_id"] == claims.runner_id
+        ]
+        if not mine:
+            raise NotFound(f"There is no run {run_id} of yours.")
+        holds = row["claimed_by"] == claims.runner_id and row["lease_expires_at"] is not None
+        lease = {
+            "lease_id": row["lease_id"],
+            "lease_expires_at": row["lease_expires_at"],
+            "attempt": row["lease_seq"],
+        }
+        submission = await submissions.find(self._pool, run_id)
+        own = submission is not None and submission["runner_id"] == claims.runner_id
+        return {
+            "run_id": run_id,
+            "status": row["status"],
+            "lease": lease if holds else None,
+            "attempts": ledger(mine),
+            "receipt": receipt(submission) if submission and own else None,
+        }
+
+    async def cancel(self, by: Admin, run_id: UUID, reason: str) -> str:
+        """Cancel a run, or ask its runner to stop; return its state. Raises NotFound, RunFinished.
+
+        Cancelling again changes nothing.
+        """
+        async with self._pool.acquire() as connection, connection.transaction():
+            status = await run_queue.cancel(connection, run_id, reason)
+            if status is not None:
+                await admin.audit(
+                    connection, by.actor, "queue.cancel", run_id=run_id, reason=reason
+                )
+                return status
+        row = await self._find(run_id)
+        if row["status"] == "CANCELLED":
+            return "CANCELLED"
+        if row["status"] in FINISHED:
+            raise RunFinished(f"The run is {row['status']} already.")
+        # It changed hands between the two statements: once more, from where it is now.
+        return await self.cancel(by, run_id, reason)
+
+    async def _find(self, run_id: UUID) -> asyncpg.Record:
+        row = await run_queue.find(self._pool, run_id)
+        if row is None:
+            raise NotFound(f"There is no run {run_id} in the queue.")
+        return row
+
+
+def ledger(rows: Sequence[asyncpg.Record]) -> list[dict[str, Any]]:
+    """Return a run's attempts as they are shown."""
+    return [{"attempt": row["lease_seq"], **_without(row, "lease_seq")} for row in rows]
+
+
+def receipt(row: asyncpg.Record) -> dict[str, Any]:
+    """Return what a submit answers, from the submission's row."""
+    return {
+        "run_id": row["run_id"],
+        "receipt_id": row["receipt_id"],
+        "result_sha256": row["result_sha256"],
+        "accepted_at": row["accepted_at"],
+        "signer": {
+            "identity": row["signer_identity"],
+            "issuer": row["signer_issuer"],
+            "log_index": row["log_index"],
+        },
+        "rows": {
+            "model_metrics": row["model_metrics"],
+            "hardware_metrics": row["hardware_metrics"],
+        },
+    }
+
+
+def _pick(row: asyncpg.Record, names: Sequence[str]) -> dict[str, Any]:
+    return {name: row[name] for name in names}
+
+
+def _without(row: asyncpg.Record, name: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != name}
+
+
+def _write_cursor(row: asyncpg.Record) -> str:
+    microseconds = int(row["created_at"].timestamp() * 1_000_000)
+    return base64.urlsafe_b64encode(f"{microseconds}:{row['run_id']}".encode()).decode()
+
+
+def _read_cursor(cursor: str) -> tuple[datetime, UUID]:
+    try:
+        text = base64.b64decode(cursor.encode("ascii"), altchars=b"-_", validate=True).decode()
+        microseconds, _, run_id = text.partition(":")
+        seconds, rest = divmod(int(microseconds), 1_000_000)
+        return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest), UUID(run_id)
+    except (ValueError, OverflowError, OSError, binascii.Error):
+        raise _bad(
+            "/cursor", "is not a cursor this queue gave: start from the first page"
+        ) from None
+
+
+def _bad(at: str, detail: str) -> InvalidRequest:
+    return InvalidRequest(f"{at.strip('/')} {detail}.", (Violation(at, detail),))

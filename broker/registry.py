@@ -1,0 +1,246 @@
+"""Runners sign on and off; admins decide whose keys may.
+
+The way of a registration: key on the allowlist, signature, audience, clock; then one transaction
+records the nonce and the runner. The same request again gets the same answer: its token is made
+again from what the nonce's row remembers.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+
+from auth.errors import BadSignature, InvalidKey
+from auth.keys import RunnerKey, digest_of
+from auth.revocation import Revocations, Revoked
+from auth.tokens import RunnerClaims, Tokens
+from broker.claims import Capabilities
+from broker.errors import (
+    ClockSkew,
+    InvalidRequest,
+    KeyNotAllowed,
+    KeyRevoked,
+    NonceReused,
+    UnknownQuantization,
+    Violation,
+)
+from broker.times import parse_time
+from config.settings import Settings
+from db import models, run_queue, runner_keys, runners
+from db.pool import Executor
+
+REMEMBERED_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SignOn:
+    """A registration that was accepted."""
+
+    created: bool
+    runner_id: str
+    access_token: str
+    capabilities: dict[str, Any]
+    max_leases: int
+    held: list[asyncpg.Record]
+
+
+class Registry:
+    """Signs runners on and off."""
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        settings: Settings,
+        tokens: Tokens,
+        revocations: Revocations,
+    ) -> None:
+        self._pool = pool
+        self._settings = settings
+        self._tokens = tokens
+        self._revocations = revocations
+        self._standings: dict[str, tuple[float, asyncpg.Record]] = {}
+        self._quantizations: tuple[str, ...] = ()
+
+    async def register(self, registration: dict[str, Any], sig: dict[str, str]) -> SignOn:
+        """Sign a runner on.
+
+        Raises InvalidRequest (the key), KeyNotAllowed, KeyRevoked, BadSignature, WrongAudience,
+        ClockSkew, UnknownQuantization or NonceReused, in this order.
+        """
+        key = parse_key(registration["public_key"], "/registration/public_key")
+        quantizations = await self.known_quantizations()
+        async with self._pool.acquire() as connection, connection.transaction():
+            # Locked, like a claim: a revocation that runs beside us is waited for, and seen.
+            allowed = check_allowed(await runner_keys.find_for_share(connection, key.fingerprint))
+            # Possession is proved before anything else is told: public keys are public.
+            key.verify(registration, sig["sha256"], sig["signature"])
+            if registration["audience"] != self._settings.public_url:
+                raise BadSignature(
+                    f"It was signed for another server: sign it for {self._settings.public_url}."
+                )
+            signed_at = parse_time(registration["signed_at"], "/registration/signed_at")
+            self._check_clock(signed_at)
+            check_quantizations(registration["capabilities"], quantizations, "/registration")
+            nonce = await self._record(connection, registration, allowed["runner_id"], key)
+        return await self._sign_on(registration, allowed, nonce)
+
+    async def me(self, claims: RunnerClaims) -> dict[str, Any]:
+        """Return what we know of a runner: its standing, its leases, whether it is paused."""
+        standing = await self._standing(claims.fingerprint)
+        return {
+            "runner_id": claims.runner_id,
+            "key_fingerprint": claims.fingerprint,
+            "capabilities": capped(standing["capabilities"], standing["capability_caps"]),
+            "max_leases": standing["max_leases"] or self._settings.max_leases,
+            "paused": standing["paused_at"] is not None,
+            "pause_reason": standing["pause_reason"],
+            "held_leases": await run_queue.held_by(self._pool, claims.runner_id),
+        }
+
+    async def capabilities(
+        self, claims: RunnerClaims, declared: Mapping[str, Any] | None
+    ) -> Capabilities:
+        """Return what a runner may be given: what it declares now, or declared when it registered.
+
+        An admin's cap wins over either. Raises UnknownQuantization.
+        """
+        standing = await self._standing(claims.fingerprint)
+        if declared is None:
+            declared = standing["capabilities"]
+        else:
+            check_quantizations(declared, await self.known_quantizations(), "")
+        effective = capped(declared, standing["capability_caps"])
+        return Capabilities(int(effective["vram_gb"]), tuple(sorted(effective["quantizations"])))
+
+    async def sign_off(self, claims: RunnerClaims) -> list[asyncpg.Record]:
+        """Revoke the token and return the leases that are still to be released."""
+        held = await run_queue.held_by(self._pool, claims.runner_id)
+        await runner_keys.revoke_token(self._pool, claims.jti, claims.expires_at)
+        await runners.sign_off(self._pool, claims.runner_id)
+        remaining = claims.expires_at - datetime.now(UTC)
+        await self._revocations.write([Revoked(None, claims.jti, remaining)])
+        return held
+
+    async def known_quantizations(self) -> tuple[str, ...]:
+        """Return the quantizations of upstream's table, read once per process."""
+        if not self._quantizations:
+            self._quantizations = tuple((await models.lookups(self._pool))["quantization"])
+        return self._quantizations
+
+    async def _standing(self, fingerprint: str) -> asyncpg.Record:
+        """Return a runner's row beside its key's, remembered for a second: claims come often."""
+        remembered = self._standings.get(fingerprint)
+        if remembered is not None and time.monotonic() - remembered[0] < REMEMBERED_S:
+            return remembered[1]
+        standing = await runners.standing(self._pool, fingerprint)
+        if standing is None:
+            raise KeyNotAllowed("This runner key has never registered here: register first.")
+        self._standings[fingerprint] = (time.monotonic(), standing)
+        return standing
+
+    def _check_clock(self, signed_at: datetime) -> None:
+        skew_s = (signed_at - datetime.now(UTC)).total_seconds()
+        if abs(skew_s) > self._settings.clock_skew_s:
+            raise ClockSkew(skew_s)
+
+    async def _record(
+        self,
+        connection: Executor,
+        registration: dict[str, Any],
+        runner_id: str,
+        key: RunnerKey,
+    ) -> runners.Nonce:
+        """Write the nonce and the runner; return the nonce's row, the earlier one on a replay."""
+        nonce = runners.Nonce(
+            key.fingerprint,
+            registration["nonce"],
+            digest_of(registration),
+            uuid4(),
+            datetime.now(UTC).replace(microsecond=0),
+            datetime.now(UTC) + timedelta(seconds=2 * self._settings.clock_skew_s),
+            created=await runners.find(connection, runner_id) is None,
+        )
+        if await runners.remember_nonce(connection, nonce):
+            await runners.upsert(connection, _signed_on(registration, runner_id, key))
+            self._standings.pop(key.fingerprint, None)
+            return nonce
+        seen = await runners.find_nonce(connection, key.fingerprint, nonce.nonce)
+        if seen is None or seen.request_sha256 != nonce.request_sha256:
+            raise NonceReused
+        return seen
+
+    async def _sign_on(
+        self, registration: dict[str, Any], allowed: asyncpg.Record, nonce: runners.Nonce
+    ) -> SignOn:
+        runner_id = allowed["runner_id"]
+        return SignOn(
+            nonce.created,
+            runner_id,
+            self._tokens.mint(runner_id, nonce.fingerprint, nonce.jti, nonce.issued_at),
+            capped(registration["capabilities"], allowed["capability_caps"]),
+            allowed["max_leases"] or self._settings.max_leases,
+            await run_queue.held_by(self._pool, runner_id),
+        )
+
+
+def check_allowed(key: asyncpg.Record | None) -> asyncpg.Record:
+    """Return the allowlist's row; raise KeyNotAllowed or KeyRevoked unless it is good now."""
+    if key is None:
+        raise KeyNotAllowed
+    not_after = key["not_after"]
+    if key["revoked_at"] is not None or (not_after is not None and not_after <= datetime.now(UTC)):
+        raise KeyRevoked
+    return key
+
+
+def check_quantizations(capabilities: Mapping[str, Any], known: Sequence[str], at: str) -> None:
+    """Raise UnknownQuantization, with the known ones, if a runner declares others."""
+    unknown = tuple(
+        Violation(f"{at}/capabilities/quantizations/{i}", "is not a quantization we know")
+        for i, name in enumerate(capabilities["quantizations"])
+        if name not in known
+    )
+    if unknown:
+        raise UnknownQuantization(f"Known quantizations: {', '.join(known)}.", unknown)
+
+
+def capped(declared: Mapping[str, Any], caps: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the capabilities in effect: an admin's cap wins over a declared value."""
+    effective = dict(declared)
+    if caps and "vram_gb" in caps:
+        effective["vram_gb"] = min(effective["vram_gb"], caps["vram_gb"])
+    if caps and "quantizations" in caps:
+        kept = [name for name in effective["quantizations"] if name in caps["quantizations"]]
+        effective["quantizations"] = kept
+    return effective
+
+
+def parse_key(text: str, at: str) -> RunnerKey:
+    """Read a public key of a request body; InvalidRequest points to where it stood."""
+    try:
+        return RunnerKey.parse(text)
+    except InvalidKey as error:
+        raise InvalidRequest(str(error), (Violation(at, str(error)),)) from None
+
+
+def _signed_on(registration: dict[str, Any], runner_id: str, key: RunnerKey) -> runners.SignedOn:
+    return runners.SignedOn(
+        runner_id=runner_id,
+        public_key=key.text,
+        hostname=registration["hostname"],
+        process_id=_int(registration.get("process_id")),
+        effective_user=registration.get("effective_user"),
+        instance_id=UUID(registration["instance_id"]),
+        capabilities=registration["capabilities"],
+        version=registration.get("version"),
+        fingerprint=key.fingerprint,
+    )
+
+
+def _int(value: float | None) -> int | None:
+    # JSON Schema counts 4711.0 as an integer; the database driver does not.
+    return None if value is None else int(value)

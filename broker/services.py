@@ -1,0 +1,34 @@
+"""Everything a request may need, opened once in `server.open_services` and handed down."""
+
+from dataclasses import dataclass
+
+from broker.allowlist import Allowlist
+from broker.claims import Claims
+from broker.credentials import Credentials
+from broker.enqueue import Enqueue
+from broker.handbacks import Handbacks
+from broker.health import Health
+from broker.heartbeats import Heartbeats
+from broker.in_flight import InFlight
+from broker.queue_view import QueueView
+from broker.registry import Registry
+from broker.submissions import Submissions
+from config.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The verbs of the broker, as the handlers are given them."""
+
+    settings: Settings
+    credentials: Credentials
+    registry: Registry
+    claims: Claims
+    heartbeats: Heartbeats
+    handbacks: Handbacks
+    submissions: Submissions
+    allowlist: Allowlist
+    enqueue: Enqueue
+    queue: QueueView
+    health: Health
+    in_flight: InFlight

@@ -1,0 +1,21 @@
+"""Times in request bodies: RFC 3339, always with an offset."""
+
+from datetime import UTC, datetime
+
+from broker.errors import InvalidRequest, Violation
+
+
+def parse_time(text: str, at: str) -> datetime:
+    """Return the instant in UTC. Raises InvalidRequest that points to `at`.
+
+    The schema has checked the form; what is left is what the form allows and no clock shows, such
+    as a leap second or the year 0000.
+    """
+    try:
+        moment = datetime.fromisoformat(text)
+        if moment.tzinfo is None:
+            raise ValueError("no offset")
+        return moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        detail = "is not an RFC 3339 time we can store, such as 2026-01-31T12:00:00Z"
+        raise InvalidRequest(f"{at} {detail}.", (Violation(at, detail),)) from None

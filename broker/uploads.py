@@ -1,0 +1,102 @@
+"""A bundle on its way in: each part is capped, digested as it streams, and kept on disk.
+
+Nothing here trusts a name: files are stored under numbers, and what a part is called is looked at
+later. Never more than one copy of a file is in memory.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+from uuid import UUID
+
+from broker.bundles import CAPS
+from broker.errors import InvalidBundle, InvalidRequest, TooLarge, Violation
+
+LEASE_FIELD = "lease_id"
+LEASE_FIELD_MAX = 36
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A bundle that has arrived whole: the lease it is for, and its files."""
+
+    lease_id: UUID
+    digests: Mapping[str, str]
+    paths: Mapping[str, Path]
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a file."""
+        return self.paths[name].read_bytes()
+
+
+class Spool:
+    """Takes the parts of one upload; `close` removes what it stored."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="bakeoff-queue-upload-")
+        self._digests: dict[str, str] = {}
+        self._paths: dict[str, Path] = {}
+        self._lease: bytearray | None = None
+        self._name = ""
+        self._size = 0
+        self._hash = hashlib.sha256()
+        self._file: BinaryIO | None = None
+
+    def close(self) -> None:
+        """Forget the upload. Safe to call twice."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._folder.cleanup()
+
+    def begin(self, name: str) -> None:
+        """A part called `name` begins. Raises InvalidBundle for one unknown or sent twice."""
+        if name in self._digests or (name == LEASE_FIELD and self._lease is not None):
+            raise InvalidBundle(f"The part {name} is there twice.")
+        if name != LEASE_FIELD and name not in CAPS:
+            known = ", ".join([LEASE_FIELD, *CAPS])
+            raise InvalidBundle(f"A part has a name that no bundle has; known parts: {known}.")
+        self._name, self._size, self._hash = name, 0, hashlib.sha256()
+        if name == LEASE_FIELD:
+            self._lease = bytearray()
+        else:
+            path = Path(self._folder.name) / str(len(self._paths))
+            self._paths[name] = path
+            self._file = path.open("wb")
+
+    def write(self, chunk: bytes) -> None:
+        """A piece of the part. Raises TooLarge beyond the part's cap."""
+        self._size += len(chunk)
+        cap = LEASE_FIELD_MAX if self._file is None else CAPS[self._name]
+        if self._size > cap:
+            raise TooLarge(f"The part {self._name} is larger than {cap} bytes.")
+        if self._file is None:
+            assert self._lease is not None
+            self._lease += chunk
+        else:
+            self._hash.update(chunk)
+            self._file.write(chunk)
+
+    def end(self) -> None:
+        """The part is over."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            self._digests[self._name] = self._hash.hexdigest()
+
+    def finish(self) -> Upload:
+        """Return the whole upload. Raises InvalidRequest when the lease_id is not one."""
+        try:
+            text = (self._lease or b"").decode("ascii")
+            lease_id = UUID(text)
+            if str(lease_id) != text:
+                raise ValueError("not canonical")
+        except ValueError:
+            detail = "must be the claim's lease_id, a lower-case UUID"
+            raise InvalidRequest(
+                f"The field lease_id {detail}.", (Violation("/lease_id", detail),)
+            ) from None
+        return Upload(lease_id, dict(self._digests), dict(self._paths))

@@ -1,0 +1,46 @@
+"""Rings the claims' bell when Postgres says that a run became claimable, in any process."""
+
+import asyncio
+
+import asyncpg
+import structlog
+
+from broker.doorbell import Doorbell
+from db.pool import SESSION
+from db.run_queue import CHANNEL
+
+RETRY_S = 1.0
+
+log = structlog.get_logger()
+
+
+class Wakeup:
+    """One connection of its own that listens; it reconnects for ever.
+
+    The DSN must reach PostgreSQL itself: through PgBouncer in transaction mode LISTEN hears
+    nothing, and the claims' slow re-check is all that is left.
+    """
+
+    def __init__(self, dsn: str, bell: Doorbell) -> None:
+        self._dsn = dsn
+        self._bell = bell
+
+    async def run(self) -> None:
+        """Listen until cancelled."""
+        while True:
+            try:
+                await self._listen()
+            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+                log.warning("wakeup.lost", error=type(error).__name__)
+            await asyncio.sleep(RETRY_S)
+
+    async def _listen(self) -> None:
+        connection = await asyncpg.connect(self._dsn, server_settings=SESSION, timeout=5)
+        lost = asyncio.Event()
+        connection.add_termination_listener(lambda _: lost.set())
+        try:
+            await connection.add_listener(CHANNEL, lambda *_: self._bell.ring())
+            self._bell.ring()  # what was enqueued before we listened was not heard
+            await lost.wait()
+        finally:
+            await connection.close(timeout=2)

@@ -1,0 +1,108 @@
+"""What commands print: tables or JSON on stdout, one line per error or note on stderr.
+
+A command that cannot do its work raises `CommandFailed`; `cli/main.py` prints it and exits with
+its code. Text from files and servers is stripped of control characters, so that nothing but us
+moves the operator's cursor.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from enum import IntEnum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+MAX_DETAILS = 20  # lines under an error; more would push the error itself off the screen
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do it; without this, only say what it would do.")]
+
+
+class ExitCode(IntEnum):
+    """What the shell is told."""
+
+    OK = 0
+    FAILURE = 1
+    USAGE = 2
+    NOT_FOUND = 3
+    CONFLICT = 4
+    UNREACHABLE = 5
+
+
+class CommandFailed(Exception):
+    """An expected end of a command: one line that names the thing and the fix, and an exit code.
+
+    `details` are further lines, for errors that have several places (`errors[]` of a problem
+    document, each bad model of a file).
+    """
+
+    def __init__(
+        self, line: str, *, code: ExitCode = ExitCode.FAILURE, details: Sequence[str] = ()
+    ) -> None:
+        super().__init__(line)
+        self.line = line
+        self.code = code
+        self.details = tuple(details)
+
+
+def usage_error(line: str) -> CommandFailed:
+    """Return the failure for a command that was typed wrongly (exit 2)."""
+    return CommandFailed(line, code=ExitCode.USAGE)
+
+
+def print_failure(failure: CommandFailed) -> None:
+    """Print the error's line and, indented below it, the first of its details."""
+    note(f"error: {failure.line}")
+    for detail in failure.details[:MAX_DETAILS]:
+        note(f"  {one_line(detail)}")
+    if len(failure.details) > MAX_DETAILS:
+        note(f"  and {len(failure.details) - MAX_DETAILS} more")
+
+
+def note(text: str) -> None:
+    """Print a line for the person at the terminal, apart from the command's result."""
+    indent = text[: len(text) - len(text.lstrip(" "))]
+    print(indent + one_line(text), file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document. ASCII only: it survives any locale and no terminal acts on it."""
+    print(json.dumps(value, indent=2))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print rows under their headings; a missing value is `-`."""
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    _print(table)
+
+
+def print_members(members: Mapping[str, Any]) -> None:
+    """Print the members of one thing, a line each."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    for name, value in members.items():
+        table.add_row(Text(one_line(name), style="bold"), _cell(value))
+    _print(table)
+
+
+def one_line(text: str) -> str:
+    """Return `text` with line breaks and control characters replaced by spaces."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _cell(value: Any) -> Text:
+    if value is None or value in ("", [], {}):
+        return Text("-", style="dim")
+    text = value if isinstance(value, str) else json.dumps(value)
+    return Text(one_line(text))
+
+
+def _print(table: Table) -> None:
+    # As wide as it needs, on terminals too: rich would fold or cut off an id, and neither can be
+    # pasted into the next command.
+    Console(highlight=False, width=10_000).print(table)

@@ -1,0 +1,215 @@
+"""`bakeoff-queue queue`: enqueue runs, look at them, cancel them."""
+
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import StrEnum
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli.client import DEFAULT_URL, AdminClient, Token, Url, connect
+from cli.harness_config import Run, read_runs
+from cli.output import (
+    AsJson,
+    CommandFailed,
+    ExitCode,
+    Yes,
+    note,
+    print_json,
+    print_members,
+    print_table,
+    usage_error,
+)
+
+QUEUE = "/api/admin/queue"
+BATCH = 1000  # runs that one request may carry
+
+RunId = Annotated[uuid.UUID, typer.Argument(metavar="RUN_ID", show_default=False)]
+app = typer.Typer(help="Runs: enqueue, list, look at, cancel.", no_args_is_help=True)
+
+
+class Status(StrEnum):
+    """The states of a run, as upstream spells them."""
+
+    PENDING = "PENDING"
+    CLAIMED = "CLAIMED"
+    IN_PROGRESS = "IN_PROGRESS"
+    COMPLETE = "COMPLETE"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+
+@app.command()
+def add(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, dir_okay=False, help="bakeoff's config.yaml, or the admin API's JSON."
+        ),
+    ],
+    models: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Folder of model descriptors (*.json)."),
+    ] = None,
+    priority: Annotated[int | None, typer.Option(help="Lower runs first (100).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the runs.")] = False,
+    idempotency_key: Annotated[
+        uuid.UUID | None,
+        typer.Option(help="Go on with an earlier command whose answer was lost.", metavar="UUID"),
+    ] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = "",
+    as_json: AsJson = False,
+) -> None:
+    """Enqueue runs: one per model of a config, or those of the JSON."""
+    key = idempotency_key or uuid.uuid4()
+    runs = read_runs(file, models, str(key))
+    if priority is not None:
+        runs = [run | {"priority": priority} for run in runs]
+    if dry_run:
+        return print_json({"runs": runs}) if as_json else _print_plan(runs)
+    with connect(url, token) as admin:
+        created = _enqueue(admin, runs, key)
+    return print_json({"runs": created}) if as_json else _print_created(created, runs)
+
+
+@app.command()
+def ls(
+    status: Annotated[
+        Status | None, typer.Option(case_sensitive=False, help="Only runs in this state.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Show at most so many.")] = 50,
+    url: Url = DEFAULT_URL,
+    token: Token = "",
+    as_json: AsJson = False,
+) -> None:
+    """List runs."""
+    with connect(url, token) as admin:
+        pages = list(admin.pages(QUEUE, limit, status=status))
+    runs = list(chain.from_iterable(page.get("runs", []) for page in pages))
+    cursor = pages[-1].get("next_cursor")
+    if as_json:
+        return print_json({"runs": runs, "next_cursor": cursor})
+    if cursor:
+        note(f"the first {len(runs)} runs; --limit shows more")
+    return _print_runs(runs)
+
+
+@app.command()
+def show(run_id: RunId, url: Url = DEFAULT_URL, token: Token = "", as_json: AsJson = False) -> None:
+    """Show a run and its attempts."""
+    with connect(url, token) as admin:
+        run = admin.get(f"{QUEUE}/{run_id}")
+    if as_json:
+        return print_json(run)
+    attempts = run.pop("attempts", [])
+    print_members(run)
+    return _print_attempts(attempts)
+
+
+@app.command()
+def cancel(
+    run_id: RunId,
+    reason: Annotated[str, typer.Option(help="Why; it goes into the audit.")],
+    yes: Yes = False,
+    url: Url = DEFAULT_URL,
+    token: Token = "",
+    as_json: AsJson = False,
+) -> None:
+    """Cancel a run; a runner that works on it is told to stop."""
+    with connect(url, token) as admin:
+        if not yes:
+            run = admin.get(f"{QUEUE}/{run_id}")
+            work = f", claimed by {run['claimed_by']}" if run.get("claimed_by") else ""
+            raise usage_error(
+                f"nothing was changed: this would cancel 1 run, {run_id} ({run.get('model')},"
+                f" {run.get('status')}{work}); add --yes to do it"
+            )
+        answer = admin.post(f"{QUEUE}/{run_id}/cancel", {"reason": reason}).body
+    print_json(answer) if as_json else print_members(answer)
+
+
+def _enqueue(admin: AdminClient, runs: Sequence[Run], key: uuid.UUID) -> list[dict[str, Any]]:
+    """Enqueue in batches. Each has its own key, so that a retry doubles none of them."""
+    created: list[dict[str, Any]] = []
+    for start in range(0, len(runs), BATCH):
+        batch = list(runs[start : start + BATCH])
+        try:
+            answer = admin.post_once(QUEUE, {"runs": batch}, str(uuid.uuid5(key, str(start))))
+        except CommandFailed as failure:
+            raise _stopped(failure, len(created), len(runs), key) from None
+        created += answer.body.get("runs", [])
+        if len(runs) > BATCH:
+            note(f"enqueued {len(created)} of {len(runs)}")
+    return created
+
+
+def _stopped(failure: CommandFailed, done: int, total: int, key: uuid.UUID) -> CommandFailed:
+    """Say how to go on when some runs are, or may be, enqueued already."""
+    if not done and failure.code is not ExitCode.UNREACHABLE:
+        return failure
+    line = f"{failure.line}; {done} of {total} runs are known to be enqueued: repeat the command"
+    return CommandFailed(
+        f"{line} with --idempotency-key {key}, and none is enqueued twice",
+        code=failure.code,
+        details=failure.details,
+    )
+
+
+def _names(runs: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Any, Any]]:
+    """Each run's model and quantization, as far as the file tells."""
+    for run in runs:
+        model = run.get("model")
+        model = model if isinstance(model, dict) else {}
+        yield model.get("name") or model.get("model_id"), model.get("quantization")
+
+
+def _print_plan(runs: Sequence[Run]) -> None:
+    lists = ("tasks", "floor_tasks", "prompts")
+    print_table(
+        ("model", "quantization", *lists, "priority"),
+        (
+            (*names, *(len(run.get(name) or ()) for name in lists), run.get("priority"))
+            for names, run in zip(_names(runs), runs, strict=True)
+        ),
+    )
+    note(f"{len(runs)} run(s); nothing was sent")
+
+
+def _print_created(created: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> None:
+    """Print the answer, which lists the runs in the order they were sent."""
+    print_table(
+        ("run_id", "model", "quantization", "status", "created"),
+        (
+            (run.get("run_id"), *names, run.get("status"), run.get("created"))
+            for run, names in zip(created, _names(runs), strict=False)
+        ),
+    )
+
+
+def _print_runs(runs: Iterable[Mapping[str, Any]]) -> None:
+    plain = ("run_id", "status", "model", "quantization", "need_gb", "priority")
+    columns = (*plain, "attempts", "claimed_by", "retry_after")
+    print_table(
+        columns,
+        (
+            (
+                *(run.get(name) for name in plain),
+                f"{run.get('attempt_count')}/{run.get('max_attempts')}",
+                run.get("claimed_by"),
+                run.get("retry_after"),
+            )
+            for run in runs
+        ),
+    )
+
+
+def _print_attempts(attempts: Sequence[Mapping[str, Any]]) -> None:
+    if not attempts:
+        return
+    columns = ("attempt", "runner_id", "claimed_at", "last_heartbeat", "ended_at", "how")
+    columns = (*columns, "failure_code", "detail")
+    print()
+    print_table(columns, ([attempt.get(name) for name in columns] for attempt in attempts))

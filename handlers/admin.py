@@ -1,0 +1,154 @@
+"""Admins: the allowlist, and the queue from above. Each address names the scope it needs."""
+
+import base64
+from typing import Any, ClassVar
+from uuid import UUID
+
+import asyncpg
+from tornado.web import URLSpec
+
+from broker.allowlist import Revocation
+from broker.credentials import Admin
+from broker.errors import InvalidRequest, Violation
+from broker.services import Services
+from handlers.base import UUID_PATH, Handler
+from handlers.queue import idempotency_key
+
+MIB = 1024 * 1024
+FINGERPRINT_PATH = r"([0-9a-f]{64})"
+PAGE_DEFAULT = "100"
+
+
+class AdminHandler(Handler):
+    """A request of an admin, whose token has the scope that its method needs."""
+
+    max_body_bytes = MIB
+    scopes: ClassVar[dict[str, str]] = {}
+    admin: Admin
+
+    async def authenticate(self) -> None:
+        """Learn which admin sends this, and whether they may."""
+        scope = self.scopes[self.request.method or ""]
+        self.admin = await self.services.credentials.admin(self.bearer_token(), scope)
+
+
+class RunnerKeysHandler(AdminHandler):
+    """GET and POST /api/admin/runner-keys."""
+
+    scopes: ClassVar[dict[str, str]] = {"GET": "read", "POST": "admin"}
+
+    async def get(self) -> None:
+        """List the allowlist, revoked keys included."""
+        self.query()
+        keys = await self.services.allowlist.list_all()
+        self.answer(200, {"keys": [shown_key(row) for row in keys]})
+
+    async def post(self) -> None:
+        """Admit a key: 201, or 200 when this very entry is there."""
+        row, created = await self.services.allowlist.add(self.admin, self.read_json("runner_key"))
+        self.answer(201 if created else 200, shown_key(row))
+
+
+class RunnerKeyHandler(AdminHandler):
+    """DELETE /api/admin/runner-keys/{fingerprint}."""
+
+    scopes: ClassVar[dict[str, str]] = {"DELETE": "admin"}
+
+    async def delete(self, fingerprint: str) -> None:
+        """Revoke a key at once, with its leases."""
+        reason = self.read_json("revoke")["reason"]
+        done: Revocation = await self.services.allowlist.revoke(self.admin, fingerprint, reason)
+        self.answer(
+            200,
+            {
+                "fingerprint": done.fingerprint,
+                "revoked_at": done.revoked_at,
+                "freed_runs": done.freed_runs,
+                "results_to_review": done.results_to_review,
+            },
+        )
+
+
+class QueueHandler(AdminHandler):
+    """GET and POST /api/admin/queue."""
+
+    max_body_bytes = 32 * MIB
+    scopes: ClassVar[dict[str, str]] = {"GET": "read", "POST": "operate"}
+
+    async def get(self) -> None:
+        """List runs, oldest first, a page at a time."""
+        asked = self.query("status", "cursor", "limit")
+        limit = asked.get("limit", PAGE_DEFAULT)
+        if not (limit.isascii() and limit.isdecimal() and len(limit) <= 4):
+            raise InvalidRequest(
+                "limit must be a whole number.", (Violation("/limit", "must be a whole number"),)
+            )
+        page = await self.services.queue.page(asked.get("status"), asked.get("cursor"), int(limit))
+        if page.next_cursor is not None:
+            self.set_header("Link", self._next(asked, page.next_cursor))
+        self.answer(200, {"runs": page.runs, "next_cursor": page.next_cursor})
+
+    async def post(self) -> None:
+        """Add runs, all or none."""
+        runs = self.read_json("enqueue")["runs"]
+        added = await self.services.enqueue.add(self.admin, runs, idempotency_key(self))
+        self.answer(201, {"runs": added})
+
+    def _next(self, asked: dict[str, str], cursor: str) -> str:
+        kept = [f"{name}={asked[name]}" for name in ("status", "limit") if name in asked]
+        query = "&".join([*kept, f"cursor={cursor.replace('=', '%3D')}"])
+        return f'<{self.request.path}?{query}>; rel="next"'
+
+
+class RunHandler(AdminHandler):
+    """GET /api/admin/queue/{run_id}."""
+
+    scopes: ClassVar[dict[str, str]] = {"GET": "read"}
+
+    async def get(self, run_id: str) -> None:
+        """Show a run with its job, its ledger and its receipt."""
+        self.query()
+        self.answer(200, await self.services.queue.run(UUID(run_id)))
+
+
+class CancelHandler(AdminHandler):
+    """POST /api/admin/queue/{run_id}/cancel."""
+
+    scopes: ClassVar[dict[str, str]] = {"POST": "operate"}
+
+    async def post(self, run_id: str) -> None:
+        """Cancel a run, or ask the runner that works on it to stop."""
+        reason = self.read_json("cancel")["reason"]
+        status = await self.services.queue.cancel(self.admin, UUID(run_id), reason)
+        cancelled = status == "CANCELLED"
+        self.answer(
+            200 if cancelled else 202,
+            {"run_id": run_id, "status": status, "cancel_requested": not cancelled},
+        )
+
+
+def shown_key(row: asyncpg.Record) -> dict[str, Any]:
+    """Return a row of the allowlist as admins see it."""
+    signer = None
+    if row["signer_identity"] is not None:
+        signer = {"identity": row["signer_identity"], "issuer": row["signer_issuer"]}
+    names = ("fingerprint", "runner_id", "description", "added_at", "added_by", "not_after",
+             "max_leases", "capability_caps", "revoked_at", "revoked_reason")  # fmt: skip
+    return {
+        **{name: row[name] for name in names},
+        "public_key": base64.b64encode(row["public_key"]).decode(),
+        "signer": signer,
+        "signature_policy": "sigstore",
+    }
+
+
+def routes(services: Services) -> list[URLSpec]:
+    """The addresses of this module."""
+    given = {"services": services}
+    return [
+        URLSpec(r"/api/admin/runner-keys", RunnerKeysHandler, given),
+        URLSpec(rf"/api/admin/runner-keys/{FINGERPRINT_PATH}", RunnerKeyHandler, given),
+        URLSpec(r"/api/admin/queue", QueueHandler, given),
+        URLSpec(rf"/api/admin/queue/{UUID_PATH}", RunHandler, given),
+        URLSpec(rf"/api/admin/queue/{UUID_PATH}/cancel", CancelHandler, given),
+    ]

@@ -1,0 +1,229 @@
+"""What every handler shares: the order of checks, bodies, answers and problem documents.
+
+The order: route, method, credential (before the body is read), media type, size, JSON, schema,
+state. Bodies are streamed into our own buffer, so that a cap is a real 413 and Tornado's multipart
+parser never sees a byte.
+"""
+
+import json
+import re
+import time
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+import orjson
+import structlog
+from tornado.httputil import HTTPServerRequest
+from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
+
+from auth.errors import MissingToken
+from broker.documents import load_schema
+from broker.errors import (
+    EmptyBody,
+    Internal,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    TooLarge,
+    UnsupportedMediaType,
+)
+from broker.services import Services
+from handlers.errors import RETRY_AFTER_S, STATUS, problem, refusal_of
+
+UUID_PATH = r"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_JSON_TYPE = re.compile(r'application/json(?:\s*;\s*charset="?utf-8"?)?', re.IGNORECASE)
+HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'",
+    "Referrer-Policy": "no-referrer",
+}
+
+log = structlog.get_logger()
+
+
+@stream_request_body
+class Handler(RequestHandler):
+    """A request, from its headers to its answer."""
+
+    max_body_bytes = 8 * 1024
+
+    def __init__(
+        self, application: Application, request: HTTPServerRequest, services: Services
+    ) -> None:
+        self.services = services
+        self._body = bytearray()
+        self._too_large = False
+        self._arrived = time.monotonic()
+        wanted = request.headers.get("X-Request-Id", "")
+        self.request_id = wanted if _SANE_REQUEST_ID.fullmatch(wanted) else str(uuid4())
+        services.in_flight.enter()
+        self._in_flight = True
+        super().__init__(application, request)
+
+    def set_default_headers(self) -> None:
+        """Send our headers on every answer, also on those Tornado makes."""
+        self.clear_header("Server")
+        for name, value in HEADERS.items():
+            self.set_header(name, value)
+        self.set_header("X-Request-Id", self.request_id)
+
+    async def prepare(self) -> None:
+        """Check what can be told before the body: method, credential, media type, size."""
+        if not self._implements(self.request.method or ""):
+            raise MethodNotAllowed
+        await self.authenticate()
+        if self.request.method in ("POST", "PUT", "PATCH"):
+            self.check_media_type()
+        self.check_length()
+
+    async def authenticate(self) -> None:
+        """Learn who sends this; handlers that anybody may use keep this one."""
+
+    def check_media_type(self) -> None:
+        """Raise UnsupportedMediaType unless the body is JSON in UTF-8, as it is."""
+        if self.request.headers.get("Content-Encoding", "identity") != "identity":
+            raise UnsupportedMediaType("Send the body without a Content-Encoding.")
+        if not _JSON_TYPE.fullmatch(self.request.headers.get("Content-Type", "")):
+            raise UnsupportedMediaType("Send application/json, in UTF-8.")
+
+    def check_length(self) -> None:
+        """Raise TooLarge for an announced length beyond the cap."""
+        length = self.request.headers.get("Content-Length", "0")
+        if not length.isdecimal() or int(length[:20]) > self.max_body_bytes:
+            # What is left of the body is not read, so the connection cannot be used again.
+            self.set_header("Connection", "close")
+            raise TooLarge(f"This address takes bodies of up to {self.max_body_bytes} bytes.")
+
+    def data_received(self, chunk: bytes) -> None:
+        """Take a piece of the body. One beyond the cap is dropped, and refused when it has ended:
+        an exception here would close the connection without an answer."""
+        if len(self._body) + len(chunk) > self.max_body_bytes:
+            self._too_large = True
+        else:
+            self._body += chunk
+
+    def read_json(self, schema: str) -> Any:
+        """Return the body, which fits `broker/schemas/<schema>.json`.
+
+        Raises TooLarge, EmptyBody, InvalidJson, DuplicateKey or InvalidRequest.
+        """
+        if self._too_large:
+            raise TooLarge(f"This address takes bodies of up to {self.max_body_bytes} bytes.")
+        if not self._body:
+            raise EmptyBody
+        return load_schema(schema).read(bytes(self._body), InvalidRequest)
+
+    def bearer_token(self) -> str:
+        """Return the token of the one Authorization header. Raises MissingToken."""
+        headers = self.request.headers.get_list("Authorization")
+        scheme, _, token = (headers[0] if len(headers) == 1 else "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise MissingToken
+        return token
+
+    def answer(self, status: int, body: dict[str, Any]) -> None:
+        """Send JSON, with the server's time in it."""
+        self.set_status(status)
+        self.set_header("Content-Type", "application/json")
+        self.finish(to_json({**body, "server_time": datetime.now(UTC)}))
+
+    def query(self, *known: str) -> dict[str, str]:
+        """Return the query's parameters. Raises InvalidRequest for one unknown or given twice."""
+        given = self.request.query_arguments
+        for name, values in given.items():
+            if name not in known or len(values) > 1:
+                raise InvalidRequest(
+                    f"The query takes each of these once: {', '.join(known) or 'nothing'}."
+                )
+        return {name: self.get_query_argument(name) for name in given}
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Send a problem document, whoever raised: we, Tornado, or a library below us."""
+        raised = kwargs.get("exc_info", (None, None, None))[1]
+        if isinstance(raised, HTTPError) and status_code == 405:
+            raised = MethodNotAllowed()
+        elif isinstance(raised, HTTPError) and status_code == 404:
+            raised = NotFound()
+        elif isinstance(raised, HTTPError) and status_code < 500:
+            raised = InvalidRequest("The request could not be read.")
+        error = refusal_of(raised or Internal())
+        status = STATUS[type(error)]
+        self.set_status(status)
+        if status == 405:
+            self.set_header("Allow", ", ".join(self._methods()))
+        if status == 401:
+            self.set_header("WWW-Authenticate", "Bearer")
+        if status == 503:
+            self.set_header("Retry-After", str(RETRY_AFTER_S))
+        self.set_header("Content-Type", "application/problem+json")
+        document = problem(error, self.request_id)
+        self.finish(to_json({**document, "server_time": datetime.now(UTC)}))
+
+    def on_finish(self) -> None:
+        """The answer has been written."""
+        self._leave()
+
+    def on_connection_close(self) -> None:
+        """The client hung up: there is nobody to answer."""
+        self._leave()
+
+    def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
+        """Log what we did not expect, with its traceback; refusals are in the access log."""
+        if value is not None and isinstance(refusal_of(value), Internal):
+            log.error("http.failed", request_id=self.request_id, exc_info=(typ, value, tb))
+
+    def log_answer(self) -> None:
+        """Write the access log's line for this request."""
+        log.info(
+            "http.request",
+            request_id=self.request_id,
+            route=type(self).__name__,
+            method=self.request.method,
+            status=self.get_status(),
+            dur_ms=round((time.monotonic() - self._arrived) * 1000, 1),
+        )
+
+    def _leave(self) -> None:
+        if self._in_flight:
+            self._in_flight = False
+            self.services.in_flight.leave()
+
+    def _implements(self, method: str) -> bool:
+        own = getattr(type(self), method.lower(), None)
+        return own is not None and own is not RequestHandler._unimplemented_method
+
+    def _methods(self) -> list[str]:
+        return [method for method in self.SUPPORTED_METHODS if self._implements(method)]
+
+
+class NoSuchPath(Handler):
+    """Every path that is not ours."""
+
+    async def prepare(self) -> None:
+        """Answer before anything is read."""
+        raise NotFound("There is no such address here.")
+
+
+def log_request(handler: RequestHandler) -> None:
+    """Tornado's hook after each answer."""
+    if isinstance(handler, Handler):
+        handler.log_answer()
+
+
+def to_json(body: Any) -> bytes:
+    """Write JSON; times end in Z, and integers may be of any size."""
+    try:
+        return orjson.dumps(body, default=_write_value, option=orjson.OPT_UTC_Z)
+    except TypeError:
+        return json.dumps(body, default=_write_value, ensure_ascii=False).encode()
+
+
+def _write_value(value: object) -> str:
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    if isinstance(value, UUID):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")

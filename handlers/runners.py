@@ -1,0 +1,82 @@
+"""Runners sign on, ask who they are, and sign off."""
+
+from typing import Any
+
+from tornado.web import URLSpec
+
+from broker.registry import SignOn
+from broker.services import Services
+from db.run_queue import LeaseGuard
+from handlers.base import Handler
+from handlers.runner_base import RunnerHandler
+
+BUNDLE_SCHEMAS = ["bakeoff-results/v1"]
+FAILURES = ["timeout", "infra_error", "load_failure", "oom", "unknown"]
+DIRECTIVES = ["continue", "cancel", "drain"]
+
+
+class RegisterHandler(Handler):
+    """POST /api/runners/register: signed by the key it names, so it needs no token."""
+
+    async def post(self) -> None:
+        """Sign a runner on: 201 the first time, 200 afterwards."""
+        body = self.read_json("register")
+        sign_on = await self.services.registry.register(body["registration"], body["sig"])
+        self.answer(201 if sign_on.created else 200, self._sign_on(sign_on))
+
+    def _sign_on(self, sign_on: SignOn) -> dict[str, Any]:
+        settings = self.services.settings
+        return {
+            "runner_id": sign_on.runner_id,
+            "access_token": sign_on.access_token,
+            "token_type": "Bearer",
+            "expires_in_s": settings.token_ttl_s,
+            "renew_after_s": settings.token_ttl_s * 2 // 3,
+            "heartbeat_interval_s": settings.heartbeat_interval_s,
+            "lease_ttl_s": settings.lease_ttl_s,
+            "claim_wait_max_s": settings.claim_wait_max_s,
+            "max_leases": sign_on.max_leases,
+            "capabilities": sign_on.capabilities,
+            "vocabularies": {
+                "failure_codes": FAILURES,
+                "directives": DIRECTIVES,
+                "bundle_schema_versions": BUNDLE_SCHEMAS,
+            },
+            "held_leases": [held_lease(row) for row in sign_on.held],
+        }
+
+
+class MeHandler(RunnerHandler):
+    """GET and DELETE /api/runners/me."""
+
+    async def get(self) -> None:
+        """Who am I, what do I hold, am I paused?"""
+        me = await self.services.registry.me(self.runner)
+        held = [held_lease(row) for row in me.pop("held_leases")]
+        self.answer(200, {**me, "held_leases": held})
+
+    async def delete(self) -> None:
+        """Sign off: release every lease and revoke the token."""
+        held = await self.services.registry.sign_off(self.runner)
+        runner = self.runner
+        for lease in held:
+            guard = LeaseGuard(
+                lease["run_id"], lease["lease_id"], runner.runner_id, runner.fingerprint
+            )
+            await self.services.handbacks.release(guard, "the runner signed off")
+        released = [str(lease["run_id"]) for lease in held]
+        self.answer(200, {"runner_id": runner.runner_id, "released": released})
+
+
+def held_lease(row: Any) -> dict[str, Any]:
+    """Return a live lease as its holder sees it."""
+    return {name: row[name] for name in ("run_id", "lease_id", "lease_expires_at")}
+
+
+def routes(services: Services) -> list[URLSpec]:
+    """The addresses of this module."""
+    given = {"services": services}
+    return [
+        URLSpec(r"/api/runners/register", RegisterHandler, given),
+        URLSpec(r"/api/runners/me", MeHandler, given),
+    ]

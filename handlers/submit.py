@@ -1,0 +1,149 @@
+"""Submit: a bundle streams in as multipart/form-data, each part capped, none trusted."""
+
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import python_multipart
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+from tornado.http1connection import HTTP1Connection
+from tornado.web import URLSpec
+
+from broker.bundles import CAPS
+from broker.errors import BrokerError, InvalidBundle, UnsupportedMediaType
+from broker.queue_view import receipt
+from broker.services import Services
+from broker.uploads import Spool
+from handlers.base import UUID_PATH
+from handlers.runner_base import RunnerHandler
+
+# A living room's uplink needs minutes for a bundle of the largest size.
+UPLOAD_TIMEOUT_S = 600
+# Boundaries, part headers and the lease_id beside the files.
+FRAMING_BYTES = 64 * 1024
+
+
+class Parts:
+    """Feeds a multipart stream into a spool. A part's name is its field name, and nothing else."""
+
+    def __init__(self, boundary: bytes, spool: Spool) -> None:
+        self._spool = spool
+        self._headers: dict[bytes, bytes] = {}
+        self._field = bytearray()
+        self._value = bytearray()
+        self.ended = False
+        callbacks: dict[str, Callable[..., None]] = {
+            "on_part_begin": self._headers.clear,
+            "on_header_field": lambda data, start, end: self._field.extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+            "on_header_end": self._header_end,
+            "on_headers_finished": self._part_begin,
+            "on_part_data": lambda data, start, end: spool.write(data[start:end]),
+            "on_part_end": spool.end,
+            "on_end": self._end,
+        }
+        self._parser = python_multipart.MultipartParser(boundary, callbacks)  # type: ignore[arg-type]
+
+    def feed(self, chunk: bytes) -> None:
+        """Take a piece of the body. Raises what the spool refuses, and InvalidBundle."""
+        try:
+            self._parser.write(chunk)
+        except FormParserError:
+            raise InvalidBundle("The body is not multipart/form-data (RFC 7578).") from None
+
+    def _header_end(self) -> None:
+        self._headers[bytes(self._field).lower()] = bytes(self._value)
+        self._field.clear()
+        self._value.clear()
+
+    def _part_begin(self) -> None:
+        kind, options = parse_options_header(self._headers.get(b"content-disposition"))
+        name = options.get(b"name", b"")
+        if kind != b"form-data" or not name:
+            raise InvalidBundle("A part has no Content-Disposition: form-data; name=...")
+        self._spool.begin(name.decode("utf-8", "replace"))
+
+    def _end(self) -> None:
+        self.ended = True
+
+
+class SubmitHandler(RunnerHandler):
+    """POST /api/queue/{run_id}/submit."""
+
+    max_body_bytes = sum(CAPS.values()) + FRAMING_BYTES
+
+    _parts: Parts | None = None
+    _spool: Spool | None = None
+    _refusal: BrokerError | None = None
+    _run: asyncpg.Record
+
+    async def prepare(self) -> None:
+        """Step 0, before the body is read: token and run known, and room for one more upload."""
+        await super().prepare()
+        self._run = await self.services.submissions.admit(self.runner, UUID(str(self.path_args[0])))
+        self._spool = self.services.submissions.open_spool()
+        self._parts = Parts(self._boundary(), self._spool)
+        if isinstance(self.request.connection, HTTP1Connection):
+            self.request.connection.set_body_timeout(UPLOAD_TIMEOUT_S)
+
+    def check_media_type(self) -> None:
+        """Raise UnsupportedMediaType unless the body is multipart/form-data."""
+        if self.request.headers.get("Content-Encoding", "identity") != "identity":
+            raise UnsupportedMediaType("Send the body without a Content-Encoding.")
+        self._boundary()
+
+    def data_received(self, chunk: bytes) -> None:
+        """Take a piece of the body. After a refusal the rest is dropped, and then answered."""
+        if self._refusal is not None or self._parts is None:
+            return
+        try:
+            self._parts.feed(chunk)
+        except BrokerError as error:
+            self._refusal = error
+
+    async def post(self, run_id: str) -> None:
+        """Verify the bundle and write its rows: 201 with the receipt, 200 with an earlier one."""
+        validate_only = self.query("validate_only").get("validate_only") == "1"
+        assert self._spool is not None
+        assert self._parts is not None
+        if self._refusal is not None:
+            raise self._refusal
+        if not self._parts.ended:
+            raise InvalidBundle("The multipart body ends before its last boundary.")
+        upload = self._spool.finish()
+        submissions = self.services.submissions
+        if validate_only:
+            verified = await submissions.verify(self.runner, self._run, upload)
+            self.answer(200, {"valid": True, "run_id": run_id, "result_sha256": verified.digest})
+            return
+        row, created = await submissions.submit(self.runner, self._run, upload)
+        self.answer(201 if created else 200, receipt(row))
+
+    def on_finish(self) -> None:
+        """Forget the upload, however it ended."""
+        super().on_finish()
+        self._forget()
+
+    def on_connection_close(self) -> None:
+        """Forget the upload of a runner that hung up."""
+        super().on_connection_close()
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._spool is not None:
+            self.services.submissions.close_spool(self._spool)
+            self._spool = None
+
+    def _boundary(self) -> bytes:
+        kind, options = parse_options_header(self.request.headers.get("Content-Type"))
+        boundary: Any = options.get(b"boundary", b"")
+        if kind != b"multipart/form-data" or not 1 <= len(boundary) <= 70:
+            raise UnsupportedMediaType("Send multipart/form-data with a boundary (RFC 7578).")
+        return boundary
+
+
+def routes(services: Services) -> list[URLSpec]:
+    """The addresses of this module."""
+    return [URLSpec(rf"/api/queue/{UUID_PATH}/submit", SubmitHandler, {"services": services})]

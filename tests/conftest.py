@@ -1,0 +1,101 @@
+"""Real servers for all tests: one private PostgreSQL and one private Redis per session."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+import redis
+from pydantic import SecretStr
+
+from config.settings import Settings
+from db import migrate
+from sandbox import servers
+from sandbox.sigstore_instance import ThrowawaySigstore
+
+_numbers = count(1)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[servers.Postgres]:
+    """A PostgreSQL with the newest migrations in its database `bakeoff`, the tests' template."""
+    with servers.postgres() as server:
+        migrate.migrate(server.dsn)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[servers.Redis]:
+    """A Redis that tells of expired keys."""
+    with servers.redis() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def sigstore(tmp_path_factory: pytest.TempPathFactory) -> ThrowawaySigstore:
+    """A throwaway Sigstore whose bundles the real verifier accepts."""
+    return ThrowawaySigstore.create(tmp_path_factory.mktemp("sigstore"))
+
+
+@pytest.fixture
+def empty_database(postgres: servers.Postgres) -> str:
+    """The DSN of a database of this test's own, without a table."""
+    return _create_database(postgres, "template1")
+
+
+@pytest.fixture
+def database(postgres: servers.Postgres) -> str:
+    """The DSN of a migrated database of this test's own."""
+    return _create_database(postgres, "bakeoff")
+
+
+@pytest.fixture
+def make_settings(
+    database: str, redis_server: servers.Redis, sigstore: ThrowawaySigstore, signers_file: Path
+) -> Callable[..., Settings]:
+    """Make settings for this test's database, with any of them changed."""
+    with redis.Redis.from_url(redis_server.url(0)) as client:
+        client.flushall()
+
+    def make(**changes: Any) -> Settings:
+        given: dict[str, Any] = {
+            "database_url": SecretStr(database),
+            "redis_lease_url": redis_server.url(1),
+            "redis_token_url": redis_server.url(2),
+            "listen_port": 0,
+            "public_url": "http://queue.test",
+            "token_keys": SecretStr(f"test:{'k' * 32}"),
+            "trusted_root": sigstore.trusted_root,
+            "signers_file": signers_file,
+            "database_pool_max": 4,
+        }
+        return Settings(**{**given, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def signers_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A signer policy that admits one e-mail identity of the throwaway Sigstore."""
+    path = tmp_path_factory.mktemp("policy") / "signers.yaml"
+    path.write_text(
+        "schema_version: bakeoff-results-signers/v1\n"
+        "trusted_identities:\n"
+        "- {identity: runner@bakeoff.test, issuer: https://issuer.bakeoff.test}\n"
+    )
+    return path
+
+
+def _create_database(postgres: servers.Postgres, template: str) -> str:
+    name = f"test_{next(_numbers)}"
+
+    async def create() -> None:
+        connection = await asyncpg.connect(postgres.database_dsn("postgres"))
+        await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        await connection.close()
+
+    asyncio.run(create())
+    return postgres.database_dsn(name)

@@ -1,0 +1,220 @@
+"""A running server and its people: an admin, and runners that speak HTTP like real ones."""
+
+import hashlib
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import asyncpg
+import httpx
+from nacl.signing import SigningKey
+from tornado.netutil import bind_sockets
+
+from auth import admin_tokens
+from broker.services import Services
+from config.settings import Settings
+from db import admin
+from db.pool import open_pool
+from sandbox.runner_identity import Identity, public_key_text
+from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
+from server import make_app, make_server, open_services
+from tests.result_factory import bundle_files, result_for
+
+AUDIENCE = "http://queue.test"
+SIGNER = EmailSubject("runner@bakeoff.test", "https://issuer.bakeoff.test")
+CAPABILITIES = {"vram_gb": 24, "quantizations": ["q4_k_m", "q8_0"]}
+SMALL = {
+    "name": "SmolLM2-1.7B-Instruct",
+    "parameter_count_b": 1.71,
+    "architecture": "Dense",
+    "quantization": "q8_0",
+    "file_format": "GGUF",
+    "sources": [{"source_type": "huggingface", "url": "https://huggingface.co/HuggingFaceTB/S"}],
+}
+
+
+@dataclass
+class Fleet:
+    """One server process in this test's event loop, and what a test does to it."""
+
+    http: httpx.AsyncClient
+    services: Services
+    pool: asyncpg.Pool
+    sigstore: ThrowawaySigstore
+    admin_token: str
+    url: str
+
+    async def admin(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """Send an admin's request."""
+        headers = {"Authorization": f"Bearer {self.admin_token}", **request.pop("headers", {})}
+        return await self.http.request(method, f"/api/admin{path}", headers=headers, **request)
+
+    async def admit(self, runner_id: str = "runner-a", **key: Any) -> "Runner":
+        """Put a new key on the allowlist and return the runner that owns it."""
+        runner = Runner(self, runner_id)
+        wanted = {"public_key": public_key_text(runner.key), "runner_id": runner_id, **key}
+        answer = await self.admin("POST", "/runner-keys", json=wanted)
+        assert answer.status_code == 201, answer.text
+        return runner
+
+    async def sign_on(self, runner_id: str = "runner-a", **key: Any) -> "Runner":
+        """Admit a runner and register it."""
+        runner = await self.admit(runner_id, **key)
+        answer = await runner.register()
+        assert answer.status_code == 201, answer.text
+        return runner
+
+    async def enqueue(self, **changes: Any) -> str:
+        """Enqueue one run and return its run_id."""
+        answer = await self.admin("POST", "/queue", json={"runs": [run_of(**changes)]})
+        assert answer.status_code == 201, answer.text
+        return answer.json()["runs"][0]["run_id"]
+
+    async def row(self, run_id: str) -> asyncpg.Record:
+        """Return a run's row as the database has it."""
+        row = await self.pool.fetchrow("SELECT * FROM run_queue WHERE run_id = $1", run_id)
+        assert row is not None
+        return row
+
+    async def ledger(self, run_id: str) -> list[asyncpg.Record]:
+        """Return a run's attempts as the database has them."""
+        return await self.pool.fetch(
+            "SELECT * FROM attempts WHERE run_id = $1 ORDER BY lease_seq", run_id
+        )
+
+    async def overdue(self, run_id: str) -> None:
+        """Let a run's lease be past its deadline."""
+        await self.pool.execute(
+            "UPDATE run_queue SET lease_expires_at = clock_timestamp() - interval '1 second'"
+            " WHERE run_id = $1",
+            run_id,
+        )
+
+
+@dataclass
+class Runner:
+    """A runner with a key of its own."""
+
+    fleet: Fleet
+    runner_id: str
+    key: SigningKey = field(default_factory=SigningKey.generate)
+    capabilities: dict[str, Any] = field(default_factory=lambda: dict(CAPABILITIES))
+    token: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """How the allowlist names the key."""
+        return hashlib.sha256(bytes(self.key.verify_key)).hexdigest()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every request of this runner carries."""
+        return {"Authorization": f"Bearer {self.token}"}
+
+    async def register(self, body: bytes | None = None) -> httpx.Response:
+        """Register, and keep the token."""
+        identity = Identity(self.key, AUDIENCE, "gpu-1.example", self.capabilities)
+        answer = await self.fleet.http.post(
+            "/api/runners/register",
+            content=body or identity.sign_registration(),
+            headers={"Content-Type": "application/json"},
+        )
+        if answer.is_success:
+            self.token = answer.json()["access_token"]
+        return answer
+
+    async def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
+        """POST JSON as this runner."""
+        return await self.fleet.http.post(path, json=body, headers={**self.headers, **headers})
+
+    async def claim(self, *, key: str | None = None, **body: Any) -> httpx.Response:
+        """Claim, under an Idempotency-Key of its own if none is given."""
+        return await self.post(
+            "/api/queue/claim", body, **{"Idempotency-Key": key or str(uuid.uuid4())}
+        )
+
+    async def take(self) -> dict[str, Any]:
+        """Claim and return the job, which must be there."""
+        answer = await self.claim()
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def heartbeat(self, job: dict[str, Any], **body: Any) -> httpx.Response:
+        """Beat for a job's lease."""
+        wanted = {"lease_id": job["lease_id"], **body}
+        return await self.post(f"/api/queue/{job['run_id']}/heartbeat", wanted)
+
+    async def release(self, job: dict[str, Any]) -> httpx.Response:
+        """Hand a lease back."""
+        wanted = {"lease_id": job["lease_id"], "reason": "test"}
+        return await self.post(f"/api/queue/{job['run_id']}/release", wanted)
+
+    async def fail(self, job: dict[str, Any], code: str = "oom", **body: Any) -> httpx.Response:
+        """Report a failure."""
+        wanted = {"lease_id": job["lease_id"], "failure_code": code, "detail": "test", **body}
+        return await self.post(f"/api/queue/{job['run_id']}/fail", wanted)
+
+    def bundle(self, job: dict[str, Any], **changes: Any) -> dict[str, bytes]:
+        """Return a signed bundle with a complete result of a job."""
+        result = result_for(job["run_id"], job, **changes)
+        unsigned = bundle_files(result, b"")
+        signature = self.fleet.sigstore.sign(unsigned["result.json"], SIGNER)
+        return bundle_files(result, signature)
+
+    async def submit(
+        self,
+        job: dict[str, Any],
+        files: dict[str, bytes] | None = None,
+        *,
+        lease_id: str | None = None,
+        query: str = "",
+    ) -> httpx.Response:
+        """Submit a bundle for a job, a complete and signed one if none is given."""
+        files = self.bundle(job) if files is None else files
+        return await self.fleet.http.post(
+            f"/api/queue/{job['run_id']}/submit{query}",
+            data={"lease_id": lease_id or job["lease_id"]},
+            files={name: (name, content) for name, content in files.items()},
+            headers=self.headers,
+        )
+
+
+def run_of(**changes: Any) -> dict[str, Any]:
+    """Return an enqueue entry that fits, with `changes` to it; None removes a member."""
+    run: dict[str, Any] = {
+        "model": SMALL,
+        "tasks": [
+            {"id": "sum", "domain": "math", "user_prompt": "2+2?", "expected": "4",
+             "scorer": "exact"},
+            {"id": "capital", "domain": "geo", "user_prompt": "Capital of France?",
+             "expected": "Paris", "scorer": "contains"},
+        ],
+        "floor_tasks": [
+            {"id": "echo", "domain": "floor", "user_prompt": "Say ok", "scorer": "contains"}
+        ],
+        "prompts": [{"id": "plain", "system": ""}, {"id": "terse", "system": "Be brief."}],
+        "config": {"run": {"seed": 7}, "models": [{"id": "smollm2-1.7b"}]},
+        **changes,
+    }  # fmt: skip
+    return {name: value for name, value in run.items() if value is not None}
+
+
+@asynccontextmanager
+async def open_fleet(settings: Settings, sigstore: ThrowawaySigstore) -> AsyncIterator[Fleet]:
+    """Serve `settings` on a free port and yield what a test needs."""
+    dsn = settings.database_url.get_secret_value()
+    async with open_pool(dsn, 2) as pool, open_services(settings) as services:
+        server = make_server(make_app(services))
+        sockets = bind_sockets(0, "127.0.0.1")
+        server.add_sockets(sockets)
+        url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
+        token, digest = admin_tokens.make()
+        await admin.add_token(pool, digest, "test", admin_tokens.SCOPES, None)
+        try:
+            async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as http:
+                yield Fleet(http, services, pool, sigstore, token, url)
+        finally:
+            server.stop()
+            await server.close_all_connections()

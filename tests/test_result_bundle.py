@@ -1,0 +1,192 @@
+"""The demo runner's bundle, against what results.md asks of every bundle."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from auth.signers import BundleVerifier, Signer, load_policy
+from broker.bundles import check_binding, check_manifest, check_names, parse_result
+from broker.jobs import Job as HandedOut
+from sandbox.answers import BuiltInRules, CellFailed, Outcome, cells_of, execute
+from sandbox.result_bundle import WARNING, Rig, build_bundle, build_result, model_score
+from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
+from tests.runner_stage import BODY, JOB, RUN_ID
+
+RULES = BuiltInRules()
+ROOT = Path(__file__).parents[1]
+NAMES = {"result.json", "manifest.json", "summary.md", "signature.sigstore.json"}
+
+
+def sign(blob: bytes) -> bytes:
+    """Stands where Sigstore signs, and tells over which bytes it was asked to."""
+    return json.dumps({"over": hashlib.sha256(blob).hexdigest()}).encode()
+
+
+@pytest.fixture
+def outcomes(io_loop) -> list[Outcome]:
+    return io_loop.run_sync(lambda: execute(JOB, RULES, lambda _: None))
+
+
+@pytest.fixture
+def bundle(outcomes: list[Outcome]) -> dict[str, bytes]:
+    return build_bundle(JOB, outcomes, RULES.provenance, Rig(24), sign)
+
+
+def test_the_bundle_has_the_four_files(bundle: dict[str, bytes]) -> None:
+    assert set(bundle) == NAMES
+
+
+def test_the_manifest_names_every_file_but_itself_with_its_digest(bundle) -> None:
+    files = json.loads(bundle["manifest.json"])["files"]
+    assert files == {
+        name: {"sha256": hashlib.sha256(bundle[name]).hexdigest()}
+        for name in NAMES - {"manifest.json"}
+    }
+
+
+def test_the_signature_is_over_the_exact_bytes_of_the_result(bundle) -> None:
+    signed = json.loads(bundle["signature.sigstore.json"])["over"]
+    assert signed == hashlib.sha256(bundle["result.json"]).hexdigest()
+    assert json.loads(bundle["manifest.json"])["signature"] == {
+        "kind": "sigstore-bundle",
+        "path": "signature.sigstore.json",
+        "signed_file": "result.json",
+        "required": True,
+    }
+
+
+def test_result_and_manifest_name_the_claimed_run(bundle) -> None:
+    result, manifest = json.loads(bundle["result.json"]), json.loads(bundle["manifest.json"])
+    assert result["run_id"] == manifest["run_id"] == RUN_ID
+    assert result["timestamp"] == manifest["timestamp"]
+    assert result["provenance"]["config_hash"] == manifest["config_hash"] == JOB.config_hash
+    assert manifest["schema_version"] == "bakeoff-results/v1"
+
+
+def test_each_cell_is_recorded_once_under_the_harness_name_of_the_model(bundle) -> None:
+    result = json.loads(bundle["result.json"])
+    cells = [(one["task_id"], one["prompt_id"], one["tier"]) for one in result["records"]]
+    assert cells == [(one.task["id"], one.prompt_id, one.tier) for one in cells_of(JOB)]
+    named = [*result["records"], *result["model_scores"]]
+    assert {one["model_id"] for one in named} == {"llama-70b"}
+    assert result["model_metadata"] == [{"id": "llama-70b", "gguf": "llama.gguf"}]
+
+
+def test_the_result_says_that_no_model_and_no_gpu_were_there(bundle) -> None:
+    provenance = json.loads(bundle["result.json"])["provenance"]
+    assert provenance["executor"] == {"kind": "built-in rules"}
+    assert provenance["warnings"] == [WARNING]
+
+
+def test_a_failed_cell_has_only_its_ids_and_what_went_wrong(outcomes: list[Outcome]) -> None:
+    broken = replace(outcomes[0], reply=None, quality=None, failure=CellFailed("timeout", "late"))
+    result = build_result(JOB, [broken, *outcomes[1:]], RULES.provenance, Rig(24))
+    assert result["records"][0] == {
+        "task_id": "capital",
+        "prompt_id": "terse",
+        "model_id": "llama-70b",
+        "tier": "main",
+        "failure_code": "timeout",
+        "failure_detail": "late",
+        "error": "late",
+    }
+    assert result["run_status"] == "complete"
+
+
+def test_a_failed_cell_counts_as_zero_and_the_floor_is_kept_apart(outcomes) -> None:
+    right = [replace(one, quality=1.0) for one in outcomes]
+    right[0] = replace(right[0], quality=None, failure=CellFailed("timeout", "late"))
+    assert model_score("m", right) == {
+        "model_id": "m",
+        "status": "complete",
+        "cells_total": 4,
+        "cells_attempted": 4,
+        "cells_failed": 1,
+        "completeness": 1.0,
+        "partial_score": 0.75,
+        "dominant_failure_code": "timeout",
+        "floor_score": 1.0,
+        "floor_cells_passed": 1,
+        "floor_cells_total": 1,
+    }
+
+
+def test_a_job_without_floor_tasks_has_a_floor_score_of_zero(outcomes) -> None:
+    score = model_score("m", outcomes[:4])
+    assert (score["floor_score"], score["floor_cells_total"]) == (0.0, 0)
+
+
+def test_the_summary_shows_each_score_and_what_failed(outcomes: list[Outcome]) -> None:
+    shown = [replace(one, quality=1.0) for one in outcomes]
+    shown[0] = replace(shown[0], failure=CellFailed("timeout", "late"))
+    shown[1] = replace(shown[1], quality=None)
+    text = build_bundle(JOB, shown, RULES.provenance, Rig(24), sign)["summary.md"].decode()
+    assert text.startswith("# Llama-3.3-70B-Instruct (q4_k_m)\n")
+    assert "| capital | terse | failed: timeout |" in text
+    assert "| capital | kind | not scored |" in text
+    assert "| sum | kind | 1.00 |" in text
+
+
+@pytest.mark.parametrize(
+    ("vram_gb", "model"),
+    [(8, "RTX 4060"), (10, "RTX 4070"), (24, "RTX 4090"), (48, "RTX 6000"), (640, "H100")],
+)
+def test_the_hardware_is_a_card_of_the_declared_size(vram_gb: int, model: str) -> None:
+    snapshot = Rig(vram_gb).snapshot()
+    assert model in snapshot["gpu_model"]
+    assert snapshot["vram_mb"] == vram_gb * 1024
+
+
+def test_a_mixture_of_experts_is_measured_by_its_active_parameters(outcomes) -> None:
+    job = replace(JOB, model={**JOB.model, "active_parameter_count_b": 10.0})
+    record = build_result(job, outcomes, RULES.provenance, Rig(24))["records"][0]
+    assert record["flops_per_token_theoretical"] == 20e9
+    assert record["peak_vram_mb"] == 5888  # 10e9 * 4 bits * 1.15
+    assert build_result(JOB, outcomes, {}, Rig(24))["records"][0]["peak_vram_mb"] == 24 * 1024
+
+
+def accept(bundle: dict[str, bytes]) -> dict:
+    """The server's own checks of a bundle, the signature apart."""
+    digests = {name: hashlib.sha256(raw).hexdigest() for name, raw in bundle.items()}
+    check_names(list(bundle))
+    check_manifest(bundle["manifest.json"], digests, RUN_ID)
+    result = parse_result(bundle["result.json"])
+    check_binding(result, HandedOut.from_payload(RUN_ID, BODY))
+    return result
+
+
+def test_the_server_accepts_the_bundle(bundle: dict[str, bytes]) -> None:
+    assert accept(bundle)["run_status"] == "complete"
+
+
+def test_the_server_accepts_failed_and_unscored_cells(outcomes: list[Outcome]) -> None:
+    late = replace(outcomes[0], reply=None, quality=None, failure=CellFailed("timeout", "late"))
+    unscored = replace(outcomes[1], quality=None)
+    mixed = [late, unscored, *outcomes[2:]]
+    result = accept(build_bundle(JOB, mixed, RULES.provenance, Rig(24), sign))
+    assert result["records"][0]["failure_code"] == "timeout"
+
+
+def test_a_task_needs_no_domain_and_no_expectation(io_loop) -> None:
+    bare = {"id": "bare", "user_prompt": "Why?", "scorer": "judge", "tier": "main"}
+    job = replace(JOB, tasks=[bare], floor_tasks=[])
+    asked = io_loop.run_sync(lambda: execute(job, RULES, lambda _: None))
+    records = build_result(job, asked, RULES.provenance, Rig(24))["records"]
+    assert [(one["domain"], one["quality_heuristic"]) for one in records] == [(None, None)] * 2
+
+
+def test_the_signature_of_a_throwaway_sigstore_verifies(outcomes, tmp_path: Path) -> None:
+    sigstore = ThrowawaySigstore.create(tmp_path / "sigstore")
+    subject = EmailSubject("runner@example.org", "https://accounts.example.org")
+    bundle = build_bundle(
+        JOB, outcomes, RULES.provenance, Rig(24), lambda blob: sigstore.sign(blob, subject)
+    )
+    policy = load_policy(ROOT / "config" / "signers.yaml")
+    signer = Signer(subject.identity, subject.issuer)
+    evidence = BundleVerifier(sigstore.trusted_root, policy).verify(
+        bundle["result.json"], bundle["signature.sigstore.json"], signer
+    )
+    assert (evidence.identity, evidence.issuer) == (signer.identity, signer.issuer)

@@ -1,0 +1,184 @@
+"""JSON text and JSON values: the classes of security.md that a parser decides."""
+
+import json
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker.errors import DuplicateKey, InvalidJson, Violation
+from broker.strict_json import check_text, parse, pointer, suspicious
+
+NOT_UTF8 = {
+    "UTF-16": '{"a": 1}'.encode("utf-16"),
+    "UTF-16 without a mark": '{"a": 1}'.encode("utf-16-le"),
+    "overlong slash": b'"\xc0\xaf"',
+    "raw surrogate": b'"\xed\xa0\x80"',
+    "Latin-1": b'"caf\xe9"',
+    "byte order mark": b"\xef\xbb\xbf{}",
+}
+NOT_NUMBERS = {
+    "NaN": b'{"score": NaN}',
+    "Infinity": b"[Infinity]",
+    "-Infinity": b"-Infinity",
+    "overflow to infinity": b"1e999",
+    "negative overflow": b"[-1e999]",
+    "5,000-digit integer": b"9" * 5000,
+    "309-digit integer": b"1" + b"0" * 308,
+    "leading zero": b"01",
+    "plus": b"+1",
+    "hexadecimal": b"0x10",
+    "full-width digits": "\uff11\uff12".encode(),
+}
+NOT_JSON = {
+    "empty": b"",
+    "spaces": b"  \n",
+    "trailing text": b"{} x",
+    "two values": b"{}{}",
+    "trailing comma": b"[1,]",
+    "single quotes": b"{'a': 1}",
+    "comment": b"{} // no",
+    "unterminated": b'{"a": "b',
+    "raw newline in a string": b'"a\nb"',
+    "raw NUL in a string": b'"\x00"',
+    "raw NUL after it": b"{}\x00",
+    "bad escape": rb'"\x41"',
+    "half an escape": rb'"\ud8"',
+    "non-breaking space": "\u00a0{}".encode(),
+}
+REFUSED = NOT_UTF8 | NOT_NUMBERS | NOT_JSON
+
+
+@pytest.mark.parametrize("text", REFUSED.values(), ids=REFUSED.keys())
+def test_text_that_is_not_strict_json_is_refused(text: bytes) -> None:
+    with pytest.raises(InvalidJson) as refused:
+        parse(text)
+    assert type(refused.value) is InvalidJson
+    assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b'{"a":1,"a":1}', rb'{"a":1,"\u0061":2}', b'[{"x":{"a":1,"b":2,"a":3}}]', b'{"":1,"":2}'],
+)
+def test_a_member_named_twice_is_refused_at_any_depth(text: bytes) -> None:
+    with pytest.raises(DuplicateKey, match="twice"):
+        parse(text)
+
+
+def test_the_same_name_in_two_objects_is_fine() -> None:
+    assert parse(b'[{"a":1},{"a":{"a":2}}]') == [{"a": 1}, {"a": {"a": 2}}]
+
+
+@pytest.mark.parametrize("opened", [b"[", b'{"a":'])
+def test_depth_64_is_read_and_depth_65_is_refused(opened: bytes) -> None:
+    closed = b"]" if opened == b"[" else b"}"
+    assert parse(opened * 64 + b"1" + closed * 64)
+    with pytest.raises(InvalidJson, match="deeper than 64"):
+        parse(opened * 65 + b"1" + closed * 65)
+
+
+@pytest.mark.parametrize("opened", [b"[", b'{"a":'])
+@pytest.mark.parametrize("closed", [b"", b"]"])
+def test_100_000_brackets_are_refused_as_depth(opened: bytes, closed: bytes) -> None:
+    with pytest.raises(InvalidJson, match="deeper than 64"):
+        parse(opened * 100_000 + b"1" + closed * 100_000)
+
+
+def test_many_shallow_arrays_are_not_depth() -> None:
+    assert len(parse(b"[" + b"[],{}," * 1000 + b"1]")) == 2001
+
+
+def test_brackets_inside_strings_are_not_depth() -> None:
+    assert parse(b'"' + b"[{" * 1000 + b'"') == "[{" * 1000
+
+
+def test_a_refusal_tells_line_and_column() -> None:
+    with pytest.raises(InvalidJson, match="line 2, column 7"):
+        parse(b'{"a": 1,\n "b": oops}')
+
+
+def test_a_refusal_never_holds_a_value_and_abridges_a_name() -> None:
+    secret = "s3cret-" * 100
+    for text in (f'["{secret}" 1]', f'{{"a": "{secret}", "a": "{secret}"}}', f'"{secret}'):
+        with pytest.raises(InvalidJson) as refused:
+            parse(text.encode())
+        assert "s3cret" not in str(refused.value)
+    with pytest.raises(DuplicateKey) as twice:
+        parse(f'{{"{secret}": 1, "{secret}": 2}}'.encode())
+    assert len(str(twice.value)) < 200
+
+
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_308_digits_are_read_with_either_sign_and_309_are_not(sign: str) -> None:
+    assert parse(f"{sign}{'9' * 308}".encode()) == int(f"{sign}{'9' * 308}")
+    with pytest.raises(InvalidJson, match="308 digits"):
+        parse(f"{sign}{'9' * 309}".encode())
+
+
+def test_what_python_and_json_both_know_comes_through_unchanged() -> None:
+    value = {"a": [1, -2.5, 1e300, True, None, "é\U0001f600"], "": {"deep": [[]]}, "n": 10**307}
+    assert parse(json.dumps(value).encode()) == value
+    assert parse(json.dumps(value, ensure_ascii=False).encode()) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        (rb'"\u0000"', [""]),
+        (rb'{"a": ["x", "b\u0000c"]}', ["/a/1"]),
+        (rb'{"a": "\ud800"}', ["/a"]),
+        (rb'{"a": "\uDFFF\ud800"}', ["/a"]),
+        (rb'[{"k\u0000": "\udc00"}]', ["/0", "/0/k\ufffd"]),
+        (rb'{"x/y": {"~": "\u0000"}}', ["/x~1y/~0"]),
+    ],
+)
+def test_strings_postgres_cannot_store_are_told_by_pointer(text: bytes, places: list[str]) -> None:
+    assert suspicious(text)
+    assert [violation.pointer for violation in check_text(parse(text))] == places
+
+
+def test_only_the_first_50_unstorable_strings_are_told_in_order() -> None:
+    assert [v.pointer for v in check_text(["\x00"] * 80)] == [f"/{i}" for i in range(50)]
+
+
+def test_a_pair_of_surrogates_is_one_character_and_fine() -> None:
+    assert check_text(parse(rb'"\ud83d\ude00"')) == ()
+
+
+def test_unstorable_names_can_be_told_in_json() -> None:
+    for violation in check_text({"\ud800\x00": {"\ud800": "\x00"}}):
+        assert isinstance(violation, Violation)
+        json.dumps(violation.pointer, ensure_ascii=False).encode("utf-8")
+        assert "\x00" not in violation.pointer
+
+
+def test_a_pointer_escapes_and_abridges_names() -> None:
+    assert pointer(("a/b", "m~n", 3, "")) == "/a~1b/m~0n/3/"
+    assert len(pointer(("x" * 10_000,))) < 110
+
+
+_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**307), 10**307)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=())),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(_VALUES)
+def test_every_json_value_survives_and_nothing_unstorable_escapes_suspicion(value) -> None:
+    text = json.dumps(value).encode()
+    read = json.loads(text)  # not `value`: two lone surrogates side by side become a character
+    assert parse(text) == read
+    assert suspicious(text) or check_text(read) == ()
+
+
+@given(st.binary(max_size=60) | st.text('[]{}",:\\u0d8eE+-.1 \x00').map(str.encode))
+def test_no_text_raises_anything_but_invalid_json(text: bytes) -> None:
+    with suppress(InvalidJson):
+        parse(text)
