@@ -37,9 +37,9 @@ from broker.services import Services
 from broker.submissions import Submissions
 from broker.wakeup import Wakeup
 from config.logging import configure_logging
-from config.settings import Settings, SettingsRefused, load_settings
+from config.settings import NO_TOKEN_KEYS, PREFIX, Settings, SettingsRefused, load_settings
 from db.migrate import newest_version
-from db.pool import DatabaseUnready, check_migrated, open_pool
+from db.pool import DatabaseUnready, check_migrated, describe, open_pool
 from handlers import admin, health, queue, runners, submit
 from handlers.base import NoSuchPath, log_request
 
@@ -61,15 +61,20 @@ class ServerRefused(Exception):
 async def open_services(settings: Settings) -> AsyncIterator[Services]:
     """Yield everything the handlers need, opened from `settings`, closed at the end.
 
-    Raises DatabaseUnready or PolicyRefused. Redis may be away: that costs latency only.
+    Raises ServerRefused, DatabaseUnready or PolicyRefused. Redis may be away: that costs latency
+    only.
     """
+    if not settings.token_ring:
+        # A key made here would serve this process alone: behind a balancer, every other answer
+        # would be 401.
+        raise ServerRefused(NO_TOKEN_KEYS)
     async with AsyncExitStack() as stack:
         dsn = settings.database_url.get_secret_value()
         verifier = BundleVerifier(settings.trusted_root, load_policy(settings.signers_file))
         pool = await stack.enter_async_context(open_pool(dsn, settings.database_pool_max))
         await check_migrated(pool, newest_version())
-        lease_client = await _open_redis(stack, settings.redis_lease_url)
-        token_client = await _open_redis(stack, settings.redis_token_url)
+        lease_client = await _open_redis(stack, "REDIS_LEASE_URL", settings.redis_lease_url)
+        token_client = await _open_redis(stack, "REDIS_TOKEN_URL", settings.redis_token_url)
 
         token_ttl = timedelta(seconds=settings.token_ttl_s)
         tokens = Tokens(settings.token_ring, token_ttl)
@@ -172,15 +177,23 @@ def main() -> None:
         sys.exit(f"bakeoff-queue: {error}")
 
 
-async def _open_redis(stack: AsyncExitStack, url: str) -> redis.asyncio.Redis:
-    client = redis.asyncio.from_url(
-        url, socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S
-    )
+async def _open_redis(stack: AsyncExitStack, setting: str, url: str) -> redis.asyncio.Redis:
+    """Return a client of `url`. A Redis that is away is told of, and does not stop the start."""
+    try:
+        client = redis.asyncio.from_url(
+            url, socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S
+        )
+    except ValueError as error:
+        raise ServerRefused(f"{PREFIX}{setting} is not a Redis URL: {error}") from None
     stack.push_async_callback(client.aclose)
     try:
         await client.ping()
     except (redis.RedisError, OSError) as error:
-        log.warning("redis.unreachable", error=type(error).__name__, fix="check the redis_*_url")
+        log.warning(
+            "redis.unreachable",
+            error=describe(error),
+            fix=f"start Redis or correct {PREFIX}{setting}; until then lapses are noticed later",
+        )
     return client
 
 

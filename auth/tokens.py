@@ -5,7 +5,6 @@ A token says which runner and which key; whether the key is still good is asked 
 """
 
 import re
-import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -37,12 +36,11 @@ class RunnerClaims:
 class Tokens:
     """Makes and reads runner tokens.
 
-    `ring` maps kid to secret, the signing one first. An empty ring gets a random key, which serves
-    one process and is forgotten with it.
+    `ring` maps kid to secret, the signing one first; it is not empty.
     """
 
     def __init__(self, ring: dict[str, bytes], ttl: timedelta) -> None:
-        self._ring = ring or {"ephemeral": secrets.token_bytes(32)}
+        self._ring = ring
         self._ttl = ttl
 
     def mint(self, runner_id: str, fingerprint: str, jti: UUID, issued_at: datetime) -> str:

@@ -21,6 +21,10 @@ CONFIG_VARIABLE = f"{PREFIX}CONFIG"
 # Read by the command line's admin commands (cli/), not part of the service's settings.
 CLIENT_VARIABLES = {f"{PREFIX}URL", f"{PREFIX}TOKEN"}
 MIN_SECRET_BYTES = 32
+NO_TOKEN_KEYS = (
+    f"{PREFIX}TOKEN_KEYS is not set: give all processes the same key ring,"
+    ' for instance "2026-01:$(openssl rand -hex 32)"'
+)
 
 
 class SettingsRefused(Exception):

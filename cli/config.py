@@ -1,0 +1,78 @@
+"""`bakeoff-queue config`: the settings in effect."""
+
+from typing import Annotated
+from urllib.parse import urlsplit, urlunsplit
+
+import typer
+from pydantic import SecretStr
+
+from cli.output import AsJson, note, print_json, print_members
+from cli.settings import read_settings
+from config.settings import NO_TOKEN_KEYS, PREFIX, Settings
+
+app = typer.Typer(help="The settings: show them, check them.", no_args_is_help=True)
+
+
+@app.command()
+def show(
+    redact: Annotated[bool, typer.Option(help="Hide secrets and passwords.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Print every setting in effect."""
+    settings = read_settings()
+    values = {name: _shown(getattr(settings, name), redact) for name in Settings.model_fields}
+    print_json(values) if as_json else print_members(values)
+
+
+@app.command()
+def check() -> None:
+    """Exit 0 if the settings are good; otherwise a line for each thing wrong, and exit 2."""
+    if not read_settings().token_ring:
+        note(f"warning: `serve` will refuse to start: {NO_TOKEN_KEYS}")
+    note("the settings are good")
+
+
+@app.command()
+def reference() -> None:
+    """Print the reference page of all settings, in Markdown."""
+    print(reference_page(), end="")
+
+
+def reference_page() -> str:
+    """Return docs/settings.md: a row per setting with its default and the reason for it."""
+    lines = [
+        "# Settings",
+        "",
+        "Made by `bakeoff-queue config reference`. Each setting is read from, in this order:",
+        f"the environment (`{PREFIX}<NAME>`), the file that `{PREFIX}<NAME>_FILE` names, and the",
+        f"`queue:` section of the YAML file that `{PREFIX}CONFIG` names (lower-case names there).",
+        "",
+        "| setting | default | what it is, and why |",
+        "|---|---|---|",
+    ]
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default is None else _shown(field.default, redact=True)
+        if name == "signers_file":
+            default = "config/signers.yaml"
+        lines.append(f"| `{PREFIX}{name.upper()}` | `{default}` | {field.description or ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: object, redact: bool) -> object:
+    if isinstance(value, SecretStr):
+        secret = value.get_secret_value()
+        return _without_password(secret) if redact else secret
+    if isinstance(value, str) and redact:
+        return _without_password(value) if "://" in value else value
+    return value if isinstance(value, int | float | str | None) else str(value)
+
+
+def _without_password(secret: str) -> str:
+    """Keep what an operator looks for in a URL, hide the rest; other secrets are hidden whole."""
+    if "://" not in secret:
+        return "********" if secret else ""
+    parts = urlsplit(secret)
+    user, at, host = parts.netloc.rpartition("@")
+    name, colon, _ = user.partition(":")
+    hidden = f"{name}:********" if colon else name
+    return urlunsplit(parts._replace(netloc=f"{hidden}{at}{host}"))

@@ -1,0 +1,45 @@
+"""`bakeoff-queue db`: migrations of the settings' database."""
+
+import typer
+
+from cli.output import AsJson, CommandFailed, ExitCode, note, print_json
+from cli.settings import in_database, read_settings
+from db.migrate import migrate as migrate_database
+from db.migrate import newest_version, run_dbmate
+from db.pool import DatabaseUnready, check_migrated
+
+app = typer.Typer(help="The database: migrate it, or see whether it is.", no_args_is_help=True)
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database to the newest version; it may hold bakeoff's tables already."""
+    settings = read_settings()
+    try:
+        printed = migrate_database(settings.database_url.get_secret_value())
+    except DatabaseUnready as error:
+        raise CommandFailed(str(error), code=ExitCode.UNREACHABLE) from None
+    for line in printed.splitlines():
+        note(line)
+    note(f"the database is at version {newest_version()}")
+
+
+@app.command()
+def status() -> None:
+    """List the migrations, applied and pending."""
+    settings = read_settings()
+    try:
+        print(run_dbmate(settings.database_url.get_secret_value(), "status"), end="")
+    except DatabaseUnready as error:
+        raise CommandFailed(str(error), code=ExitCode.UNREACHABLE) from None
+
+
+@app.command()
+def verify(as_json: AsJson = False) -> None:
+    """Exit 0 if the database has every migration this version needs, 1 with the fix if not."""
+    newest = newest_version()
+    try:
+        in_database(read_settings(), lambda pool: check_migrated(pool, newest))
+    except DatabaseUnready as error:
+        raise CommandFailed(str(error)) from None
+    print_json({"version": newest}) if as_json else print(f"at version {newest}")

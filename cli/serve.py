@@ -1,0 +1,42 @@
+"""`bakeoff-queue serve` and `healthcheck`: one process from the settings, and is it up?"""
+
+import httpx
+
+from cli.output import CommandFailed, ExitCode
+from cli.settings import read_settings
+
+HEALTH_TIMEOUT_S = 5
+
+
+def serve() -> None:
+    """Serve from the settings until SIGTERM or Ctrl-C, then finish what is in flight."""
+    import asyncio
+
+    import server
+    from auth.errors import PolicyRefused
+    from config.logging import configure_logging
+    from db.pool import DatabaseUnready
+
+    settings = read_settings()
+    configure_logging(settings.log_level, settings.log_format)
+    try:
+        asyncio.run(server.serve(settings))
+    except DatabaseUnready as error:
+        raise CommandFailed(str(error), code=ExitCode.UNREACHABLE) from None
+    except (server.ServerRefused, PolicyRefused) as error:
+        raise CommandFailed(str(error)) from None
+
+
+def healthcheck() -> None:
+    """Ask the process on this machine whether it answers; for Docker's HEALTHCHECK."""
+    settings = read_settings()
+    address = settings.listen_address
+    host = "127.0.0.1" if address in ("", "0.0.0.0", "::") else address  # noqa: S104 (compared)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.listen_port}/healthz"
+    try:
+        httpx.get(url, timeout=HEALTH_TIMEOUT_S, trust_env=False).raise_for_status()
+    except httpx.HTTPError as error:
+        raise CommandFailed(
+            f"{url} does not answer: {error}; is `bakeoff-queue serve` running?",
+            code=ExitCode.UNREACHABLE,
+        ) from None

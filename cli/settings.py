@@ -1,0 +1,39 @@
+"""Settings and database for the commands that work beside the server, not through its API."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import asyncpg
+
+from cli.output import CommandFailed, ExitCode
+from config.settings import Settings, SettingsRefused, load_settings
+from db.pool import DatabaseUnready, open_pool
+
+Result = TypeVar("Result")
+
+
+def read_settings() -> Settings:
+    """Return the settings. Raises CommandFailed (exit 2) with a line for each thing wrong."""
+    try:
+        return load_settings()
+    except SettingsRefused as error:
+        first, *others = str(error).splitlines()
+        raise CommandFailed(first, code=ExitCode.USAGE, details=others) from None
+
+
+def in_database(settings: Settings, work: Callable[[asyncpg.Pool], Awaitable[Result]]) -> Result:
+    """Run `work` on a pool of the settings' database. Raises CommandFailed when it is away."""
+
+    async def run() -> Result:
+        async with open_pool(settings.database_url.get_secret_value(), 1) as pool:
+            return await work(pool)
+
+    try:
+        return asyncio.run(run())
+    except DatabaseUnready as error:
+        raise CommandFailed(str(error), code=ExitCode.UNREACHABLE) from None
+    except asyncpg.UndefinedTableError:
+        raise CommandFailed(
+            "the database has not been migrated: run `bakeoff-queue db migrate`"
+        ) from None
