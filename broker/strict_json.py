@@ -46,8 +46,6 @@ def parse(text: bytes, *, max_depth: int = 64) -> Any:
 
 
 def _decode(text: bytes) -> str:
-    if text.startswith(b"\xef\xbb\xbf"):
-        raise InvalidJson("The text starts with a byte order mark.")
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:

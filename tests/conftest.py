@@ -17,6 +17,9 @@ from sandbox import servers
 from sandbox.sigstore_instance import ThrowawaySigstore
 
 _numbers = count(1)
+# pytest-tornado asks asyncio for the current loop before it makes its own; asked for the first time
+# in a process, asyncio makes one that nobody closes, and a later test is blamed for it.
+asyncio.set_event_loop(None)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,61 @@
+"""Imports point one way: server, cli -> handlers -> broker -> {auth, db} -> config."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "config": set(),
+    "auth": {"config"},
+    "db": {"config"},
+    "broker": {"auth", "db", "config"},
+    "handlers": {"broker", "auth", "db", "config"},
+    "server": {"handlers", "broker", "auth", "db", "config"},
+    "cli": {"server", "handlers", "broker", "auth", "db", "config"},
+    "sandbox": {"cli", "broker", "auth", "db", "config"},
+}
+# Only these commands start private servers; the rest of the command line runs without a sandbox.
+SANDBOX_COMMANDS = {"cli/demo.py", "cli/dev.py"}
+# HTTP is the handlers' and the server's; the clients speak it from the outside.
+TORNADO = {"handlers", "server"}
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level packages that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+MODULES = sorted(
+    path
+    for layer in MAY_IMPORT
+    for path in [*ROOT.glob(f"{layer}.py"), *ROOT.glob(f"{layer}/**/*.py")]
+)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_what_lies_below_it(path: Path) -> None:
+    name = str(path.relative_to(ROOT))
+    layer = name.partition("/")[0].removesuffix(".py")
+    allowed = MAY_IMPORT[layer] | {layer} | ({"sandbox"} if name in SANDBOX_COMMANDS else set())
+    assert imported(path) & MAY_IMPORT.keys() <= allowed
+    assert layer in TORNADO or "tornado" not in imported(path)
+
+
+def test_only_the_settings_read_the_environment() -> None:
+    """The sandbox's children are given an environment, which is a different thing."""
+    readers = {
+        str(path.relative_to(ROOT))
+        for path in MODULES
+        if not path.is_relative_to(ROOT / "sandbox")
+        and any(text in path.read_text() for text in ("os.environ", "os.getenv"))
+    }
+    assert readers == {"config/settings.py"}
