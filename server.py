@@ -49,6 +49,7 @@ BODY_TIMEOUT_S = 30
 IDLE_TIMEOUT_S = 75
 HEADER_MAX = 16 * 1024
 REDIS_TIMEOUT_S = 1.0
+CANCEL_AGAIN_S = 0.2
 
 log = structlog.get_logger()
 
@@ -198,8 +199,10 @@ async def _open_redis(stack: AsyncExitStack, setting: str, url: str) -> redis.as
 
 
 async def _cancel(task: asyncio.Task[Any]) -> None:
-    task.cancel()
-    await asyncio.wait([task])
+    """End a task; cancelled while it connects, redis-py may swallow that, so once is not enough."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=CANCEL_AGAIN_S)
 
 
 def _bind(settings: Settings) -> list[socket.socket]:

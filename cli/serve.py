@@ -15,16 +15,16 @@ def serve() -> None:
     import server
     from auth.errors import PolicyRefused
     from config.logging import configure_logging
-    from db.pool import DatabaseUnready
+    from db.pool import DatabaseUnready, NotMigrated
 
     settings = read_settings()
     configure_logging(settings.log_level, settings.log_format)
     try:
         asyncio.run(server.serve(settings))
+    except (server.ServerRefused, PolicyRefused, NotMigrated) as error:
+        raise CommandFailed(str(error)) from None
     except DatabaseUnready as error:
         raise CommandFailed(str(error), code=ExitCode.UNREACHABLE) from None
-    except (server.ServerRefused, PolicyRefused) as error:
-        raise CommandFailed(str(error)) from None
 
 
 def healthcheck() -> None:

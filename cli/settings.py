@@ -8,7 +8,7 @@ import asyncpg
 
 from cli.output import CommandFailed, ExitCode
 from config.settings import Settings, SettingsRefused, load_settings
-from db.pool import DatabaseUnready, open_pool
+from db.pool import DatabaseUnready, NotMigrated, open_pool
 
 Result = TypeVar("Result")
 
@@ -31,6 +31,8 @@ def in_database(settings: Settings, work: Callable[[asyncpg.Pool], Awaitable[Res
 
     try:
         return asyncio.run(run())
+    except NotMigrated as error:
+        raise CommandFailed(str(error)) from None
     except DatabaseUnready as error:
         raise CommandFailed(str(error), code=ExitCode.UNREACHABLE) from None
     except asyncpg.UndefinedTableError:

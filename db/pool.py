@@ -23,6 +23,10 @@ class DatabaseUnready(Exception):
     """The database cannot be used; the message names the fix."""
 
 
+class NotMigrated(DatabaseUnready):
+    """The database is there, but lacks a migration that this code needs."""
+
+
 async def _prepare(connection: asyncpg.Connection) -> None:
     # The standard library's json, not a faster one: a job may hold integers beyond 64 bits.
     await connection.set_type_codec(
@@ -57,11 +61,9 @@ def describe(error: BaseException) -> str:
 
 
 async def check_migrated(pool: asyncpg.Pool, newest: str) -> None:
-    """Raise DatabaseUnready unless the migration `newest` has been applied."""
+    """Raise NotMigrated unless the migration `newest` has been applied."""
     if await missing_migration(pool, newest):
-        raise DatabaseUnready(
-            f"the database lacks migration {newest}: run `bakeoff-queue db migrate`"
-        )
+        raise NotMigrated(f"the database lacks migration {newest}: run `bakeoff-queue db migrate`")
 
 
 async def missing_migration(pool: Executor, newest: str) -> bool:

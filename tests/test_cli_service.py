@@ -1,0 +1,183 @@
+"""serve, healthcheck, db, tokens and config: real commands, with one line for what is wrong."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import redis
+
+from cli.config import reference_page
+from config.settings import PREFIX, Settings
+from db.migrate import newest_version
+from sandbox import servers
+
+ROOT = Path(__file__).parents[1]
+KEY_RING = f"test:{'k' * 32}"
+
+
+def environment(**settings: object) -> dict[str, str]:
+    """This process's environment without settings of the queue, and with `settings`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    return {**kept, **{PREFIX + name.upper(): str(value) for name, value in settings.items()}}
+
+
+def run(*command: str, **settings: object) -> subprocess.CompletedProcess[str]:
+    """Run `bakeoff-queue` and return what it printed."""
+    return subprocess.run(
+        [sys.executable, "-m", "cli.main", *command],
+        env=environment(**settings), cwd=ROOT, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def settings(make_settings) -> dict[str, object]:
+    """What a server process is told to serve this test's database."""
+    made: Settings = make_settings()
+    return {
+        "database_url": made.database_url.get_secret_value(),
+        "redis_lease_url": made.redis_lease_url,
+        "redis_token_url": made.redis_token_url,
+        "trusted_root": made.trusted_root,
+        "signers_file": made.signers_file,
+        "token_keys": KEY_RING,
+        "listen_port": 0,
+        "log_format": "json",
+    }
+
+
+@contextmanager
+def serving(settings: Mapping[str, object]) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A server process that listens; its port is read from its log."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli.main", "serve"],
+        env=environment(**settings), cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with process:
+        assert process.stderr is not None
+        try:
+            events = (json.loads(line) for line in process.stderr)
+            port = next(event["port"] for event in events if event["event"] == "server.listening")
+            yield process, port
+        finally:
+            process.kill()
+
+
+def test_a_process_serves_and_drains_on_sigterm(settings) -> None:
+    with serving(settings) as (process, port):
+        assert httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).status_code == 200
+        assert run("healthcheck", **{**settings, "listen_port": port}).returncode == 0
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def test_an_occupied_port_is_named_with_the_fix(settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("serve", **{**settings, "listen_port": port})
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"error: cannot listen on 127.0.0.1:{port}: Address already in use;"
+        " set BAKEOFF_QUEUE_LISTEN_PORT to a free port"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "line"),
+    [
+        ({"database_url": "postgres://u:secret@127.0.0.1:1/x"}, 5, "PostgreSQL cannot be used"),
+        ({"token_keys": ""}, 1, "BAKEOFF_QUEUE_TOKEN_KEYS is not set"),
+        ({"token_keys": "k:short"}, 2, "the secret of k is shorter than 32 bytes"),
+        ({"trusted_root": "/nowhere/root.json"}, 1, "/nowhere/root.json"),
+        ({"signers_file": "/nowhere/signers.yaml"}, 1, "/nowhere/signers.yaml"),
+        ({"redis_lease_url": "http://redis"}, 1, "BAKEOFF_QUEUE_REDIS_LEASE_URL"),
+        ({"lease_tll_s": 5}, 2, "did you mean BAKEOFF_QUEUE_LEASE_TTL_S?"),
+    ],
+)  # fmt: skip
+def test_what_stops_the_start_is_one_line(settings, change, code, line) -> None:
+    done = run("serve", **{**settings, **change})
+    assert done.returncode == code, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert line in done.stderr
+    assert "secret@" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_redis_it_serves_and_says_what_is_missing(settings) -> None:
+    gone = {"redis_lease_url": "redis://127.0.0.1:1/1", "redis_token_url": "redis://127.0.0.1:1/2"}
+    with serving({**settings, **gone}) as (_, port):
+        answer = httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False)
+    assert answer.status_code == 200
+    assert answer.json()["redis"].startswith("degraded")
+
+
+def test_an_unmigrated_database_stops_the_start_and_is_migrated(settings, empty_database) -> None:
+    bare = {**settings, "database_url": empty_database}
+    done = run("serve", **bare)
+    assert done.stderr == (
+        f"error: the database lacks migration {newest_version()}: run `bakeoff-queue db migrate`\n"
+    )
+    assert run("db", "verify", **bare).returncode == 1
+    assert "db migrate" in run("tokens", "ls", **bare).stderr
+    assert run("db", "migrate", **bare).returncode == 0
+    assert run("db", "verify", **bare).returncode == 0
+    assert "[X]" in run("db", "status", **bare).stdout
+
+
+def test_a_minted_token_works_until_it_is_revoked(settings) -> None:
+    minted = json.loads(run("tokens", "mint", "--name", "ops", "--json", **settings).stdout)
+    token = {"headers": {"Authorization": f"Bearer {minted['token']}"}, "trust_env": False}
+    with serving(settings) as (_, port):
+        url = f"http://127.0.0.1:{port}/api/admin/queue"
+        assert httpx.get(url, **token).status_code == 200
+        assert run("tokens", "revoke", minted["token_id"], **settings).returncode == 2
+        assert run("tokens", "revoke", minted["token_id"], "--yes", **settings).returncode == 0
+        assert httpx.get(url, **token).status_code == 401
+    listed = run("tokens", "ls", "--json", **settings).stdout
+    assert minted["token"] not in listed
+    assert json.loads(listed)["tokens"][0]["revoked_at"] is not None
+    assert run("tokens", "revoke", minted["token_id"], "--yes", **settings).returncode == 3
+    assert run("tokens", "mint", "--name", "x", "--scope", "root", **settings).returncode == 2
+
+
+def test_config_show_hides_secrets(settings) -> None:
+    secret = {**settings, "database_url": "postgres://me:s3cret@db/x"}
+    shown = run("config", "show", "--json", **secret).stdout
+    assert json.loads(shown)["database_url"] == "postgres://me:********@db/x"
+    assert "k" * 32 not in shown
+    assert "s3cret" not in shown
+    assert "s3cret" in run("config", "show", "--no-redact", **secret).stdout
+
+
+def test_config_check_tells_every_mistake(settings) -> None:
+    done = run("config", "check", **{**settings, "listen_port": 99999, "lease_ttl_s": "x"})
+    assert done.returncode == 2
+    assert "LISTEN_PORT" in done.stderr
+    assert "LEASE_TTL_S" in done.stderr
+    assert run("config", "check", **settings).returncode == 0
+
+
+def test_the_settings_page_is_the_generated_one() -> None:
+    assert (ROOT / "docs/settings.md").read_text() == reference_page()
+
+
+def test_a_dead_process_fails_the_healthcheck() -> None:
+    assert run("healthcheck", listen_port=1).returncode == 5
+
+
+def test_a_deaf_redis_is_told_of(settings) -> None:
+    with servers.redis(notify="") as deaf, redis.Redis.from_url(deaf.url(1)) as client:
+        assert client.config_get("notify-keyspace-events") == {"notify-keyspace-events": ""}
+        urls = {"redis_lease_url": deaf.url(1), "redis_token_url": deaf.url(2)}
+        with serving({**settings, **urls}) as (process, _):
+            assert process.stderr is not None
+            events = (json.loads(line) for line in process.stderr)
+            told = next(event for event in events if event["event"] == "listener.deaf")
+    assert "CONFIG SET notify-keyspace-events Ex" in told["fix"]
