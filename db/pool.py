@@ -1,13 +1,23 @@
 """The connection pool, and what every connection promises."""
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import asyncpg
 
 Executor = asyncpg.Pool | asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
+Result = TypeVar("Result")
+
+CONNECT_S = 5
+ACQUIRE_S = 5
+COMMAND_S = 10  # above the server's own statement_timeout: for a server that does not answer at all
+CLOSE_S = 5
+TRIES = 3
+RETRY_WITHIN_S = 0.05
 
 # Nothing the service does takes seconds; what does is stuck, and must not hold a row for others.
 SESSION = {
@@ -34,16 +44,76 @@ async def _prepare(connection: asyncpg.Connection) -> None:
     )
 
 
+class BoundedPool(asyncpg.Pool):
+    """A pool whose waits end: for a connection after `ACQUIRE_S`, for an answer after `COMMAND_S`.
+
+    asyncpg would wait for ever for a connection; a request that waits is better answered 503. A
+    statement that lost a deadlock, or could not be serialized, is sent again: it has been rolled
+    back whole, so that is safe.
+    """
+
+    def acquire(self, *, timeout: float | None = None) -> Any:
+        """Take a connection. Raises TimeoutError when all are busy for too long."""
+        return super().acquire(timeout=timeout or ACQUIRE_S)
+
+    async def execute(self, *arguments: Any, **options: Any) -> str:
+        """Run a statement."""
+        return await retried(super().execute, *arguments, **options)
+
+    async def fetch(self, *arguments: Any, **options: Any) -> list[asyncpg.Record]:
+        """Run a statement and return its rows."""
+        return await retried(super().fetch, *arguments, **options)
+
+    async def fetchrow(self, *arguments: Any, **options: Any) -> asyncpg.Record | None:
+        """Run a statement and return its first row."""
+        return await retried(super().fetchrow, *arguments, **options)
+
+    async def fetchval(self, *arguments: Any, **options: Any) -> Any:
+        """Run a statement and return the first value of its first row."""
+        return await retried(super().fetchval, *arguments, **options)
+
+
+async def retried(
+    work: Callable[..., Awaitable[Result]], *arguments: Any, **options: Any
+) -> Result:
+    """Return what `work` does; do it up to three times while it loses deadlocks or races.
+
+    `work` is a statement or a whole transaction: nothing of a failed try is left.
+    """
+    for _ in range(TRIES - 1):
+        try:
+            return await work(*arguments, **options)
+        except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
+            await asyncio.sleep(random.uniform(0, RETRY_WITHIN_S))  # noqa: S311 (jitter)
+    return await work(*arguments, **options)
+
+
 @asynccontextmanager
 async def open_pool(dsn: str, max_size: int) -> AsyncIterator[asyncpg.Pool]:
     """Yield a pool of up to `max_size` connections, closed at the end.
 
     Raises DatabaseUnready, in one line, when the server cannot be reached or refuses us.
     """
+    pool = BoundedPool(
+        dsn,
+        connection_class=asyncpg.Connection,
+        record_class=asyncpg.Record,
+        init_size=1,
+        min_size=1,
+        max_size=max_size,
+        max_queries=50_000,
+        max_inactive_connection_lifetime=300,
+        connect=None,
+        setup=None,
+        init=_prepare,
+        reset=None,
+        loop=None,
+        server_settings=SESSION,
+        timeout=CONNECT_S,
+        command_timeout=COMMAND_S,
+    )
     try:
-        pool = await asyncpg.create_pool(
-            dsn, min_size=1, max_size=max_size, init=_prepare, server_settings=SESSION, timeout=5
-        )
+        await pool
     except (OSError, TimeoutError, ValueError, asyncpg.PostgresError) as error:
         raise DatabaseUnready(
             f"PostgreSQL cannot be used: {describe(error)};"
@@ -52,7 +122,16 @@ async def open_pool(dsn: str, max_size: int) -> AsyncIterator[asyncpg.Pool]:
     try:
         yield pool
     finally:
-        await pool.close()
+        await _close(pool)
+
+
+async def _close(pool: asyncpg.Pool) -> None:
+    """Close the pool; what still holds a connection after a while is cut off."""
+    try:
+        async with asyncio.timeout(CLOSE_S):
+            await pool.close()
+    except TimeoutError:
+        pool.terminate()
 
 
 def describe(error: BaseException) -> str:
