@@ -31,8 +31,10 @@ from broker.health import Health
 from broker.heartbeats import Heartbeats
 from broker.in_flight import InFlight
 from broker.lease_keys import LeaseKeys
+from broker.liveness import Liveness
 from broker.queue_view import QueueView
 from broker.registry import Registry
+from broker.runner_care import RunnerCare
 from broker.services import Services
 from broker.submissions import Submissions
 from broker.wakeup import Wakeup
@@ -40,7 +42,7 @@ from config.logging import configure_logging
 from config.settings import NO_TOKEN_KEYS, PREFIX, Settings, SettingsRefused, load_settings
 from db.migrate import newest_version
 from db.pool import DatabaseUnready, check_migrated, describe, open_pool
-from handlers import admin, health, queue, runners, submit
+from handlers import admin, admin_runners, health, queue, runners, submit
 from handlers.base import NoSuchPath, log_request
 
 # More than the largest bundle: the caps are the handlers' own, with answers that say so.
@@ -88,7 +90,8 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
         )
         sweep = Sweep(pool, settings, keys)
         listener = ExpiryListener(lease_client, sweep)
-        for task in (sweep.run(), listener.run(), Wakeup(dsn, bell).run()):
+        liveness = Liveness(pool, settings)
+        for task in (sweep.run(), listener.run(), liveness.run(), Wakeup(dsn, bell).run()):
             stack.push_async_callback(_cancel, asyncio.create_task(task))
         stack.push_async_callback(claims.close)
         yield Services(
@@ -103,6 +106,8 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
             enqueue=Enqueue(pool, settings),
             queue=QueueView(pool),
             in_flight=InFlight(),
+            liveness=liveness,
+            runner_care=RunnerCare(pool, settings),
             health=Health(pool, lease_client, listener, verifier, newest_version()),
         )
         await keys.flush()
@@ -110,7 +115,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
 
 def make_app(services: Services) -> Application:
     """Return the application: every address of every module."""
-    modules = (runners, queue, submit, admin, health)
+    modules = (runners, queue, submit, admin, admin_runners, health)
     return Application(
         [route for module in modules for route in module.routes(services)],
         default_handler_class=NoSuchPath,

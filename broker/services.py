@@ -10,8 +10,10 @@ from broker.handbacks import Handbacks
 from broker.health import Health
 from broker.heartbeats import Heartbeats
 from broker.in_flight import InFlight
+from broker.liveness import Liveness
 from broker.queue_view import QueueView
 from broker.registry import Registry
+from broker.runner_care import RunnerCare
 from broker.submissions import Submissions
 from config.settings import Settings
 
@@ -32,3 +34,5 @@ class Services:
     queue: QueueView
     health: Health
     in_flight: InFlight
+    liveness: Liveness
+    runner_care: RunnerCare

@@ -1,7 +1,8 @@
 """The runners table and the nonces of their registrations."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -92,3 +93,33 @@ async def find_nonce(connection: Executor, fingerprint: str, nonce: str) -> Nonc
     """Return the registration that used this nonce."""
     row = await connection.fetchrow(SQL["find_nonce"], fingerprint, nonce)
     return Nonce(**row) if row else None
+
+
+async def seen(pool: Executor, runner_ids: Sequence[str]) -> None:
+    """Note that these runners were heard of."""
+    await pool.execute(SQL["seen"], list(runner_ids))
+
+
+async def bury(pool: Executor, silent_for: timedelta) -> list[str]:
+    """Mark runners that were silent for so long DEAD, and return them."""
+    return [row["runner_id"] for row in await pool.fetch(SQL["bury"], silent_for)]
+
+
+async def overview(pool: Executor, runner_id: str | None = None) -> list[asyncpg.Record]:
+    """Return the runners that have registered here, or the one of this name."""
+    return await pool.fetch(SQL["overview"], runner_id)
+
+
+async def pause(connection: Executor, runner_id: str, reason: str) -> bool:
+    """Give a runner nothing new; False when it is unknown."""
+    return await connection.fetchval(SQL["pause"], runner_id, reason) is not None
+
+
+async def resume(connection: Executor, runner_id: str) -> bool:
+    """Undo a pause or a drain; False when the runner is unknown."""
+    return await connection.fetchval(SQL["resume"], runner_id) is not None
+
+
+async def drain(connection: Executor, runner_id: str) -> bool:
+    """Let a runner finish what it holds and give it nothing new; False when it is unknown."""
+    return await connection.fetchval(SQL["drain"], runner_id) is not None

@@ -15,6 +15,7 @@ class RunnerHandler(Handler):
     async def authenticate(self) -> None:
         """Learn which runner sends this."""
         self.runner = await self.services.credentials.runner(self.bearer_token())
+        self.services.liveness.saw(self.runner.runner_id)
 
     def guard(self, run_id: str, lease_id: str) -> LeaseGuard:
         """Return what this runner shows to touch a lease."""

@@ -99,7 +99,8 @@ ADD COLUMN IF NOT EXISTS instance_id uuid,
 ADD COLUMN IF NOT EXISTS version text,
 ADD COLUMN IF NOT EXISTS key_fingerprint text REFERENCES runner_keys,
 ADD COLUMN IF NOT EXISTS paused_at timestamptz,
-ADD COLUMN IF NOT EXISTS pause_reason text;
+ADD COLUMN IF NOT EXISTS pause_reason text,
+ADD COLUMN IF NOT EXISTS drain_requested_at timestamptz;
 
 -- The ledger: every lease leaves a row.
 CREATE TABLE attempts (
@@ -226,7 +227,8 @@ DROP TABLE audit, submission_refusals, submission_files, submissions, idempotenc
 admin_tokens, revoked_tokens, registration_nonces, attempts;
 ALTER TABLE runners
 DROP COLUMN capabilities, DROP COLUMN instance_id, DROP COLUMN version,
-DROP COLUMN key_fingerprint, DROP COLUMN paused_at, DROP COLUMN pause_reason;
+DROP COLUMN key_fingerprint, DROP COLUMN paused_at, DROP COLUMN pause_reason,
+DROP COLUMN drain_requested_at;
 DROP TABLE runner_keys;
 DROP FUNCTION vram_need_gb(double precision, double precision, numeric);
 -- Our rows need our columns: without them they would look like upstream's.

@@ -8,13 +8,6 @@ WITH RECURSIVE requests AS (
         WITH ORDINALITY AS r (runner_id, fingerprint, claim_key, claim_digest, place)
 ),
 
--- A claim sent again, while its lease lives, gets that lease and nothing new.
-replayed AS (
-    SELECT r.place, q.queue_id
-    FROM requests AS r
-    INNER JOIN run_queue AS q ON r.runner_id = q.claimed_by AND r.claim_key = q.claim_key
-),
-
 -- The key rows are locked so that no claim slips past a revocation that commits at the same time:
 -- a revocation in flight makes this wait, and PostgreSQL then checks the row again, by its newest
 -- version. Without the lock this statement's snapshot would still show the key as good, and the
@@ -26,6 +19,15 @@ admitted AS MATERIALIZED (
         fingerprint = any($4) AND revoked_at IS NULL
         AND (not_after IS NULL OR not_after > clock_timestamp())
     FOR SHARE
+),
+
+-- A claim sent again, while its lease lives, gets that lease and nothing new. Only by a
+-- good key: a revocation that was waited for above has ended the lease this snapshot still shows.
+replayed AS (
+    SELECT r.place, q.queue_id
+    FROM requests AS r
+    INNER JOIN admitted AS a ON r.fingerprint = a.fingerprint
+    INNER JOIN run_queue AS q ON r.runner_id = q.claimed_by AND r.claim_key = q.claim_key
 ),
 
 -- A runner's lowest free lease slot. Two claims of one runner in two processes may see the same
@@ -122,7 +124,8 @@ taken AS (
         lease_seq = q.lease_seq + 1,
         lease_id = gen_random_uuid(),
         lease_key = a.fingerprint,
-        lease_expires_at = clock_timestamp() + $7::interval,
+        lease_expires_at = clock_timestamp()
+            + least($7::interval, coalesce(q.max_runtime_s, $9) * interval '1 second'),
         lease_slot = a.slot,
         last_heartbeat = NULL,
         progress = NULL,
@@ -456,7 +459,10 @@ SELECT
     q.*,
     m.name AS model_name, x.name AS quantization,
     vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) AS need_gb,
-    k.revoked_at IS NULL AS key_good, k.signer_identity, k.signer_issuer
+    (
+        k.revoked_at IS NULL AND (k.not_after IS NULL OR k.not_after > clock_timestamp())
+    ) AS key_good,
+    k.signer_identity, k.signer_issuer
 FROM run_queue AS q
 LEFT JOIN models AS m ON q.model_id = m.model_id
 LEFT JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id

@@ -50,3 +50,59 @@ RETURNING nonce
 
 -- name: find_nonce
 SELECT * FROM registration_nonces WHERE fingerprint = $1 AND nonce = $2
+
+-- name: seen
+-- Runners that were heard of since the last batch: busy ones are ACTIVE, others IDLE.
+UPDATE runners AS r SET
+    last_heartbeat = clock_timestamp(),
+    status = CASE
+        WHEN EXISTS (
+            SELECT FROM run_queue AS q
+            WHERE q.claimed_by = r.runner_id AND q.lease_slot IS NOT NULL
+        ) THEN 'ACTIVE'
+        ELSE 'IDLE'
+    END
+WHERE r.runner_id = any($1)
+
+-- name: bury
+-- Runners of ours that nobody has heard of for $1 are DEAD; bakeoff's own rows are bakeoff's.
+UPDATE runners SET status = 'DEAD'
+WHERE
+    status IN ('ACTIVE', 'IDLE') AND key_fingerprint IS NOT NULL
+    AND last_heartbeat < clock_timestamp() - $1::interval
+RETURNING runner_id
+
+-- name: overview
+-- Every runner that has registered here, with its key, what it holds and how long it was silent.
+SELECT
+    r.runner_id, r.hostname, r.version, r.status, r.capabilities, r.registered_at, r.started_at,
+    r.last_heartbeat, clock_timestamp() - r.last_heartbeat AS silent_for, r.paused_at,
+    r.pause_reason, r.drain_requested_at, k.fingerprint AS key_fingerprint,
+    k.revoked_at, k.capability_caps, k.max_leases,
+    (
+        SELECT coalesce(array_agg(q.run_id ORDER BY q.claimed_at), '{}')
+        FROM run_queue AS q
+        WHERE q.claimed_by = r.runner_id AND q.lease_slot IS NOT NULL
+    ) AS current_runs
+FROM runners AS r
+INNER JOIN runner_keys AS k ON r.key_fingerprint = k.fingerprint
+WHERE $1::text IS NULL OR r.runner_id = $1
+ORDER BY r.runner_id
+
+-- name: pause
+-- No new leases until an admin resumes the runner; what it holds it may finish.
+UPDATE runners SET paused_at = clock_timestamp(), pause_reason = $2
+WHERE runner_id = $1 AND key_fingerprint IS NOT NULL
+RETURNING runner_id
+
+-- name: resume
+-- Undo a pause or a drain, and wake the runner's parked claims.
+UPDATE runners SET paused_at = NULL, pause_reason = NULL, drain_requested_at = NULL
+WHERE runner_id = $1 AND key_fingerprint IS NOT NULL
+RETURNING runner_id, pg_notify('bakeoff_queue', '')
+
+-- name: drain
+-- The next heartbeat tells the runner to finish what it holds; it is given nothing new.
+UPDATE runners SET drain_requested_at = coalesce(drain_requested_at, clock_timestamp())
+WHERE runner_id = $1 AND key_fingerprint IS NOT NULL
+RETURNING runner_id

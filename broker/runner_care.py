@@ -1,0 +1,89 @@
+"""Runners as admins see and steer them: list, pause, resume, drain."""
+
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+import asyncpg
+
+from broker.credentials import Admin
+from broker.errors import NotFound
+from broker.registry import capped
+from config.settings import Settings
+from db import admin, runners
+from db.pool import Executor
+
+_SHOWN = (
+    "runner_id", "hostname", "version", "registered_at", "started_at", "last_heartbeat",
+    "key_fingerprint", "paused_at", "pause_reason", "drain_requested_at", "current_runs",
+)  # fmt: skip
+
+
+class RunnerCare:
+    """Looks at the fleet, and steers single runners."""
+
+    def __init__(self, pool: asyncpg.Pool, settings: Settings) -> None:
+        self._pool = pool
+        self._settings = settings
+        self._stale_after = timedelta(seconds=settings.lease_ttl_s + settings.claim_wait_max_s)
+
+    async def list_all(self) -> list[dict[str, Any]]:
+        """Return every runner that has registered, by name."""
+        return [self._shown(row) for row in await runners.overview(self._pool)]
+
+    async def show(self, runner_id: str) -> dict[str, Any]:
+        """Return one runner. Raises NotFound."""
+        rows = await runners.overview(self._pool, runner_id)
+        if not rows:
+            raise NotFound(f"No runner {runner_id} has registered here.")
+        return self._shown(rows[0])
+
+    async def pause(self, by: Admin, runner_id: str, reason: str) -> dict[str, Any]:
+        """Give a runner nothing new until it is resumed. Raises NotFound."""
+        return await self._steer(
+            by, runner_id, "pause", lambda c: runners.pause(c, runner_id, reason), reason
+        )
+
+    async def resume(self, by: Admin, runner_id: str) -> dict[str, Any]:
+        """Undo a pause or a drain. Raises NotFound."""
+        return await self._steer(by, runner_id, "resume", lambda c: runners.resume(c, runner_id))
+
+    async def drain(self, by: Admin, runner_id: str) -> dict[str, Any]:
+        """Let a runner finish what it holds, and no more. Raises NotFound."""
+        return await self._steer(by, runner_id, "drain", lambda c: runners.drain(c, runner_id))
+
+    async def _steer(
+        self,
+        by: Admin,
+        runner_id: str,
+        verb: str,
+        change: Callable[[Executor], Awaitable[bool]],
+        reason: str | None = None,
+    ) -> dict[str, Any]:
+        async with self._pool.acquire() as connection, connection.transaction():
+            if not await change(connection):
+                raise NotFound(f"No runner {runner_id} has registered here.")
+            await admin.audit(
+                connection, by.actor, f"runner.{verb}", runner_id=runner_id, reason=reason
+            )
+        return await self.show(runner_id)
+
+    def _shown(self, row: asyncpg.Record) -> dict[str, Any]:
+        return {
+            **{name: row[name] for name in _SHOWN},
+            "state": self._state(row),
+            "capabilities": capped(row["capabilities"], row["capability_caps"]),
+            "max_leases": row["max_leases"] or self._settings.max_leases,
+        }
+
+    def _state(self, row: asyncpg.Record) -> str:
+        """Return the first that holds, the most telling one first."""
+        if row["revoked_at"] is not None:
+            return "revoked"
+        if row["paused_at"] is not None:
+            return "paused"
+        if row["status"] == "DEAD" or row["silent_for"] > self._stale_after:
+            return "stale"
+        if row["drain_requested_at"] is not None:
+            return "draining"
+        return "busy" if row["current_runs"] else "idle"

@@ -1,0 +1,78 @@
+"""Admins and the fleet: list runners, pause, resume and drain one."""
+
+from typing import ClassVar
+
+from tornado.web import URLSpec
+
+from broker.services import Services
+from handlers.admin import AdminHandler
+
+RUNNER_PATH = r"([A-Za-z0-9][A-Za-z0-9._-]{0,127})"
+
+
+class RunnersHandler(AdminHandler):
+    """GET /api/admin/runners."""
+
+    scopes: ClassVar[dict[str, str]] = {"GET": "read"}
+
+    async def get(self) -> None:
+        """List the runners that have registered."""
+        self.query()
+        self.answer(200, {"runners": await self.services.runner_care.list_all()})
+
+
+class RunnerHandler(AdminHandler):
+    """GET /api/admin/runners/{id}."""
+
+    scopes: ClassVar[dict[str, str]] = {"GET": "read"}
+
+    async def get(self, runner_id: str) -> None:
+        """Show one runner."""
+        self.query()
+        self.answer(200, await self.services.runner_care.show(runner_id))
+
+
+class PauseHandler(AdminHandler):
+    """POST /api/admin/runners/{id}/pause."""
+
+    scopes: ClassVar[dict[str, str]] = {"POST": "operate"}
+
+    async def post(self, runner_id: str) -> None:
+        """Give a runner nothing new; what it holds it may finish."""
+        reason = self.read_json("cancel")["reason"]
+        self.answer(200, await self.services.runner_care.pause(self.admin, runner_id, reason))
+
+
+class ResumeHandler(AdminHandler):
+    """POST /api/admin/runners/{id}/resume."""
+
+    scopes: ClassVar[dict[str, str]] = {"POST": "operate"}
+
+    async def post(self, runner_id: str) -> None:
+        """Undo a pause or a drain."""
+        self.read_json("steer")
+        self.answer(200, await self.services.runner_care.resume(self.admin, runner_id))
+
+
+class DrainHandler(AdminHandler):
+    """POST /api/admin/runners/{id}/drain."""
+
+    scopes: ClassVar[dict[str, str]] = {"POST": "operate"}
+
+    async def post(self, runner_id: str) -> None:
+        """Tell a runner, with its next heartbeat, to finish what it holds and stop."""
+        self.read_json("steer")
+        self.answer(200, await self.services.runner_care.drain(self.admin, runner_id))
+
+
+def routes(services: Services) -> list[URLSpec]:
+    """The addresses of this module."""
+    given = {"services": services}
+    at = rf"/api/admin/runners/{RUNNER_PATH}"
+    return [
+        URLSpec(r"/api/admin/runners", RunnersHandler, given),
+        URLSpec(at, RunnerHandler, given),
+        URLSpec(f"{at}/pause", PauseHandler, given),
+        URLSpec(f"{at}/resume", ResumeHandler, given),
+        URLSpec(f"{at}/drain", DrainHandler, given),
+    ]
