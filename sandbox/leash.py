@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -295,6 +296,15 @@ def serve(keeper: Keeper) -> None:
         say(obey(keeper, order))
 
 
+def remove(folder: Path) -> None:
+    """Remove the folder, also from under processes of the launcher that write into it and die."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.02)
+
+
 def main(base: str, uid: int, gid: int) -> None:
     """Make the folder, serve, and leave nothing behind."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -313,7 +323,7 @@ def main(base: str, uid: int, gid: int) -> None:
             serve(keeper)
     finally:
         keeper.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
 
 
 if __name__ == "__main__":

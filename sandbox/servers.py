@@ -162,7 +162,7 @@ class Postgres(_Server):
     def database_dsn(self, name: str) -> str:
         """The DSN of another database of this server."""
         host = quote(str(self._leash.folder))
-        return f"postgres://bakeoff@/{quote(name, safe='')}?host={host}&sslmode=disable"
+        return f"postgres://bakeoff@/{quote(name, safe='')}?host={host}&port=5432&sslmode=disable"
 
 
 class Redis(_Server):

@@ -1,0 +1,100 @@
+"""`bakeoff-queue runners`: the machines that have registered, and what to do with one."""
+
+from typing import Annotated, Any
+
+import typer
+
+from cli.client import DEFAULT_URL, Token, Url, connect
+from cli.output import AsJson, Yes, print_json, print_members, print_table, usage_error
+
+RUNNERS = "/api/admin/runners"
+RunnerId = Annotated[str, typer.Argument(help="The runner's name on the allowlist.")]
+
+app = typer.Typer(help="Runners: who is there, pause, resume, drain.", no_args_is_help=True)
+
+
+@app.command(name="ls")
+def list_runners(url: Url = DEFAULT_URL, token: Token = "", as_json: AsJson = False) -> None:
+    """List the runners that have registered."""
+    with connect(url, token) as admin:
+        listed = admin.get(RUNNERS)
+    if as_json:
+        return print_json(listed)
+    columns = ("runner_id", "state", "last_heartbeat", "vram_gb", "quantizations", "current_runs")
+    return print_table(columns, (_row(runner) for runner in listed["runners"]))
+
+
+@app.command()
+def show(
+    runner_id: RunnerId, url: Url = DEFAULT_URL, token: Token = "", as_json: AsJson = False
+) -> None:
+    """Show one runner."""
+    with connect(url, token) as admin:
+        runner = admin.get(f"{RUNNERS}/{runner_id}")
+    print_json(runner) if as_json else print_members(runner)
+
+
+@app.command()
+def pause(
+    runner_id: RunnerId,
+    reason: Annotated[str, typer.Option(help="Why; the runner is told, and the audit.")],
+    yes: Yes = False,
+    url: Url = DEFAULT_URL,
+    token: Token = "",
+    as_json: AsJson = False,
+) -> None:
+    """Give a runner nothing new until it is resumed; what it holds it may finish."""
+    _steer(runner_id, "pause", {"reason": reason}, yes, url, token, as_json)
+
+
+@app.command()
+def resume(
+    runner_id: RunnerId, url: Url = DEFAULT_URL, token: Token = "", as_json: AsJson = False
+) -> None:
+    """Undo a pause or a drain."""
+    _steer(runner_id, "resume", {}, True, url, token, as_json)
+
+
+@app.command()
+def drain(
+    runner_id: RunnerId,
+    yes: Yes = False,
+    url: Url = DEFAULT_URL,
+    token: Token = "",
+    as_json: AsJson = False,
+) -> None:
+    """Tell a runner to finish what it holds and to stop."""
+    _steer(runner_id, "drain", {}, yes, url, token, as_json)
+
+
+def _steer(
+    runner_id: str,
+    verb: str,
+    body: dict[str, Any],
+    yes: bool,
+    url: str,
+    token: str,
+    as_json: bool,
+) -> None:
+    with connect(url, token) as admin:
+        if not yes:
+            runner = admin.get(f"{RUNNERS}/{runner_id}")
+            raise usage_error(
+                f"nothing was changed: this would {verb} 1 runner, {runner_id}"
+                f" ({runner['state']}, {len(runner['current_runs'])} run(s) in work);"
+                " add --yes to do it"
+            )
+        answer = admin.post(f"{RUNNERS}/{runner_id}/{verb}", body).body
+    print_json(answer) if as_json else print_members(answer)
+
+
+def _row(runner: dict[str, Any]) -> tuple[Any, ...]:
+    capabilities = runner["capabilities"]
+    return (
+        runner["runner_id"],
+        runner["state"],
+        runner["last_heartbeat"],
+        capabilities["vram_gb"],
+        ", ".join(capabilities["quantizations"]),
+        ", ".join(runner["current_runs"]),
+    )
