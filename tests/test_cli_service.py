@@ -31,7 +31,7 @@ def environment(**settings: object) -> dict[str, str]:
 def run(*command: str, **settings: object) -> subprocess.CompletedProcess[str]:
     """Run `bakeoff-queue` and return what it printed."""
     return subprocess.run(
-        [sys.executable, "-m", "cli.main", *command],
+        [sys.executable, "-m", "cli.entry", *command],
         env=environment(**settings), cwd=ROOT, capture_output=True, text=True, timeout=60,
         check=False,
     )  # fmt: skip
@@ -57,7 +57,7 @@ def settings(make_settings) -> dict[str, object]:
 def serving(settings: Mapping[str, object]) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A server process that listens; its port is read from its log."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "cli.main", "serve"],
+        [sys.executable, "-m", "cli.entry", "serve"],
         env=environment(**settings), cwd=ROOT, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     with process:
@@ -181,3 +181,16 @@ def test_a_deaf_redis_is_told_of(settings) -> None:
             events = (json.loads(line) for line in process.stderr)
             told = next(event for event in events if event["event"] == "listener.deaf")
     assert "CONFIG SET notify-keyspace-events Ex" in told["fix"]
+
+
+def test_a_reader_that_leaves_is_no_error(settings) -> None:
+    """`config reference | head -c 0`: the pipe is closed before a byte is read."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "cli.entry", "config", "reference"],
+            env=environment(**settings), cwd=ROOT, stdout=closed, stderr=subprocess.PIPE,
+            text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
