@@ -17,7 +17,9 @@ from auth.keys import digest_of
 from broker import model_descriptors, task_rows
 from broker.credentials import Admin
 from broker.errors import Conflict, InvalidRequest, UnknownQuantization, Violation
+from broker.jobs import MAX_CELLS, as_stored
 from broker.model_descriptors import Lookups, ModelRows
+from broker.strict_json import MAX_VIOLATIONS
 from broker.times import parse_time
 from config.settings import Settings
 from db import admin, models, run_queue, submissions, tasks
@@ -70,9 +72,9 @@ class Enqueue:
         wrong = _twice([run.get("run_id") for run in runs], "/runs", "run_id")
         wrong += [v for i, run in enumerate(runs) for v in _check(run, lookups, f"/runs/{i}")]
         if any(violation.pointer.endswith("/quantization") for violation in wrong):
-            raise UnknownQuantization(None, tuple(wrong))
+            raise UnknownQuantization(None, tuple(wrong[:MAX_VIOLATIONS]))
         if wrong:
-            raise InvalidRequest(None, tuple(wrong))
+            raise InvalidRequest(None, tuple(wrong[:MAX_VIOLATIONS]))
         return [self._prepare_run(run, lookups, f"/runs/{i}") for i, run in enumerate(runs)]
 
     def _prepare_run(self, run: Mapping[str, Any], lookups: Lookups, at: str) -> Prepared:
@@ -101,8 +103,10 @@ class Enqueue:
         await _write_models(connection, prepared)
         await _write_tasks(connection, prepared)
         run_ids = [each.row.run_id for each in prepared]
+        # In one order, as the models below; and added before we look: where the same runs are being
+        # enqueued beside us, this waits for them, and then finds them there.
+        new = await submissions.add_runs(connection, sorted(run_ids))
         there = {row["run_id"]: row for row in await run_queue.enqueued(connection, run_ids)}
-        new = await submissions.add_runs(connection, run_ids)
         _refuse_conflicts(prepared, there, new)
         await run_queue.enqueue(
             connection, [each.row for each in prepared if each.row.run_id in new]
@@ -139,6 +143,9 @@ def _check(run: Mapping[str, Any], lookups: Lookups, at: str) -> list[Violation]
     wrong += _twice([task["id"] for task in run["tasks"]], f"{at}/tasks")
     wrong += _twice([task["id"] for task in run.get("floor_tasks", ())], f"{at}/floor_tasks")
     wrong += _twice([prompt["id"] for prompt in run["prompts"]], f"{at}/prompts")
+    # What no result can hold is refused before a runner computes it.
+    if len(run["tasks"]) * len(run["prompts"]) + len(run.get("floor_tasks", ())) > MAX_CELLS:
+        wrong.append(Violation(f"{at}/tasks", f"a run has at most {MAX_CELLS} cells"))
     return wrong
 
 
@@ -157,16 +164,17 @@ def _job(run: Mapping[str, Any], run_id: UUID) -> dict[str, Any]:
 
     The harness writes config.run.name into its result, so that is the run_id.
     """
-    config = dict(run["config"])
+    config = as_stored(run["config"])
     config["run"] = {**config.get("run", {}), "name": str(run_id)}
     config.setdefault("models", [{"id": run["model"].get("name", run["model"].get("model_id"))}])
-    return {
+    job = {
         "tasks": [{**task, "tier": "main"} for task in run["tasks"]],
         "floor_tasks": [{**task, "tier": "dumb_model"} for task in run.get("floor_tasks", ())],
         "prompts": run["prompts"],
         "config": config,
         "config_hash": digest_of(config),
     }
+    return as_stored(job)
 
 
 async def _write_models(connection: Executor, prepared: Sequence[Prepared]) -> None:
@@ -184,7 +192,7 @@ async def _write_models(connection: Executor, prepared: Sequence[Prepared]) -> N
         for violation in _check_known(each, known.get(each.row.model_id))
     )
     if wrong:
-        raise InvalidRequest(None, wrong)
+        raise InvalidRequest(None, wrong[:MAX_VIOLATIONS])
 
 
 def _check_known(run: Prepared, model: asyncpg.Record | None) -> list[Violation]:

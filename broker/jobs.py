@@ -1,7 +1,9 @@
 """The job of a run: what was handed out, and the cells a result of it may fill."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, NamedTuple, Self
 
 from broker.errors import InvalidRequest, Violation
@@ -67,3 +69,18 @@ class Job:
         return {(task["id"], MAIN_TIER): task["scorer"] for task in self.tasks} | {
             (task["id"], FLOOR_TIER): task["scorer"] for task in self.floor_tasks
         }
+
+
+def as_stored(value: Any) -> Any:
+    """Return a JSON value as PostgreSQL's jsonb gives it back: floats that it keeps otherwise.
+
+    jsonb holds decimals, so 1e22 comes back as an integer and -0.0 as 0.0. A hash over the value
+    as it was sent would not be the hash of what is handed out and, later, submitted against.
+    """
+    if isinstance(value, dict):
+        return {name: as_stored(child) for name, child in value.items()}
+    if isinstance(value, list):
+        return [as_stored(child) for child in value]
+    if isinstance(value, float):
+        return json.loads(format(Decimal(repr(value)), "f")) + 0
+    return value

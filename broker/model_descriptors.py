@@ -55,6 +55,8 @@ def check(descriptor: Mapping[str, Any], lookups: Lookups, at: str) -> list[Viol
         wrong.append(
             Violation(f"{at}/sources", "is missing: a model needs a model_hash or a source")
         )
+    if not _is_date(descriptor.get("release_date")):
+        wrong.append(Violation(f"{at}/release_date", "is not a date we can store"))
     return wrong
 
 
@@ -113,6 +115,14 @@ def _creator(creator: Mapping[str, Any]) -> NewCreator:
     return NewCreator(
         creator_id, creator.get("name"), creator["display_name"], homepage, homepage is None
     )
+
+
+def _is_date(text: str | None) -> bool:
+    """Return whether a date of the right form is one: the form allows the year 0000."""
+    try:
+        return text is None or date.fromisoformat(text) is not None
+    except ValueError:
+        return False
 
 
 def _int(value: float | None) -> int | None:

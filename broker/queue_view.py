@@ -4,7 +4,7 @@ import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -16,6 +16,7 @@ from broker.diagnosis import FINISHED
 from broker.errors import InvalidRequest, NotFound, RunFinished, Violation
 from db import admin, attempts, run_queue, submissions
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 STATUSES = ("PENDING", "CLAIMED", "IN_PROGRESS", "COMPLETE", "FAILED", "CANCELLED")
 PAGE_MAX = 1000
 # What a run's page shows of its row; lease_id stays inside, and the job has a place of its own.
@@ -162,7 +163,8 @@ def _without(row: asyncpg.Record, name: str) -> dict[str, Any]:
 
 
 def _write_cursor(row: asyncpg.Record) -> str:
-    microseconds = int(row["created_at"].timestamp() * 1_000_000)
+    # Whole numbers only: a microsecond early, and the next page would begin with this one's rows.
+    microseconds = (row["created_at"] - _EPOCH) // timedelta(microseconds=1)
     return base64.urlsafe_b64encode(f"{microseconds}:{row['run_id']}".encode()).decode()
 
 
@@ -170,9 +172,8 @@ def _read_cursor(cursor: str) -> tuple[datetime, UUID]:
     try:
         text = base64.b64decode(cursor.encode("ascii"), altchars=b"-_", validate=True).decode()
         microseconds, _, run_id = text.partition(":")
-        seconds, rest = divmod(int(microseconds), 1_000_000)
-        return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest), UUID(run_id)
-    except (ValueError, OverflowError, OSError, binascii.Error):
+        return _EPOCH + timedelta(microseconds=int(microseconds)), UUID(run_id)
+    except (ValueError, OverflowError, binascii.Error):
         raise _bad(
             "/cursor", "is not a cursor this queue gave: start from the first page"
         ) from None

@@ -21,12 +21,14 @@ from broker import bundles, cells, task_rows
 from broker.diagnosis import FINISHED, refuse_lease
 from broker.errors import (
     AlreadyComplete,
-    BrokerError,
     Busy,
+    DigestMismatch,
+    InvalidBundle,
     KeyRevoked,
     LeaseLost,
     NotFound,
     RunFinished,
+    RunMismatch,
     code_of,
 )
 from broker.jobs import Job
@@ -89,18 +91,20 @@ class Submissions:
             raise NotFound(f"There is no run {run_id} in the queue.")
         if not run["key_good"]:
             raise KeyRevoked
-        if run["claimed_by"] != claims.runner_id:
-            raise AlreadyComplete if run["status"] == "COMPLETE" else LeaseLost
+        # Before the holder is looked at: a run that ended without a result has none any more.
         if run["status"] in FINISHED and run["status"] != "COMPLETE":
             raise RunFinished
+        if run["claimed_by"] != claims.runner_id:
+            raise AlreadyComplete if run["status"] == "COMPLETE" else LeaseLost
         return run
 
     def open_spool(self) -> Spool:
         """Return where one upload may be stored. Raises Busy when as many as fit are coming in."""
         if self._uploads_free == 0:
             raise Busy("As many bundles as fit are being received: send this one again shortly.")
+        spool = Spool()  # which may fail on a full disk, and then takes nobody's place
         self._uploads_free -= 1
-        return Spool()
+        return spool
 
     def close_spool(self, spool: Spool) -> None:
         """Forget an upload that `open_spool` made room for."""
@@ -118,27 +122,25 @@ class Submissions:
         before = await self._replayed(claims, run["run_id"], upload)
         if before is not None:
             return before, False
-        guard = LeaseGuard(run["run_id"], upload.lease_id, claims.runner_id, claims.fingerprint)
-        if run["lease_id"] != upload.lease_id:
-            await refuse_lease(self._pool, guard)
-        verified = await self.verify(claims, run, upload)
-        return await self._accept(guard, verified)
+        try:
+            verified = await self.verify(claims, run, upload)
+        except (AuthError, InvalidBundle, DigestMismatch, RunMismatch) as error:
+            await self.count_refusal(claims, run["run_id"], error)
+            raise
+        return await self._accept(_guard(claims, run, upload), verified)
 
     async def verify(self, claims: RunnerClaims, run: asyncpg.Record, upload: Upload) -> Verified:
-        """Steps 1 to 5, in a worker; a refusal is counted against the runner.
+        """The lease, and steps 1 to 5 in a worker. Changes nothing.
 
-        Raises InvalidBundle, DigestMismatch, SignatureInvalid, SignerNotAllowed, Unverifiable,
-        RunMismatch or Busy.
+        Raises LeaseLost, RunFinished, KeyRevoked, InvalidBundle, DigestMismatch, SignatureInvalid,
+        SignerNotAllowed, Unverifiable, RunMismatch or Busy.
         """
+        if run["lease_id"] != upload.lease_id:
+            await refuse_lease(self._pool, _guard(claims, run, upload))
         expected = None
         if run["signer_identity"] is not None:
             expected = Signer(run["signer_identity"], run["signer_issuer"])
-        try:
-            return await self._in_worker(lambda: _verify(self._verifier, upload, run, expected))
-        except (AuthError, BrokerError) as error:
-            if not isinstance(error, Busy):
-                await self._count_refusal(claims, run["run_id"], error)
-            raise
+        return await self._in_worker(lambda: _verify(self._verifier, upload, run, expected))
 
     async def receipt(self, run_id: UUID) -> asyncpg.Record | None:
         """Return the accepted submission of a run."""
@@ -185,12 +187,17 @@ class Submissions:
             raise AlreadyComplete
         return before
 
-    async def _count_refusal(self, claims: RunnerClaims, run_id: UUID, error: Exception) -> None:
+    async def count_refusal(self, claims: RunnerClaims, run_id: UUID, error: Exception) -> None:
+        """Record that this runner's bundle was refused, and why."""
         log.info("submit.refused", run_id=str(run_id), runner_id=claims.runner_id,
                  code=code_of(error))  # fmt: skip
         await submissions.refuse(
             self._pool, run_id, claims.runner_id, claims.fingerprint, code_of(error), str(error)
         )
+
+
+def _guard(claims: RunnerClaims, run: asyncpg.Record, upload: Upload) -> LeaseGuard:
+    return LeaseGuard(run["run_id"], upload.lease_id, claims.runner_id, claims.fingerprint)
 
 
 def _verify(

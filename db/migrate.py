@@ -1,10 +1,13 @@
 """Migrations: dbmate over `db/migrations`, which also adopts a database bakeoff made earlier."""
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
 
-from db.pool import DatabaseUnready
+import asyncpg
+
+from db.pool import DatabaseUnready, describe
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 
@@ -43,5 +46,22 @@ def with_sslmode(dsn: str) -> str:
 
 
 def migrate(dsn: str) -> str:
-    """Bring the database at `dsn` to the newest version; safe to run from several processes."""
-    return run_dbmate(dsn, "--wait", "--wait-timeout", "10s", "migrate")
+    """Bring the database at `dsn` to the newest version; safe to run from several processes.
+
+    Waits 10 s for the server to come up. Raises DatabaseUnready. Not for use in an event loop.
+    """
+    run_dbmate(dsn, "--wait-timeout", "10s", "wait")
+    return asyncio.run(_migrate(dsn))
+
+
+async def _migrate(dsn: str) -> str:
+    """Run dbmate under a lock of ours, as it has none: of two at once, one would fail."""
+    try:
+        connection = await asyncpg.connect(dsn, timeout=10)
+    except (OSError, TimeoutError, ValueError, asyncpg.PostgresError) as error:
+        raise DatabaseUnready(f"migrations: {describe(error)}") from None
+    try:
+        await connection.execute("SELECT pg_advisory_lock(hashtext('bakeoff_queue.migrate'))")
+        return await asyncio.to_thread(run_dbmate, dsn, "migrate")
+    finally:
+        await connection.close()  # and with it the lock

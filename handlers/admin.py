@@ -54,6 +54,11 @@ class RunnerKeyHandler(AdminHandler):
 
     scopes: ClassVar[dict[str, str]] = {"DELETE": "admin"}
 
+    async def check(self) -> None:
+        """This DELETE has a body, and a media type to look at."""
+        await super().check()
+        self.check_media_type()
+
     async def delete(self, fingerprint: str) -> None:
         """Revoke a key at once, with its leases."""
         reason = self.read_json("revoke")["reason"]

@@ -34,6 +34,8 @@ from handlers.errors import RETRY_AFTER_S, STATUS, problem, refusal_of
 UUID_PATH = r"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _JSON_TYPE = re.compile(r'application/json(?:\s*;\s*charset="?utf-8"?)?', re.IGNORECASE)
+# A body of this size is read and dropped, whatever an address takes, so that its refusal arrives.
+DROPPED_BYTES = 1024 * 1024
 HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -56,6 +58,9 @@ class Handler(RequestHandler):
         self.services = services
         self._body = bytearray()
         self._too_large = False
+        self._refused: Exception | None = None
+        # A body that nobody will read: the connection cannot be used again, and the answer says so.
+        self._unread = bool({"Content-Length", "Transfer-Encoding"} & request.headers.keys())
         self._arrived = time.monotonic()
         wanted = request.headers.get("X-Request-Id", "")
         self.request_id = wanted if _SANE_REQUEST_ID.fullmatch(wanted) else str(uuid4())
@@ -71,6 +76,22 @@ class Handler(RequestHandler):
         self.set_header("X-Request-Id", self.request_id)
 
     async def prepare(self) -> None:
+        """Check what can be told before the body; tell a refusal once a small body is dropped.
+
+        To hang up on a client that is still sending resets the connection, and the answer is lost
+        with it: a runner would never learn that its token has expired.
+        """
+        try:
+            await self.check()
+        except Exception as error:
+            if not self._drops_body():
+                raise
+            self._refused = error
+            # Tornado calls the method when the body has ended.
+            setattr(self, (self.request.method or "").lower(), self._refuse)
+        self._unread = False
+
+    async def check(self) -> None:
         """Check what can be told before the body: method, credential, media type, size."""
         if not self._implements(self.request.method or ""):
             raise MethodNotAllowed
@@ -93,13 +114,13 @@ class Handler(RequestHandler):
         """Raise TooLarge for an announced length beyond the cap."""
         length = self.request.headers.get("Content-Length", "0")
         if not length.isdecimal() or int(length[:20]) > self.max_body_bytes:
-            # What is left of the body is not read, so the connection cannot be used again.
-            self.set_header("Connection", "close")
             raise TooLarge(f"This address takes bodies of up to {self.max_body_bytes} bytes.")
 
     def data_received(self, chunk: bytes) -> None:
         """Take a piece of the body. One beyond the cap is dropped, and refused when it has ended:
         an exception here would close the connection without an answer."""
+        if self._refused is not None:
+            return
         if len(self._body) + len(chunk) > self.max_body_bytes:
             self._too_large = True
         else:
@@ -130,6 +151,10 @@ class Handler(RequestHandler):
         self.set_header("Content-Type", "application/json")
         self.finish(to_json({**body, "server_time": datetime.now(UTC)}))
 
+    def compute_etag(self) -> str | None:
+        """No ETag: nothing here may be cached, and `If-None-Match: *` must not empty an answer."""
+        return None
+
     def query(self, *known: str) -> dict[str, str]:
         """Return the query's parameters. Raises InvalidRequest for one unknown or given twice."""
         given = self.request.query_arguments
@@ -142,14 +167,7 @@ class Handler(RequestHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Send a problem document, whoever raised: we, Tornado, or a library below us."""
-        raised = kwargs.get("exc_info", (None, None, None))[1]
-        if isinstance(raised, HTTPError) and status_code == 405:
-            raised = MethodNotAllowed()
-        elif isinstance(raised, HTTPError) and status_code == 404:
-            raised = NotFound()
-        elif isinstance(raised, HTTPError) and status_code < 500:
-            raised = InvalidRequest("The request could not be read.")
-        error = refusal_of(raised or Internal())
+        error = told_as(kwargs.get("exc_info", (None, None, None))[1] or Internal())
         status = STATUS[type(error)]
         self.set_status(status)
         if status == 405:
@@ -158,6 +176,8 @@ class Handler(RequestHandler):
             self.set_header("WWW-Authenticate", "Bearer")
         if status == 503:
             self.set_header("Retry-After", str(RETRY_AFTER_S))
+        if self._unread:
+            self.set_header("Connection", "close")
         self.set_header("Content-Type", "application/problem+json")
         document = problem(error, self.request_id)
         self.finish(to_json({**document, "server_time": datetime.now(UTC)}))
@@ -172,7 +192,7 @@ class Handler(RequestHandler):
 
     def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
         """Log what we did not expect, with its traceback; refusals are in the access log."""
-        if value is not None and isinstance(refusal_of(value), Internal):
+        if value is not None and isinstance(told_as(value), Internal):
             log.error("http.failed", request_id=self.request_id, exc_info=(typ, value, tb))
 
     def log_answer(self) -> None:
@@ -185,6 +205,21 @@ class Handler(RequestHandler):
             status=self.get_status(),
             dur_ms=round((time.monotonic() - self._arrived) * 1000, 1),
         )
+
+    def _drops_body(self) -> bool:
+        """Return whether a body comes that is worth waiting for; one who asks first is told now."""
+        headers = self.request.headers
+        if headers.get("Expect", "").lower() == "100-continue":
+            return False
+        length = headers.get("Content-Length", "0")
+        most = max(self.max_body_bytes, DROPPED_BYTES)
+        return "Transfer-Encoding" in headers or (
+            length.isdecimal() and 0 < int(length[:20]) <= most
+        )
+
+    def _refuse(self, *_: str) -> None:
+        assert self._refused is not None
+        raise self._refused
 
     def _leave(self) -> None:
         if self._in_flight:
@@ -202,9 +237,23 @@ class Handler(RequestHandler):
 class NoSuchPath(Handler):
     """Every path that is not ours."""
 
-    async def prepare(self) -> None:
+    async def check(self) -> None:
         """Answer before anything is read."""
         raise NotFound("There is no such address here.")
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Answer 404 also to methods that Tornado refuses first: there is nothing to allow."""
+        error = NotFound("There is no such address here.")
+        super().write_error(404, exc_info=(NotFound, error, None))
+
+
+def told_as(raised: BaseException) -> Exception:
+    """Return the error of our table that tells of what was raised, also by Tornado."""
+    if isinstance(raised, HTTPError) and raised.status_code < 500:
+        if raised.status_code == 405:
+            return MethodNotAllowed()
+        return InvalidRequest("The request could not be read.")
+    return refusal_of(raised)
 
 
 def log_request(handler: RequestHandler) -> None:

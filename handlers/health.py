@@ -4,6 +4,7 @@ from tornado.web import URLSpec
 
 from broker.services import Services
 from handlers.base import Handler
+from handlers.errors import RETRY_AFTER_S
 
 METHODS = "GET, HEAD, OPTIONS"
 
@@ -37,6 +38,8 @@ class ReadyHandler(PlainHandler):
         """Answer 200, or 503 with what is wrong."""
         readiness = await self.services.health.readiness()
         status = "ready" if readiness.ready else "unready"
+        if not readiness.ready:
+            self.set_header("Retry-After", str(RETRY_AFTER_S))
         self.answer(200 if readiness.ready else 503, {"status": status, **readiness.checks})
 
     head = get

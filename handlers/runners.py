@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import asyncpg
 from tornado.web import URLSpec
 
+from broker.errors import LeaseLost, RunFinished
 from broker.registry import SignOn
 from broker.services import Services
-from db.run_queue import LeaseGuard
 from handlers.base import Handler
 from handlers.runner_base import RunnerHandler
 
@@ -57,15 +58,19 @@ class MeHandler(RunnerHandler):
 
     async def delete(self) -> None:
         """Sign off: release every lease and revoke the token."""
-        held = await self.services.registry.sign_off(self.runner)
-        runner = self.runner
-        for lease in held:
-            guard = LeaseGuard(
-                lease["run_id"], lease["lease_id"], runner.runner_id, runner.fingerprint
-            )
+        held = await self.services.registry.held(self.runner)
+        released = [str(lease["run_id"]) for lease in held if await self._release(lease)]
+        await self.services.registry.sign_off(self.runner)
+        self.answer(200, {"runner_id": self.runner.runner_id, "released": released})
+
+    async def _release(self, lease: asyncpg.Record) -> bool:
+        """Release one lease; one that ended by itself meanwhile is none of ours."""
+        guard = self.guard(str(lease["run_id"]), str(lease["lease_id"]))
+        try:
             await self.services.handbacks.release(guard, "the runner signed off")
-        released = [str(lease["run_id"]) for lease in held]
-        self.answer(200, {"runner_id": runner.runner_id, "released": released})
+        except (LeaseLost, RunFinished):
+            return False
+        return True
 
 
 def held_lease(row: Any) -> dict[str, Any]:

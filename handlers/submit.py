@@ -12,10 +12,16 @@ from tornado.http1connection import HTTP1Connection
 from tornado.web import URLSpec
 
 from broker.bundles import CAPS
-from broker.errors import BrokerError, InvalidBundle, UnsupportedMediaType
+from broker.errors import (
+    BrokerError,
+    InvalidBundle,
+    InvalidRequest,
+    UnsupportedMediaType,
+    Violation,
+)
 from broker.queue_view import receipt
 from broker.services import Services
-from broker.uploads import Spool
+from broker.uploads import Spool, Upload
 from handlers.base import UUID_PATH
 from handlers.runner_base import RunnerHandler
 
@@ -76,17 +82,18 @@ class SubmitHandler(RunnerHandler):
 
     _parts: Parts | None = None
     _spool: Spool | None = None
-    _refusal: BrokerError | None = None
+    _refusal: BrokerError | OSError | None = None
     _run: asyncpg.Record
 
-    async def prepare(self) -> None:
+    async def check(self) -> None:
         """Step 0, before the body is read: token and run known, and room for one more upload."""
-        await super().prepare()
+        await super().check()
+        # Also where the body is only dropped, to tell a runner that its lease is lost.
+        if isinstance(self.request.connection, HTTP1Connection):
+            self.request.connection.set_body_timeout(UPLOAD_TIMEOUT_S)
         self._run = await self.services.submissions.admit(self.runner, UUID(str(self.path_args[0])))
         self._spool = self.services.submissions.open_spool()
         self._parts = Parts(self._boundary(), self._spool)
-        if isinstance(self.request.connection, HTTP1Connection):
-            self.request.connection.set_body_timeout(UPLOAD_TIMEOUT_S)
 
     def check_media_type(self) -> None:
         """Raise UnsupportedMediaType unless the body is multipart/form-data."""
@@ -100,26 +107,42 @@ class SubmitHandler(RunnerHandler):
             return
         try:
             self._parts.feed(chunk)
-        except BrokerError as error:
+        except (BrokerError, OSError) as error:  # the disk may be full
             self._refusal = error
 
     async def post(self, run_id: str) -> None:
         """Verify the bundle and write its rows: 201 with the receipt, 200 with an earlier one."""
-        validate_only = self.query("validate_only").get("validate_only") == "1"
-        assert self._spool is not None
-        assert self._parts is not None
-        if self._refusal is not None:
-            raise self._refusal
-        if not self._parts.ended:
-            raise InvalidBundle("The multipart body ends before its last boundary.")
-        upload = self._spool.finish()
+        validate_only = self._validate_only()
         submissions = self.services.submissions
+        try:
+            upload = self._received()
+        except BrokerError as error:
+            if not validate_only:
+                await submissions.count_refusal(self.runner, self._run["run_id"], error)
+            raise
         if validate_only:
             verified = await submissions.verify(self.runner, self._run, upload)
             self.answer(200, {"valid": True, "run_id": run_id, "result_sha256": verified.digest})
             return
         row, created = await submissions.submit(self.runner, self._run, upload)
         self.answer(201 if created else 200, receipt(row))
+
+    def _validate_only(self) -> bool:
+        asked = self.query("validate_only").get("validate_only", "0")
+        if asked not in ("0", "1"):  # `true` must not become a submit in earnest
+            detail = "must be 0 or 1"
+            raise InvalidRequest(f"validate_only {detail}.", (Violation("/validate_only", detail),))
+        return asked == "1"
+
+    def _received(self) -> Upload:
+        """Return the bundle that came in. Raises what stopped it."""
+        assert self._spool is not None
+        assert self._parts is not None
+        if self._refusal is not None:
+            raise self._refusal
+        if not self._parts.ended:
+            raise InvalidBundle("The multipart body ends before its last boundary.")
+        return self._spool.finish()
 
     def on_finish(self) -> None:
         """Forget the upload, however it ended."""

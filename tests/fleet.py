@@ -1,22 +1,29 @@
 """A running server and its people: an admin, and runners that speak HTTP like real ones."""
 
+import asyncio
 import hashlib
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import asyncpg
 import httpx
+import pytest
+import redis.asyncio
 from nacl.signing import SigningKey
 from tornado.netutil import bind_sockets
 
 from auth import admin_tokens
+from broker.expiry import Sweep
+from broker.lease_keys import LeaseKeys
 from broker.services import Services
 from config.settings import Settings
 from db import admin
 from db.pool import open_pool
+from db.run_queue import CHANNEL
 from sandbox.runner_identity import Identity, public_key_text
 from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
 from server import make_app, make_server, open_services
@@ -84,6 +91,58 @@ class Fleet:
             "SELECT * FROM attempts WHERE run_id = $1 ORDER BY lease_seq", run_id
         )
 
+    async def revoke(self, runner: "Runner", reason: str = "test") -> None:
+        """Revoke a runner's key."""
+        path = f"/runner-keys/{runner.fingerprint}"
+        answer = await self.admin("DELETE", path, json={"reason": reason})
+        assert answer.status_code == 200, answer.text
+
+    async def cancel(self, run_id: str, reason: str = "test") -> None:
+        """Cancel a run, or ask its runner to."""
+        answer = await self.admin("POST", f"/queue/{run_id}/cancel", json={"reason": reason})
+        assert answer.is_success, answer.text
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[asyncpg.pool.PoolConnectionProxy]:
+        """Yield a connection in a transaction beside the server's, which the test commits."""
+        async with self.pool.acquire() as connection, connection.transaction():
+            yield connection
+
+    async def sweep(self) -> int:
+        """Let one pass of a sweep run; return how many leases it ended. See `quiet_sweep`."""
+        settings = self.services.settings
+        async with redis.asyncio.from_url(settings.redis_lease_url) as client:
+            keys = LeaseKeys(client)
+            ended = await Sweep(self.pool, settings, keys).run_once()
+            await keys.flush()
+        return ended
+
+    async def cut_database(self) -> None:
+        """Cut every connection to this test's database but the one that does it."""
+        await self.pool.fetch(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+
+    @asynccontextmanager
+    async def rings(self) -> AsyncIterator[asyncio.Queue[str]]:
+        """Yield a queue that gets an item whenever a run becomes claimable (NOTIFY)."""
+        heard: asyncio.Queue[str] = asyncio.Queue()
+        async with self.pool.acquire() as connection:
+            listener = lambda *ring: heard.put_nowait(ring[2])  # noqa: E731 (removed by identity)
+            await connection.add_listener(CHANNEL, listener)
+            yield heard
+            await connection.remove_listener(CHANNEL, listener)
+
+    async def until_blocked(self, statements: int = 1) -> None:
+        """Wait until so many statements of the server wait for a lock."""
+        async with asyncio.timeout(10):
+            while statements > await self.pool.fetchval(  # noqa: ASYNC110 (there is no signal)
+                "SELECT count(*) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            ):
+                await asyncio.sleep(0.005)
+
     async def overdue(self, run_id: str) -> None:
         """Let a run's lease be past its deadline."""
         await self.pool.execute(
@@ -124,6 +183,10 @@ class Runner:
         if answer.is_success:
             self.token = answer.json()["access_token"]
         return answer
+
+    def at(self, fleet: Fleet) -> "Runner":
+        """Return the same runner, speaking to another server of the fleet."""
+        return replace(self, fleet=fleet)
 
     async def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         """POST JSON as this runner."""
@@ -181,6 +244,39 @@ class Runner:
         )
 
 
+def code_of(answer: httpx.Response) -> tuple[int, str]:
+    """Return a refusal's status and the code of its problem document."""
+    assert answer.headers["Content-Type"] == "application/problem+json", answer.text
+    return answer.status_code, answer.json()["code"]
+
+
+def about(seconds: float) -> Any:
+    """Return what equals so long a time, the run of one statement aside."""
+    return pytest.approx(timedelta(seconds=seconds), abs=timedelta(milliseconds=50))
+
+
+def quiet_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the servers' own sweeps wait for ever: the test says when one runs."""
+
+    async def never(self: Sweep) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Sweep, "_wait", never)
+
+
+def model_of(parameters_b: float, quantization: str = "fp16", **changes: Any) -> dict[str, Any]:
+    """Return the descriptor of a model of its own name and source (which is its identity)."""
+    name = f"model-{parameters_b}-{quantization}"
+    return {
+        **SMALL,
+        "name": name,
+        "sources": [{"source_type": "direct_url", "url": f"https://models.example/{name}"}],
+        "parameter_count_b": parameters_b,
+        "quantization": quantization,
+        **changes,
+    }
+
+
 def run_of(**changes: Any) -> dict[str, Any]:
     """Return an enqueue entry that fits, with `changes` to it; None removes a member."""
     run: dict[str, Any] = {
@@ -205,7 +301,7 @@ def run_of(**changes: Any) -> dict[str, Any]:
 async def open_fleet(settings: Settings, sigstore: ThrowawaySigstore) -> AsyncIterator[Fleet]:
     """Serve `settings` on a free port and yield what a test needs."""
     dsn = settings.database_url.get_secret_value()
-    async with open_pool(dsn, 2) as pool, open_services(settings) as services:
+    async with open_pool(dsn, 4) as pool, open_services(settings) as services:
         server = make_server(make_app(services))
         sockets = bind_sockets(0, "127.0.0.1")
         server.add_sockets(sockets)
