@@ -18,6 +18,7 @@ from broker.registry import parse_key
 from broker.times import parse_time
 from config.settings import Settings
 from db import admin, run_queue, runner_keys, submissions
+from db.pool import retries
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Allowlist:
         """Return every key, oldest first, revoked ones included."""
         return await runner_keys.list_all(self._pool)
 
+    @retries
     async def add(self, by: Admin, wanted: Mapping[str, Any]) -> tuple[asyncpg.Record, bool]:
         """Admit a key; return its row and whether it is new.
 
@@ -72,6 +74,7 @@ class Allowlist:
             raise Conflict(f"This key is on the allowlist already, as {there['runner_id']}.")
         return there, False
 
+    @retries
     async def revoke(self, by: Admin, fingerprint: str, reason: str) -> Revocation:
         """Revoke a key, end its leases and write the audit row, in one transaction.
 

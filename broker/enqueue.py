@@ -23,7 +23,7 @@ from broker.strict_json import MAX_VIOLATIONS
 from broker.times import parse_time
 from config.settings import Settings
 from db import admin, models, run_queue, submissions, tasks
-from db.pool import Executor
+from db.pool import Executor, retries
 from db.run_queue import QueuedRun
 
 DEFAULT_PRIORITY = 100
@@ -45,6 +45,7 @@ class Enqueue:
         self._pool = pool
         self._settings = settings
 
+    @retries
     async def add(
         self, by: Admin, runs: Sequence[Mapping[str, Any]], idempotency_key: str | None
     ) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from broker.credentials import Admin
 from broker.diagnosis import FINISHED
 from broker.errors import InvalidRequest, NotFound, RunFinished, Violation
 from db import admin, attempts, run_queue, submissions
+from db.pool import retries
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 STATUSES = ("PENDING", "CLAIMED", "IN_PROGRESS", "COMPLETE", "FAILED", "CANCELLED")
@@ -103,6 +104,7 @@ class QueueView:
             "receipt": receipt(submission) if submission and own else None,
         }
 
+    @retries
     async def cancel(self, by: Admin, run_id: UUID, reason: str) -> str:
         """Cancel a run, or ask its runner to stop; return its state. Raises NotFound, RunFinished.
 

@@ -11,7 +11,7 @@ from broker.errors import NotFound
 from broker.registry import capped
 from config.settings import Settings
 from db import admin, runners
-from db.pool import Executor
+from db.pool import Executor, retries
 
 _SHOWN = (
     "runner_id", "hostname", "version", "registered_at", "started_at", "last_heartbeat",
@@ -52,6 +52,7 @@ class RunnerCare:
         """Let a runner finish what it holds, and no more. Raises NotFound."""
         return await self._steer(by, runner_id, "drain", lambda c: runners.drain(c, runner_id))
 
+    @retries
     async def _steer(
         self,
         by: Admin,

@@ -37,7 +37,7 @@ from broker.uploads import Spool, Upload
 from config.settings import Settings
 from db import admin, metrics, run_queue, submissions, tasks
 from db.metrics import HardwareMetrics, ModelMetrics
-from db.pool import Executor
+from db.pool import Executor, retries
 from db.run_queue import LeaseGuard
 
 RESULT = "result.json"
@@ -167,6 +167,7 @@ class Submissions:
             raise AlreadyComplete
         return before
 
+    @retries
     async def _accept(self, guard: LeaseGuard, verified: Verified) -> tuple[asyncpg.Record, bool]:
         """Step 6: one transaction behind the fence."""
         async with self._pool.acquire() as connection, connection.transaction():

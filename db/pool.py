@@ -3,14 +3,16 @@
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import asyncpg
 
 Executor = asyncpg.Pool | asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
 Result = TypeVar("Result")
+Given = ParamSpec("Given")
 
 CONNECT_S = 5
 ACQUIRE_S = 5
@@ -86,6 +88,18 @@ async def retried(
         except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
             await asyncio.sleep(random.uniform(0, RETRY_WITHIN_S))  # noqa: S311 (jitter)
     return await work(*arguments, **options)
+
+
+def retries(
+    verb: Callable[Given, Coroutine[Any, Any, Result]],
+) -> Callable[Given, Coroutine[Any, Any, Result]]:
+    """Make a verb of one transaction try again, whole, when it loses a deadlock or a race."""
+
+    @wraps(verb)
+    async def tried(*arguments: Given.args, **options: Given.kwargs) -> Result:
+        return await retried(verb, *arguments, **options)
+
+    return tried
 
 
 @asynccontextmanager
