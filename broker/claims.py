@@ -8,12 +8,14 @@ connection, until the bell rings (NOTIFY) or it is time to look again.
 """
 
 import asyncio
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import asyncpg
+import structlog
 
 from broker.coalesce import Coalescer
 from broker.doorbell import Doorbell
@@ -26,6 +28,8 @@ from db.run_queue import Claimant, LeaseGuard
 # Two claims of one runner may race for a lease slot; the loser looks again and sees the winner.
 RACES_MAX = 5
 RETRY_AFTER_DEFAULT_S = 30
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,7 @@ class Claims:
         )
         if due is None:
             return RETRY_AFTER_DEFAULT_S
-        return max(1, round((due - datetime.now(UTC)).total_seconds()))
+        return max(1, math.ceil((due - datetime.now(UTC)).total_seconds()))
 
     async def explain(self, capabilities: Capabilities) -> list[Reason]:
         """Return why a runner of these capabilities gets nothing."""
@@ -143,6 +147,8 @@ class Claims:
     async def _claim_runs(
         self, capabilities: Capabilities, claimants: list[Claimant]
     ) -> list[asyncpg.Record]:
+        rows: list[asyncpg.Record] = []
+        granted: list[asyncpg.Record] = []
         for _ in range(RACES_MAX):
             try:
                 rows = await run_queue.claim(
@@ -160,15 +166,27 @@ class Claims:
             self._keys.put(
                 LeaseKey(row["queue_id"], row["lease_seq"], row["remaining"]) for row in granted
             )
-            if granted or not rows[0]["contended"]:
+            # While others hold rows that we could take, look again: what was granted stays, as the
+            # claim of the same key.
+            if not rows[0]["contended"]:
                 return rows
+        if granted:
+            return rows
         raise Busy("Many claims race for the same runs: claim again.")
 
     def _undelivered(self, row: asyncpg.Record) -> None:
         if row["queue_id"] is not None:
-            task = asyncio.create_task(self.undo(row))
+            task = asyncio.create_task(self._undo_behind(row))
             self._releases.add(task)
             task.add_done_callback(self._releases.discard)
+
+    async def _undo_behind(self, row: asyncpg.Record) -> None:
+        """Undo a claim that nobody waits for any more: a failure is told to the log alone."""
+        try:
+            await self.undo(row)
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            # Nobody beats for this lease, so it lapses.
+            log.warning("claim.not_undone", run_id=str(row["run_id"]), error=type(error).__name__)
 
     async def _refuse(self, claimant: Claimant, row: asyncpg.Record) -> None:
         """Raise what stands between the claimant and a run; return when nothing does."""

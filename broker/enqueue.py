@@ -201,6 +201,14 @@ def _check_known(run: Prepared, model: asyncpg.Record | None) -> list[Violation]
     at = f"{run.at}/model"
     if model is None:
         return [Violation(f"{at}/model_id", "is not a model we know: send its descriptor")]
+    if run.model is not None and run.model.model.quantization_id != model["quantization_id"]:
+        # Upstream's provisional id knows no quantization: the files of one repository would be
+        # one model, and a run would be handed out by the VRAM need of another one.
+        detail = (
+            f"has the id of {model['name']} in another quantization: give its model_hash, or a"
+            " model_source_size and the url of this very file"
+        )
+        return [Violation(at, detail)]
     if model["quantization_id"] is None:
         return [Violation(at, f"{model['name']} has no quantization in the database")]
     if model["parameters_b"] is None:

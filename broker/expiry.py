@@ -22,6 +22,7 @@ BATCH = 200
 GATHER_S = 0.1
 SELF_TEST_S = 3.0
 LISTEN_S = 30.0
+BACKOFF_MIN_S = 0.1
 BACKOFF_MAX_S = 5.0
 
 log = structlog.get_logger()
@@ -93,12 +94,14 @@ class ExpiryListener:
 
     async def run(self) -> None:
         """Listen until cancelled."""
-        backoff = 0.1
+        backoff = BACKOFF_MIN_S
         while True:
             try:
                 await self._listen()
             except (redis.RedisError, OSError) as error:
                 log.warning("listener.lost", error=type(error).__name__, retry_in_s=backoff)
+            if self.healthy.is_set():
+                backoff = BACKOFF_MIN_S  # it worked until now: this loss is a new one
             self._mark(healthy=False)
             await asyncio.sleep(backoff * random.uniform(0.8, 1.2))  # noqa: S311 (jitter)
             backoff = min(2 * backoff, BACKOFF_MAX_S)

@@ -5,6 +5,7 @@ from the ledger with what the first one was told.
 """
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import asyncpg
@@ -78,4 +79,8 @@ class Handbacks:
         )
         if ended is None or ended["how"] not in hows or ended["outcome"] is None:
             await refuse_lease(self._pool, guard)
-        return ended["outcome"]
+        outcome = dict(ended["outcome"])
+        # A time again, so that it is written as the first answer wrote it.
+        if outcome.get("retry_after") is not None:
+            outcome["retry_after"] = datetime.fromisoformat(outcome["retry_after"])
+        return outcome

@@ -98,7 +98,7 @@ class Registry:
             "max_leases": standing["max_leases"] or self._settings.max_leases,
             "paused": standing["paused_at"] is not None,
             "pause_reason": standing["pause_reason"],
-            "held_leases": await run_queue.held_by(self._pool, claims.runner_id),
+            "held_leases": await self.held(claims),
         }
 
     async def capabilities(
@@ -116,14 +116,16 @@ class Registry:
         effective = capped(declared, standing["capability_caps"])
         return Capabilities(int(effective["vram_gb"]), tuple(sorted(effective["quantizations"])))
 
-    async def sign_off(self, claims: RunnerClaims) -> list[asyncpg.Record]:
-        """Revoke the token and return the leases that are still to be released."""
-        held = await run_queue.held_by(self._pool, claims.runner_id)
+    async def held(self, claims: RunnerClaims) -> list[asyncpg.Record]:
+        """Return the live leases of a runner, oldest first."""
+        return await run_queue.held_by(self._pool, claims.runner_id)
+
+    async def sign_off(self, claims: RunnerClaims) -> None:
+        """Revoke the token: the last step, so that one that was cut off before can be repeated."""
         await runner_keys.revoke_token(self._pool, claims.jti, claims.expires_at)
         await runners.sign_off(self._pool, claims.runner_id)
         remaining = claims.expires_at - datetime.now(UTC)
         await self._revocations.write([Revoked(None, claims.jti, remaining)])
-        return held
 
     async def known_quantizations(self) -> tuple[str, ...]:
         """Return the quantizations of upstream's table, read once per process."""

@@ -42,11 +42,14 @@ class Settings(BaseSettings):
     )
     redis_lease_url: str = Field(
         "redis://localhost:6379/1",
+        repr=False,  # it may hold a password
         description="Redis for lease keys, in a logical database of their own: expiry events come"
         " late when one database holds many keys with a TTL.",
     )
     redis_token_url: str = Field(
-        "redis://localhost:6379/2", description="Redis for token revocations; not the lease one's."
+        "redis://localhost:6379/2",
+        repr=False,
+        description="Redis for token revocations; not the lease one's.",
     )
     listen_address: str = Field("127.0.0.1", description="Address to listen on.")
     listen_port: int = Field(8400, ge=0, le=65535, description="Port to listen on; 0 picks one.")

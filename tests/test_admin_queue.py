@@ -498,3 +498,16 @@ async def test_a_cancel_and_a_claim_at_once_leave_one_truth(
             await fleet.until_blocked()
         answer = await cancelling
         assert (answer.status_code, answer.json()["status"]) == (202, "CLAIMED")
+
+
+@pytest.mark.gen_test
+async def test_another_quantization_under_the_same_id_is_refused(make_settings, sigstore) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        await fleet.enqueue()
+        other = run_of(model={**SMALL, "quantization": "q4_k_m"})
+        answer = await fleet.admin("POST", "/queue", json={"runs": [other]})
+        assert answer.status_code == 422
+        assert answer.json()["errors"][0]["pointer"] == "/runs/0/model"
+        told_apart = run_of(model={**other["model"], "model_source_size": 1_055_609_536})
+        answer = await fleet.admin("POST", "/queue", json={"runs": [told_apart]})
+        assert answer.status_code == 201

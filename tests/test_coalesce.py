@@ -1,0 +1,111 @@
+"""The coalescer: what waits together is served together, and nobody's answer is lost or doubled."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from broker.coalesce import Coalescer
+
+
+class Desk:
+    """Serves batches when it is let, and remembers them; 0 is refused."""
+
+    def __init__(self, limit: int = 1000) -> None:
+        self.batches: list[list[int]] = []
+        self.undelivered: list[str] = []
+        self.started: asyncio.Queue[None] = asyncio.Queue()
+        self.open = asyncio.Event()
+        self.line = Coalescer(self.serve, undelivered=self.undelivered.append, limit=limit)
+
+    async def serve(self, items: Sequence[int]) -> list[str]:
+        self.batches.append(list(items))
+        self.started.put_nowait(None)
+        await self.open.wait()
+        if 0 in items:
+            raise ZeroDivisionError("0")
+        return [f"answer {item}" for item in items]
+
+    def ask(self, *items: int) -> list[asyncio.Task[str]]:
+        return [asyncio.create_task(self.line.ask(item)) for item in items]
+
+
+@pytest.mark.gen_test
+async def test_what_arrives_during_a_call_shares_the_next_one_in_order() -> None:
+    desk = Desk()
+    first = desk.ask(1)
+    await desk.started.get()
+    others = desk.ask(2, 3, 4)
+    assert not desk.line.idle
+    desk.open.set()
+    assert await asyncio.gather(*first, *others) == [f"answer {n}" for n in (1, 2, 3, 4)]
+    assert desk.batches == [[1], [2, 3, 4]]
+
+
+@pytest.mark.gen_test
+async def test_at_most_the_limit_is_served_by_one_call() -> None:
+    desk = Desk(limit=2)
+    desk.open.set()
+    answers = await asyncio.gather(*desk.ask(1, 2, 3, 4, 5))
+    assert answers == [f"answer {n}" for n in (1, 2, 3, 4, 5)]
+    assert desk.batches == [[1, 2], [3, 4], [5]]
+
+
+@pytest.mark.gen_test
+async def test_a_call_that_fails_is_told_to_all_who_shared_it_and_to_no_others() -> None:
+    desk = Desk()
+    shared = desk.ask(1, 0)
+    await desk.started.get()
+    later = desk.ask(2)
+    desk.open.set()
+    outcomes = await asyncio.gather(*shared, *later, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [ZeroDivisionError, ZeroDivisionError, str]
+
+
+@pytest.mark.gen_test
+async def test_who_is_gone_before_the_call_is_left_out_of_it() -> None:
+    desk = Desk()
+    first = desk.ask(1)
+    await desk.started.get()
+    gone, stays = desk.ask(2, 3)
+    await asyncio.sleep(0)  # both are waiting now
+    gone.cancel()
+    desk.open.set()
+    await asyncio.gather(*first, stays)
+    assert desk.batches == [[1], [3]]
+    assert desk.undelivered == []
+
+
+@pytest.mark.gen_test
+async def test_the_answer_to_who_is_gone_during_the_call_is_given_back() -> None:
+    desk = Desk()
+    gone, stays = desk.ask(1, 2)
+    await desk.started.get()
+    gone.cancel()
+    await asyncio.wait([gone])
+    desk.open.set()
+    assert await stays == "answer 2"
+    assert desk.undelivered == ["answer 1"]
+
+
+@pytest.mark.gen_test
+async def test_a_failure_that_nobody_waits_for_any_more_harms_nobody() -> None:
+    desk = Desk()
+    (gone,) = desk.ask(0)
+    await desk.started.get()
+    gone.cancel()
+    await asyncio.wait([gone])
+    later = desk.ask(1)
+    desk.open.set()
+    assert await later[0] == "answer 1"
+    assert desk.undelivered == []
+
+
+@pytest.mark.gen_test
+async def test_it_is_idle_when_everybody_has_been_served() -> None:
+    desk = Desk()
+    assert desk.line.idle
+    desk.open.set()
+    await desk.ask(1)[0]
+    await asyncio.sleep(0)  # the call's own task ends a step after its answers
+    assert desk.line.idle

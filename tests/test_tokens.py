@@ -1,0 +1,287 @@
+"""Runner tokens: which ones are ours, and that none outlives its revocation."""
+
+import base64
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import jwt
+import pytest
+import redis.asyncio
+
+from auth import revocation
+from auth.errors import InvalidToken, TokenExpired
+from auth.tokens import RunnerClaims, Tokens
+from config.settings import Settings
+from sandbox import servers
+from sandbox.sigstore_instance import ThrowawaySigstore
+from tests.fleet import Runner, code_of, open_fleet
+
+MakeSettings = Callable[..., Settings]
+SECRET, OLD_SECRET = b"k" * 32, b"o" * 32
+TTL = timedelta(seconds=900)
+TOKENS = Tokens({"test": SECRET, "old": OLD_SECRET}, TTL)
+ME = "/api/runners/me"
+
+
+def claims_of(**changes: Any) -> dict[str, Any]:
+    """Return a good token's claims, with changes; None removes one."""
+    now = int(datetime.now(UTC).timestamp())
+    claims = {
+        "iss": "bakeoff-queue", "aud": "runner", "sub": "runner-a", "jti": str(uuid4()),
+        "iat": now, "nbf": now, "exp": now + 900, "key_fp": "f" * 64, **changes,
+    }  # fmt: skip
+    return {name: value for name, value in claims.items() if value is not None}
+
+
+def signed(
+    claims: dict[str, Any] | None = None,
+    *,
+    secret: bytes = SECRET,
+    algorithm: str = "HS256",
+    **header: Any,
+) -> str:
+    """Return a token of these claims."""
+    headers = {"kid": "test", **header}
+    return jwt.encode(claims or claims_of(), secret, algorithm=algorithm, headers=headers)
+
+
+def part(value: Any) -> str:
+    """Return a part of a compact JWT."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def in_s(seconds: int) -> int:
+    """Return the time in so many seconds."""
+    return int(datetime.now(UTC).timestamp()) + seconds
+
+
+def test_the_same_arguments_give_the_same_token_and_it_says_them() -> None:
+    jti, now = uuid4(), datetime.now(UTC).replace(microsecond=0)
+    token = TOKENS.mint("runner-a", "f" * 64, jti, now)
+    assert token == TOKENS.mint("runner-a", "f" * 64, jti, now)
+    assert TOKENS.read(token) == RunnerClaims("runner-a", "f" * 64, jti, now + TTL)
+    assert jwt.get_unverified_header(token)["kid"] == "test"
+
+
+def test_the_first_key_of_the_ring_signs_and_the_others_still_verify() -> None:
+    TOKENS.read(signed(secret=OLD_SECRET, kid="old"))
+    with pytest.raises(InvalidToken):
+        TOKENS.read(signed(secret=OLD_SECRET, kid="test"))
+    rotated = Tokens({"new": b"n" * 32, "test": SECRET}, TTL)
+    assert rotated.read(TOKENS.mint("a", "f", uuid4(), datetime.now(UTC))).runner_id == "a"
+
+
+def test_a_token_is_good_until_the_second_it_expires() -> None:
+    TOKENS.read(signed(claims_of(iat=in_s(-800), nbf=in_s(-800), exp=in_s(60))))
+    with pytest.raises(TokenExpired):
+        TOKENS.read(signed(claims_of(iat=in_s(-900), nbf=in_s(-900), exp=in_s(0))))
+
+
+def bad_claims() -> dict[str, dict[str, Any]]:
+    """Return what is wrong with a token, as changes to good claims of this moment."""
+    return {
+        "other issuer": {"iss": "somebody"},
+        "audience admin": {"aud": "admin"},
+        "audience as a list": {"aud": ["runner"]},
+        "audiences": {"aud": ["runner", "admin"]},
+        "not yet": {"nbf": in_s(600)},
+        "issued in the future": {"iat": in_s(600)},
+        "exp as text": {"exp": str(in_s(600))},
+        "exp as a float": {"exp": in_s(600) + 0.5},
+        "exp far beyond": {"exp": 10**400},
+        "exp infinite": {"exp": float("inf")},
+        "life longer than ours": {"exp": in_s(910)},
+        "jti no uuid": {"jti": "../../etc"},
+        "jti number": {"jti": 7},
+        "sub number": {"sub": 7},
+        "key_fp number": {"key_fp": 7},
+        **{f"no {name}": {name: None} for name in claims_of()},
+    }
+
+
+@pytest.mark.parametrize("wrong", bad_claims())
+def test_every_claim_is_required_and_checked_though_our_key_signed_it(wrong: str) -> None:
+    with pytest.raises(InvalidToken):
+        TOKENS.read(signed(claims_of(**bad_claims()[wrong])))
+
+
+GOOD = signed()
+HEAD, BODY, TAIL = GOOD.split(".")
+DEEP = "[" * 1100
+DEEP_KID = '{"alg":"HS256","kid":' + DEEP
+BAD_TOKENS: dict[str, str] = {
+    "alg none": f"{part({'alg': 'none', 'kid': 'test'})}.{BODY}.",
+    "alg none, signed": f"{part({'alg': 'none', 'kid': 'test'})}.{BODY}.{TAIL}",
+    "alg HS384": signed(secret=b"k" * 48, algorithm="HS384"),
+    "alg HS512": signed(secret=b"k" * 64, algorithm="HS512"),
+    "alg RS256": f"{part({'alg': 'RS256', 'kid': 'test'})}.{BODY}.{TAIL}",
+    "no alg": f"{part({'kid': 'test'})}.{BODY}.{TAIL}",
+    "no kid": jwt.encode(claims_of(), SECRET, algorithm="HS256"),
+    "unknown kid": signed(kid="other"),
+    "kid as a path": signed(kid="../../dev/null"),
+    "kid as a number": f"{part({'alg': 'HS256', 'kid': 7})}.{BODY}.{TAIL}",
+    "kid as a list": f"{part({'alg': 'HS256', 'kid': ['test']})}.{BODY}.{TAIL}",
+    "crit": signed(crit=["exp"]),
+    "b64 false": f"{part({'alg': 'HS256', 'kid': 'test', 'b64': False})}.{BODY}.{TAIL}",
+    "other secret": signed(secret=b"x" * 32),
+    "no signature": f"{HEAD}.{BODY}.",
+    "two parts": f"{HEAD}.{BODY}",
+    "four parts": f"{GOOD}.{TAIL}",
+    "padding": f"{GOOD}=",
+    "space": f"{GOOD} ",
+    "newline": f"{GOOD}\n",
+    "not ASCII": "ä" + GOOD[1:],
+    "header no JSON": f"{part('{')}.{BODY}.{TAIL}",
+    "header a list": f"{part([1])}.{BODY}.{TAIL}",
+    "header deeply nested": f"{part(DEEP)}.{BODY}.{TAIL}",
+    "header a deeply nested kid": f"{part(DEEP_KID)}.{BODY}.{TAIL}",
+    "longer than any of ours": signed(claims_of(extra="x" * 2000)),
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("token", BAD_TOKENS.values(), ids=BAD_TOKENS)
+def test_what_is_no_token_of_ours_is_refused_and_nothing_else_happens(token: str) -> None:
+    with pytest.raises(InvalidToken):
+        TOKENS.read(token)
+
+
+async def me(runner: Runner, *tokens: str) -> httpx.Response:
+    """Ask who am I, with these Authorization headers."""
+    return await runner.fleet.http.get(ME, headers=[("Authorization", each) for each in tokens])
+
+
+@pytest.mark.gen_test
+async def test_exactly_one_bearer_token_gets_in(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        good = f"Bearer {runner.token}"
+        for headers in ((), ("",), ("Bearer",), (f"Basic {runner.token}",), (good, good)):
+            answer = await me(runner, *headers)
+            assert code_of(answer) == (401, "missing_token")
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert code_of(await me(runner, good + "x")) == (401, "invalid_token")
+        assert code_of(await me(runner, f"Bearer {fleet.admin_token}")) == (401, "invalid_token")
+        answer = await me(runner, f"bearer {runner.token}")
+        assert answer.status_code == 200
+        assert answer.json()["runner_id"] == "runner-a"
+        assert answer.json()["key_fingerprint"] == runner.fingerprint
+        assert (answer.json()["paused"], answer.json()["held_leases"]) == (False, [])
+        on_admin_route = await fleet.http.get("/api/admin/queue", headers=runner.headers)
+        assert code_of(on_admin_route) == (401, "invalid_token")
+
+
+@pytest.mark.gen_test
+async def test_the_credential_is_checked_before_the_body_is_read(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        answer = await fleet.http.post("/api/queue/claim", content=b"x" * 100_000)
+        assert code_of(answer) == (401, "missing_token")
+
+
+@pytest.mark.gen_test
+async def test_an_expired_token_is_renewed_and_the_lease_goes_on(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    settings = make_settings()
+    async with open_fleet(settings, sigstore) as fleet:
+        runner = await fleet.sign_on()
+        await fleet.enqueue()
+        job = await runner.take()
+        tokens = Tokens(settings.token_ring, timedelta(seconds=settings.token_ttl_s))
+        past = datetime.now(UTC) - timedelta(seconds=settings.token_ttl_s + 1)
+        runner.token = tokens.mint("runner-a", runner.fingerprint, uuid4(), past)
+        assert code_of(await runner.heartbeat(job)) == (401, "token_expired")
+        assert (await runner.register()).status_code == 200
+        assert (await runner.heartbeat(job)).status_code == 200
+
+
+@pytest.mark.gen_test
+async def test_a_flushed_redis_does_not_unrevoke(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revocation, "REMEMBERED_S", 0)
+    settings = make_settings()
+    async with (
+        open_fleet(settings, sigstore) as fleet,
+        redis.asyncio.from_url(settings.redis_token_url) as client,
+    ):
+        gone, revoked = await fleet.sign_on(), await fleet.sign_on("runner-b")
+        jti = jwt.decode(gone.token, options={"verify_signature": False})["jti"]
+        assert (await fleet.http.delete(ME, headers=gone.headers)).status_code == 200
+        await fleet.revoke(revoked)
+        for _ in range(2):
+            assert code_of(await me(gone, f"Bearer {gone.token}")) == (401, "invalid_token")
+            assert code_of(await me(revoked, f"Bearer {revoked.token}")) == (403, "key_revoked")
+            assert 0 < await client.ttl(f"revoked:jti:{jti}") <= settings.token_ttl_s
+            assert await client.ttl(f"revoked:key:{revoked.fingerprint}") > 0
+            await client.flushall()
+        assert code_of(await me(gone, f"Bearer {gone.token}=")) == (401, "invalid_token")
+
+
+@pytest.mark.gen_test
+async def test_a_revocation_that_redis_alone_was_told_of_by_another_process_is_seen(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revocation, "REMEMBERED_S", 0)
+    settings = make_settings()
+    async with open_fleet(settings, sigstore) as fleet, open_fleet(settings, sigstore) as second:
+        runner = await fleet.sign_on()
+        elsewhere = runner.at(second)
+        assert (await me(elsewhere, f"Bearer {runner.token}")).status_code == 200
+        await fleet.http.delete(ME, headers=runner.headers)
+        assert code_of(await me(elsewhere, f"Bearer {runner.token}")) == (401, "invalid_token")
+
+
+@pytest.mark.gen_test
+async def test_without_redis_postgres_says_who_is_revoked(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revocation, "REMEMBERED_S", 0)
+    with servers.redis() as server:
+        async with open_fleet(make_settings(redis_token_url=server.url(2)), sigstore) as fleet:
+            good, gone = await fleet.sign_on(), await fleet.sign_on("runner-b")
+            revoked = await fleet.sign_on("runner-c")
+            await fleet.enqueue()
+            server.kill()
+            assert (await fleet.http.delete(ME, headers=gone.headers)).status_code == 200
+            await fleet.revoke(revoked)
+            job = await good.take()
+            assert (await good.heartbeat(job)).status_code == 200
+            assert code_of(await me(gone, f"Bearer {gone.token}")) == (401, "invalid_token")
+            assert code_of(await me(revoked, f"Bearer {revoked.token}")) == (403, "key_revoked")
+
+
+@pytest.mark.gen_test
+async def test_an_answer_is_remembered_for_a_second_at_most(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    asked: list[UUID] = []
+
+    class Authority:
+        async def is_revoked(self, claims: RunnerClaims) -> bool:
+            asked.append(claims.jti)
+            return False
+
+        async def all_revocations(self) -> list[revocation.Revoked]:
+            return []
+
+    with servers.redis() as server:
+        async with redis.asyncio.from_url(server.url(2)) as client:
+            server.kill()
+            revocations = revocation.Revocations(client, Authority())
+            claims = RunnerClaims("a", "f" * 64, uuid4(), datetime.now(UTC))
+            assert not await revocations.is_revoked(claims)
+            assert not await revocations.is_revoked(claims)
+            assert asked == [claims.jti]
+            await revocations.write([])  # whoever revokes here forgets at once
+            assert not await revocations.is_revoked(claims)
+            assert asked == [claims.jti] * 2
