@@ -4,11 +4,9 @@ from typing import Annotated
 from urllib.parse import urlsplit, urlunsplit
 
 import typer
-from pydantic import SecretStr
 
 from cli.output import AsJson, note, print_json, print_members
 from cli.settings import read_settings
-from config.settings import NO_TOKEN_KEYS, PREFIX, Settings
 
 app = typer.Typer(help="The settings: show them, check them.", no_args_is_help=True)
 
@@ -19,6 +17,8 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Print every setting in effect."""
+    from config.settings import Settings
+
     settings = read_settings()
     values = {name: _shown(getattr(settings, name), redact) for name in Settings.model_fields}
     print_json(values) if as_json else print_members(values)
@@ -27,6 +27,8 @@ def show(
 @app.command()
 def check() -> None:
     """Exit 0 if the settings are good; otherwise a line for each thing wrong, and exit 2."""
+    from config.settings import NO_TOKEN_KEYS
+
     if not read_settings().token_ring:
         note(f"warning: `serve` will refuse to start: {NO_TOKEN_KEYS}")
     note("the settings are good")
@@ -40,6 +42,8 @@ def reference() -> None:
 
 def reference_page() -> str:
     """Return docs/settings.md: a row per setting with its default and the reason for it."""
+    from config.settings import PREFIX, Settings
+
     lines = [
         "# Settings",
         "",
@@ -59,6 +63,8 @@ def reference_page() -> str:
 
 
 def _shown(value: object, redact: bool) -> object:
+    from pydantic import SecretStr
+
     if isinstance(value, SecretStr):
         secret = value.get_secret_value()
         return _without_password(secret) if redact else secret

@@ -1,20 +1,24 @@
-"""Settings and database for the commands that work beside the server, not through its API."""
+"""Settings and database for the commands that work beside the server, not through its API.
+
+What is heavy to import is imported when it is needed: `bakeoff-queue queue ls` needs none of it.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
-
-import asyncpg
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cli.output import CommandFailed, ExitCode
-from config.settings import Settings, SettingsRefused, load_settings
-from db.pool import DatabaseUnready, NotMigrated, open_pool
+
+if TYPE_CHECKING:
+    from config.settings import Settings
 
 Result = TypeVar("Result")
 
 
-def read_settings() -> Settings:
+def read_settings() -> "Settings":
     """Return the settings. Raises CommandFailed (exit 2) with a line for each thing wrong."""
+    from config.settings import SettingsRefused, load_settings
+
     try:
         return load_settings()
     except SettingsRefused as error:
@@ -22,11 +26,16 @@ def read_settings() -> Settings:
         raise CommandFailed(first, code=ExitCode.USAGE, details=others) from None
 
 
-def in_database(settings: Settings, work: Callable[[asyncpg.Pool], Awaitable[Result]]) -> Result:
+def in_database(work: Callable[[Any], Awaitable[Result]]) -> Result:
     """Run `work` on a pool of the settings' database. Raises CommandFailed when it is away."""
+    import asyncpg
+
+    from db.pool import DatabaseUnready, NotMigrated, open_pool
+
+    dsn = read_settings().database_url.get_secret_value()
 
     async def run() -> Result:
-        async with open_pool(settings.database_url.get_secret_value(), 1) as pool:
+        async with open_pool(dsn, 1) as pool:
             return await work(pool)
 
     try:

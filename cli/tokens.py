@@ -3,11 +3,11 @@
 Whoever can write to the database can make the first token; no password is shipped.
 """
 
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 from uuid import UUID
 
-import asyncpg
 import typer
 
 from auth import admin_tokens
@@ -22,8 +22,7 @@ from cli.output import (
     print_table,
     usage_error,
 )
-from cli.settings import in_database, read_settings
-from db import admin
+from cli.settings import in_database
 
 COLUMNS = ("token_id", "name", "scopes", "created_at", "expires_at", "revoked_at")
 
@@ -49,11 +48,10 @@ def mint(
     expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
     token, digest = admin_tokens.make()
 
-    async def add(pool: asyncpg.Pool) -> asyncpg.Record:
-        return await admin.add_token(pool, digest, name, scopes, expires_at)
+    from db import admin
 
-    row = in_database(read_settings(), add)
-    shown = {"token": token, **_shown(row)}
+    row = in_database(lambda pool: admin.add_token(pool, digest, name, scopes, expires_at))
+    shown = {"token": token, **_shown(dict(row))}
     print_json(shown) if as_json else print_members(shown)
     note("only its digest is stored: keep the token now, in BAKEOFF_QUEUE_TOKEN for instance")
 
@@ -61,7 +59,9 @@ def mint(
 @app.command(name="ls")
 def list_tokens(as_json: AsJson = False) -> None:
     """List the admin tokens; the tokens themselves are not stored."""
-    rows = [_shown(row) for row in in_database(read_settings(), admin.list_tokens)]
+    from db import admin
+
+    rows = [_shown(dict(row)) for row in in_database(admin.list_tokens)]
     if as_json:
         print_json({"tokens": rows})
     else:
@@ -77,13 +77,15 @@ def revoke(token_id: Annotated[str, typer.Argument()], yes: Yes = False) -> None
         raise usage_error(f"{token_id} is not a token_id; see `bakeoff-queue tokens ls`") from None
     if not yes:
         raise usage_error(f"this would revoke the token {wanted}; add --yes to do it")
-    name = in_database(read_settings(), lambda pool: admin.revoke_token(pool, wanted))
+    from db import admin
+
+    name = in_database(lambda pool: admin.revoke_token(pool, wanted))
     if name is None:
         raise CommandFailed(f"there is no living token {wanted}", code=ExitCode.NOT_FOUND)
     note(f"revoked the token of {name}")
 
 
-def _shown(row: asyncpg.Record) -> dict[str, object]:
+def _shown(row: Mapping[str, object]) -> dict[str, object]:
     return {
         name: value.isoformat() if isinstance(value, datetime) else _plain(value)
         for name, value in row.items()
