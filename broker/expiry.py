@@ -16,6 +16,7 @@ import structlog
 from broker.lease_keys import PREFIX, LeaseKey, LeaseKeys
 from config.settings import Settings
 from db import run_queue
+from db.pool import describe
 
 BATCH = 200
 # Leases that die together ring together: one sweep for all of them.
@@ -67,8 +68,8 @@ class Sweep:
             await self._wait()
             try:
                 await self.run_once()
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-                log.warning("sweep.failed", error=type(error).__name__)
+            except Exception as error:  # the sweep is the guarantee: whatever fails, it goes on
+                log.warning("sweep.failed", error=type(error).__name__, detail=describe(error))
 
     async def _wait(self) -> None:
         settings = self._settings
@@ -98,7 +99,7 @@ class ExpiryListener:
         while True:
             try:
                 await self._listen()
-            except (redis.RedisError, OSError) as error:
+            except Exception as error:  # for ever, whatever a Redis or its client comes up with
                 log.warning("listener.lost", error=type(error).__name__, retry_in_s=backoff)
             if self.healthy.is_set():
                 backoff = BACKOFF_MIN_S  # it worked until now: this loss is a new one

@@ -30,7 +30,7 @@ class Wakeup:
         while True:
             try:
                 await self._listen()
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            except Exception as error:  # the claims' slow re-check goes on without the bell
                 log.warning("wakeup.lost", error=type(error).__name__)
             await asyncio.sleep(RETRY_S)
 

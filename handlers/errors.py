@@ -91,7 +91,8 @@ def _is_outage(error: BaseException) -> bool:
     Connection failures, 08 (connection), 53 (resources), 57 (operator intervention, time-outs),
     55P03 (lock not available), 40 (deadlock, serialization) and 25006 (a read-only standby).
     """
-    if isinstance(error, OSError | TimeoutError | asyncpg.InterfaceError):
+    # InternalClientError: what asyncpg says of a connection that the server has just cut off.
+    if isinstance(error, OSError | asyncpg.InterfaceError | asyncpg.InternalClientError):
         return True
     state = getattr(error, "sqlstate", None) or ""
     return state.startswith(("08", "53", "57", "40")) or state in ("55P03", "25006")

@@ -131,8 +131,10 @@ class Fleet:
         async with self.pool.acquire() as connection:
             listener = lambda *ring: heard.put_nowait(ring[2])  # noqa: E731 (removed by identity)
             await connection.add_listener(CHANNEL, listener)
-            yield heard
-            await connection.remove_listener(CHANNEL, listener)
+            try:
+                yield heard
+            finally:
+                await connection.remove_listener(CHANNEL, listener)
 
     async def until_blocked(self, statements: int = 1) -> None:
         """Wait until so many statements of the server wait for a lock."""
