@@ -199,7 +199,7 @@ class Claims:
             raise KeyRevoked
         elif row["paused"]:
             raise RunnerPaused(row["pause_reason"])
-        elif not row["entitled"]:
+        elif not row["entitled"] and not row["draining"]:
             held = await run_queue.held_by(self._pool, claimant.runner_id)
             raise LeaseLimit([str(lease["run_id"]) for lease in held])
 

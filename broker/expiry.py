@@ -8,6 +8,7 @@ itself, in every process, without a leader: SKIP LOCKED makes the batches disjoi
 
 import asyncio
 import random
+import time
 
 import asyncpg
 import redis.asyncio
@@ -24,6 +25,8 @@ GATHER_S = 0.1
 SELF_TEST_S = 3.0
 LISTEN_S = 30.0
 BACKOFF_MIN_S = 0.1
+# So many leases overdue together, and more than half of the live ones, is not their runners' doing.
+MASS = 3
 BACKOFF_MAX_S = 5.0
 
 log = structlog.get_logger()
@@ -37,6 +40,8 @@ class Sweep:
         self._settings = settings
         self._keys = keys
         self._due = asyncio.Event()
+        self._breaker = Breaker(settings.lease_ttl_s)
+        self._blind_until = 0.0  # monotonic
         self.degraded = True  # until the listener has proved itself
 
     def ring(self) -> None:
@@ -44,7 +49,10 @@ class Sweep:
         self._due.set()
 
     async def run_once(self) -> int:
-        """End all overdue leases; return how many there were."""
+        """End all overdue leases; return how many there were, 0 while the breaker holds."""
+        live, overdue = await run_queue.overdue_share(self._pool)
+        if self._breaker.holds(live, overdue, time.monotonic()):
+            return 0
         ended = 0
         while True:
             rows = await run_queue.lapse(self._pool, BATCH)
@@ -67,8 +75,14 @@ class Sweep:
         while True:
             await self._wait()
             try:
-                await self.run_once()
+                if time.monotonic() < self._blind_until:
+                    await run_queue.overdue_share(self._pool)
+                else:
+                    await self.run_once()
             except Exception as error:  # the sweep is the guarantee: whatever fails, it goes on
+                # Runners could not be heard either: they get two beats before they count as silent.
+                grace_s = 2 * self._settings.heartbeat_interval_s
+                self._blind_until = time.monotonic() + grace_s
                 log.warning("sweep.failed", error=type(error).__name__, detail=describe(error))
 
     async def _wait(self) -> None:
@@ -81,6 +95,28 @@ class Sweep:
         except TimeoutError:
             pass
         self._due.clear()
+
+
+class Breaker:
+    """Holds the sweep back when most leases are overdue at once: then the cause is more likely us.
+
+    A balancer or a database that was away made every runner look silent. They are given one TTL to
+    be heard again, and then the sweep goes on: a real disaster is not held up any longer.
+    """
+
+    def __init__(self, hold_s: float) -> None:
+        self._hold_s = hold_s
+        self._since: float | None = None
+
+    def holds(self, live: int, overdue: int, now: float) -> bool:
+        """Return whether to wait; `now` is monotonic, in seconds."""
+        if overdue <= MASS or 2 * overdue <= live:
+            self._since = None
+            return False
+        if self._since is None:
+            self._since = now
+            log.error("sweep.held", live=live, overdue=overdue, hold_s=self._hold_s)
+        return now - self._since < self._hold_s
 
 
 class ExpiryListener:

@@ -44,10 +44,7 @@ class Heartbeats:
         if row is None:
             guard = LeaseGuard(beat.run_id, beat.lease_id, beat.runner_id, beat.fingerprint)
             await refuse_lease(self._pool, guard)
-        if row["cancel_requested"]:
-            grace_s = max(0, int(row["remaining"].total_seconds()))
-            return Renewal(row["lease_expires_at"], "cancel", row["cancel_reason"], grace_s)
-        return Renewal(row["lease_expires_at"], "continue", None, None)
+        return Renewal(row["lease_expires_at"], *directive(row))
 
     async def _serve(self, beats: Sequence[Beat]) -> list[asyncpg.Record | None]:
         # The same lease beaten twice in one batch: UPDATE ... FROM would renew it once and return
@@ -63,3 +60,18 @@ class Heartbeats:
         places = {row["place"]: row for row in rows}
         found = {key: places.get(place) for place, key in enumerate(by_lease, start=1)}
         return [found[(b.run_id, b.lease_id, b.runner_id, b.fingerprint)] for b in beats]
+
+
+def directive(row: asyncpg.Record) -> tuple[str, str | None, int | None]:
+    """Return what a runner is to do, why, and how many seconds it has left for it.
+
+    A run that nears its longest life is told ahead: there is time to submit, or to let go.
+    """
+    left_s = max(0, int(row["remaining"].total_seconds()))
+    if row["cancel_requested"]:
+        return "cancel", row["cancel_reason"], left_s
+    if row["last_call"]:
+        return "cancel", "max_runtime_s is nearly reached: the lease ends then", left_s
+    if row["draining"]:
+        return "drain", "an admin asked this runner to finish and stop", None
+    return "continue", None, None

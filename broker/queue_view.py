@@ -13,7 +13,7 @@ import asyncpg
 from auth.tokens import RunnerClaims
 from broker.credentials import Admin
 from broker.diagnosis import FINISHED
-from broker.errors import InvalidRequest, NotFound, RunFinished, Violation
+from broker.errors import Conflict, InvalidRequest, NotFound, RunFinished, Violation
 from db import admin, attempts, run_queue, submissions
 from db.pool import retries
 
@@ -124,6 +124,27 @@ class QueueView:
             raise RunFinished(f"The run is {row['status']} already.")
         # It changed hands between the two statements: once more, from where it is now.
         return await self.cancel(by, run_id, reason)
+
+    @retries
+    async def requeue(self, by: Admin, run_id: UUID, reason: str) -> str:
+        """Put a FAILED or CANCELLED run back into the queue; return its state.
+
+        Raises NotFound; RunFinished for a COMPLETE run; Conflict for one that somebody works on.
+        A run that is PENDING already stays as it is.
+        """
+        async with self._pool.acquire() as connection, connection.transaction():
+            status = await run_queue.requeue(connection, run_id)
+            if status is not None:
+                await admin.audit(
+                    connection, by.actor, "queue.requeue", run_id=run_id, reason=reason
+                )
+                return status
+        row = await self._find(run_id)
+        if row["status"] == "COMPLETE":
+            raise RunFinished("The run is COMPLETE: its result was accepted.")
+        if row["status"] in ("CLAIMED", "IN_PROGRESS"):
+            raise Conflict("A runner works on the run: cancel it, or wait for its lease to end.")
+        return row["status"]
 
     async def _find(self, run_id: UUID) -> asyncpg.Record:
         row = await run_queue.find(self._pool, run_id)

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import asyncpg
 
-from db.pool import Executor
+from db.pool import Executor, fetch_one
 from db.queries import load
 
 SQL = load("run_queue")
@@ -141,6 +141,12 @@ async def fail(
     )
 
 
+async def overdue_share(pool: Executor) -> tuple[int, int]:
+    """Return how many leases are live, and how many of them are overdue."""
+    row = await fetch_one(pool, SQL["overdue_share"])
+    return row["live"], row["overdue"]
+
+
 async def lapse(pool: Executor, limit: int) -> list[asyncpg.Record]:
     """End up to `limit` overdue leases and return them."""
     return await pool.fetch(SQL["lapse"], limit)
@@ -210,6 +216,11 @@ async def cancel(connection: Executor, run_id: UUID, reason: str) -> str | None:
         if status is not None:
             return status
     return None
+
+
+async def requeue(connection: Executor, run_id: UUID) -> str | None:
+    """Put a FAILED or CANCELLED run back; return its state, None when it is in another."""
+    return await connection.fetchval(SQL["requeue"], run_id)
 
 
 async def end_leases_of_key(

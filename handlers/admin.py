@@ -132,6 +132,18 @@ class CancelHandler(AdminHandler):
         )
 
 
+class RequeueHandler(AdminHandler):
+    """POST /api/admin/queue/{run_id}/requeue."""
+
+    scopes: ClassVar[dict[str, str]] = {"POST": "operate"}
+
+    async def post(self, run_id: str) -> None:
+        """Put a FAILED or CANCELLED run back into the queue."""
+        reason = self.read_json("requeue")["reason"]
+        status = await self.services.queue.requeue(self.admin, UUID(run_id), reason)
+        self.answer(200, {"run_id": run_id, "status": status})
+
+
 def shown_key(row: asyncpg.Record) -> dict[str, Any]:
     """Return a row of the allowlist as admins see it."""
     signer = None
@@ -156,4 +168,5 @@ def routes(services: Services) -> list[URLSpec]:
         URLSpec(r"/api/admin/queue", QueueHandler, given),
         URLSpec(rf"/api/admin/queue/{UUID_PATH}", RunHandler, given),
         URLSpec(rf"/api/admin/queue/{UUID_PATH}/cancel", CancelHandler, given),
+        URLSpec(rf"/api/admin/queue/{UUID_PATH}/requeue", RequeueHandler, given),
     ]

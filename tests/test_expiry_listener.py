@@ -192,7 +192,10 @@ async def test_without_redis_the_sweep_alone_ends_what_is_overdue(
 async def test_the_sweep_outlives_the_loss_of_its_database_connections(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
-    settings = make_settings(sweep_interval_s=0.05, sweep_degraded_s=0.05)
+    # After an outage the sweep waits two heartbeat intervals: here 2 s.
+    settings = make_settings(
+        sweep_interval_s=0.05, sweep_degraded_s=0.05, heartbeat_interval_s=1, lease_ttl_s=3
+    )
     async with open_fleet(settings, sigstore) as fleet:
         runner = await fleet.sign_on()
         run_id = await fleet.enqueue()

@@ -24,6 +24,7 @@ ADD COLUMN IF NOT EXISTS claim_key text, -- Idempotency-Key of the claim
 ADD COLUMN IF NOT EXISTS claim_digest text, -- SHA-256 of the claim's body
 ADD COLUMN IF NOT EXISTS cancel_requested_at timestamptz,
 ADD COLUMN IF NOT EXISTS cancel_reason text,
+ADD COLUMN IF NOT EXISTS requeued_at timestamptz,
 ADD COLUMN IF NOT EXISTS progress jsonb,
 ADD COLUMN IF NOT EXISTS result_sha256 text;
 
@@ -100,6 +101,7 @@ ADD COLUMN IF NOT EXISTS version text,
 ADD COLUMN IF NOT EXISTS key_fingerprint text REFERENCES runner_keys,
 ADD COLUMN IF NOT EXISTS paused_at timestamptz,
 ADD COLUMN IF NOT EXISTS pause_reason text,
+ADD COLUMN IF NOT EXISTS resumed_at timestamptz,
 ADD COLUMN IF NOT EXISTS drain_requested_at timestamptz;
 
 -- The ledger: every lease leaves a row.
@@ -228,7 +230,7 @@ admin_tokens, revoked_tokens, registration_nonces, attempts;
 ALTER TABLE runners
 DROP COLUMN capabilities, DROP COLUMN instance_id, DROP COLUMN version,
 DROP COLUMN key_fingerprint, DROP COLUMN paused_at, DROP COLUMN pause_reason,
-DROP COLUMN drain_requested_at;
+DROP COLUMN resumed_at, DROP COLUMN drain_requested_at;
 DROP TABLE runner_keys;
 DROP FUNCTION vram_need_gb(double precision, double precision, numeric);
 -- Our rows need our columns: without them they would look like upstream's.
@@ -241,4 +243,4 @@ DROP COLUMN model_id, DROP COLUMN job, DROP COLUMN config_hash, DROP COLUMN batc
 DROP COLUMN max_runtime_s, DROP COLUMN lease_seq, DROP COLUMN lease_id, DROP COLUMN lease_key,
 DROP COLUMN lease_expires_at, DROP COLUMN lease_slot, DROP COLUMN last_heartbeat,
 DROP COLUMN claim_key, DROP COLUMN claim_digest, DROP COLUMN cancel_requested_at,
-DROP COLUMN cancel_reason, DROP COLUMN progress, DROP COLUMN result_sha256;
+DROP COLUMN cancel_reason, DROP COLUMN requeued_at, DROP COLUMN progress, DROP COLUMN result_sha256;

@@ -36,7 +36,10 @@ entitled AS MATERIALIZED (
     SELECT r.*, s.slot, row_number() OVER (ORDER BY r.place) AS turn
     FROM requests AS r
     INNER JOIN admitted AS a ON r.fingerprint = a.fingerprint
-    INNER JOIN runners AS u ON r.runner_id = u.runner_id AND u.paused_at IS NULL
+    INNER JOIN runners AS u
+        ON
+            r.runner_id = u.runner_id
+            AND u.paused_at IS NULL AND u.drain_requested_at IS NULL
     CROSS JOIN LATERAL (
         SELECT slot FROM generate_series(1, a.max_leases) AS slot
         WHERE NOT EXISTS (
@@ -156,6 +159,7 @@ SELECT
     a.fingerprint IS NOT NULL AS key_good,
     u.paused_at IS NOT NULL AS paused,
     u.pause_reason,
+    u.drain_requested_at IS NOT NULL AS draining,
     e.place IS NOT NULL AS entitled,
     -- Fewer than were there and asked for: others held the rows, so look again.
     (SELECT count(*) FROM candidates)
@@ -253,6 +257,7 @@ INNER JOIN runner_keys AS k
     ON
         b.fingerprint = k.fingerprint AND k.revoked_at IS NULL
         AND (k.not_after IS NULL OR k.not_after > clock_timestamp())
+INNER JOIN runners AS u ON b.runner_id = u.runner_id
 CROSS JOIN set_config('synchronous_commit', 'off', true)
 WHERE
     q.run_id = b.run_id AND q.job IS NOT NULL
@@ -262,7 +267,13 @@ WHERE
 RETURNING
     b.place, q.queue_id, q.lease_seq, q.lease_expires_at,
     q.lease_expires_at - clock_timestamp() AS remaining,
-    q.cancel_requested_at IS NOT NULL AS cancel_requested, q.cancel_reason
+    q.cancel_requested_at IS NOT NULL AS cancel_requested, q.cancel_reason,
+    -- The run nears its longest life, which no heartbeat extends: a TTL ahead, or the last quarter
+    -- of a short one.
+    q.claimed_at + coalesce(q.max_runtime_s, $7) * interval '1 second'
+    <= clock_timestamp()
+    + least($6::interval, coalesce(q.max_runtime_s, $7) * interval '0.25 second') AS last_call,
+    u.drain_requested_at IS NOT NULL AS draining
 
 -- name: release
 -- Hand a lease back: no attempt is burnt. A run whose cancel was asked for ends here.
@@ -364,6 +375,14 @@ ledger AS (
 SELECT queue_id, lease_seq, status, attempt_count, retry_after, pg_notify('bakeoff_queue', '')
 FROM freed
 
+-- name: overdue_share
+-- How many leases are live, and how many of them are overdue: what the sweep's breaker looks at.
+SELECT
+    count(*) AS live,
+    count(*) FILTER (WHERE lease_expires_at <= clock_timestamp()) AS overdue
+FROM run_queue
+WHERE status IN ('CLAIMED', 'IN_PROGRESS') AND job IS NOT NULL
+
 -- name: lapse
 -- End up to $1 leases whose deadline has passed: the sweep. Every process runs it; SKIP LOCKED
 -- makes their batches disjoint, and the guard makes a second look harmless. The deadline is read
@@ -378,15 +397,31 @@ WITH overdue AS MATERIALIZED (
     FOR UPDATE SKIP LOCKED
 ),
 
+-- How many different runners fell silent on the run, since an admin last put it back.
+suspected AS (
+    SELECT o.queue_id, count(DISTINCT s.runner_id) AS lost_runners
+    FROM overdue AS o
+    CROSS JOIN LATERAL (
+        SELECT a.runner_id FROM attempts AS a
+        WHERE
+            a.run_id = o.run_id AND a.how = 'lapsed'
+            AND a.claimed_at > coalesce(o.requeued_at, '-infinity')
+        UNION ALL
+        SELECT o.claimed_by
+    ) AS s
+    GROUP BY o.queue_id
+),
+
 ruled AS (
     SELECT
         o.*,
+        s.lost_runners,
         CASE
             WHEN o.cancel_requested_at IS NOT NULL THEN 'CANCELLED'
-            WHEN o.failures >= o.max_attempts THEN 'FAILED'
+            WHEN o.failures >= o.max_attempts OR s.lost_runners >= 3 THEN 'FAILED'
             ELSE 'PENDING'
         END AS next_status
-    FROM overdue AS o
+    FROM overdue AS o INNER JOIN suspected AS s ON o.queue_id = s.queue_id
 ),
 
 freed AS (
@@ -396,14 +431,18 @@ freed AS (
             WHEN r.next_status = 'CANCELLED' THEN q.attempt_count ELSE r.failures
         END,
         completed_at = CASE WHEN r.next_status <> 'PENDING' THEN clock_timestamp() END,
-        error_detail = CASE WHEN r.next_status = 'FAILED' THEN 'its last lease lapsed' END,
+        error_detail = CASE
+            WHEN r.next_status <> 'FAILED' THEN NULL
+            WHEN r.lost_runners >= 3 THEN 'poison_suspected: three runners fell silent on it'
+            ELSE 'its last lease lapsed'
+        END,
         lease_id = CASE WHEN r.next_status = 'CANCELLED' THEN NULL ELSE q.lease_id END,
         lease_expires_at = NULL, lease_slot = NULL, claim_key = NULL, claim_digest = NULL,
         updated_at = clock_timestamp()
     FROM ruled AS r
     WHERE q.queue_id = r.queue_id
     RETURNING
-        q.queue_id, q.run_id, q.lease_seq, q.claimed_by, q.status,
+        q.queue_id, q.run_id, q.lease_seq, q.claimed_by, q.claimed_at, q.status,
         clock_timestamp() - r.lease_expires_at AS lag
 ),
 
@@ -421,12 +460,39 @@ ledger AS (
     WHERE a.run_id = o.run_id AND a.lease_seq = o.lease_seq
 ),
 
+-- A runner whose last three leases all lapsed, on three different runs, gets no more until an
+-- admin resumes it: the fault is its own, and every run it takes waits a TTL for nothing.
+paused AS (
+    UPDATE runners AS u SET
+        paused_at = clock_timestamp(), pause_reason = 'three leases in a row lapsed'
+    WHERE
+        u.runner_id IN (SELECT claimed_by FROM freed WHERE status <> 'CANCELLED')
+        AND u.paused_at IS NULL
+        AND 3 = (
+            SELECT count(DISTINCT e.run_id) FILTER (WHERE e.how = 'lapsed')
+            FROM (
+                SELECT f.run_id, 'lapsed' AS how, f.claimed_at FROM freed AS f
+                WHERE f.claimed_by = u.runner_id AND f.status <> 'CANCELLED'
+                UNION ALL
+                SELECT a.run_id, a.how, a.claimed_at FROM attempts AS a
+                WHERE
+                    a.runner_id = u.runner_id AND a.ended_at IS NOT NULL
+                    AND a.claimed_at > coalesce(u.resumed_at, '-infinity')
+                ORDER BY claimed_at DESC LIMIT 3
+            ) AS e
+        )
+    RETURNING u.runner_id
+),
+
 audited AS (
     INSERT INTO audit (actor, action, run_id, runner_id, detail)
     SELECT
         'system', 'lease.lapse', run_id, claimed_by,
         jsonb_build_object('lease_seq', lease_seq, 'status', status)
     FROM freed
+    UNION ALL
+    SELECT 'system', 'runner.pause', NULL, runner_id, '{"reason": "three leases in a row lapsed"}'
+    FROM paused
 )
 
 SELECT f.*, pg_notify('bakeoff_queue', '') FROM freed AS f
@@ -525,6 +591,24 @@ UPDATE run_queue SET
     cancel_reason = coalesce(cancel_reason, $2)
 WHERE run_id = $1 AND job IS NOT NULL AND status IN ('CLAIMED', 'IN_PROGRESS')
 RETURNING status
+
+-- name: requeue
+-- Put a run that ended without a result back, as if it had never been tried; the ledger remembers.
+WITH put_back AS (
+    UPDATE run_queue SET
+        status = 'PENDING', attempt_count = 0, retry_after = NULL, completed_at = NULL,
+        error_detail = NULL, cancel_requested_at = NULL, cancel_reason = NULL, lease_id = NULL,
+        claimed_by = NULL, claimed_at = NULL, started_at = NULL,
+        requeued_at = clock_timestamp(), updated_at = clock_timestamp()
+    WHERE run_id = $1 AND job IS NOT NULL AND status IN ('FAILED', 'CANCELLED')
+    RETURNING run_id, status
+),
+
+outcome AS (
+    UPDATE runs SET run_status = 'incomplete' FROM put_back AS p WHERE runs.run_id = p.run_id
+)
+
+SELECT status, pg_notify('bakeoff_queue', '') FROM put_back
 
 -- name: end_leases_of_key
 -- End every lease of a key that was just revoked in this transaction, and forget the secrets of its

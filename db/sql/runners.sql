@@ -97,7 +97,9 @@ RETURNING runner_id
 
 -- name: resume
 -- Undo a pause or a drain, and wake the runner's parked claims.
-UPDATE runners SET paused_at = NULL, pause_reason = NULL, drain_requested_at = NULL
+UPDATE runners SET
+    paused_at = NULL, pause_reason = NULL, drain_requested_at = NULL,
+    resumed_at = clock_timestamp()
 WHERE runner_id = $1 AND key_fingerprint IS NOT NULL
 RETURNING runner_id, pg_notify('bakeoff_queue', '')
 
