@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev serve test lint bench-claims requirements clean
+.PHONY: help demo dev serve test lint history bench-claims requirements clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ lint: $(VENV)/.test  ## ruff and pyrefly
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyrefly check
+
+history: $(VENV)/.test  ## storm the leases and judge the history: SEED=7 MINUTES=10, or KILLS=1000
+	@$(BIN)/python -m tests.history $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(KILLS),--kills $(KILLS))
 
 bench-claims: $(VENV)/.test  ## claims/s against a no-op, and against the queue's length
 	@$(BIN)/python -m bench.claims
