@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev serve test lint history bench-claims requirements clean
+.PHONY: help demo dev serve test lint history bench-claims bench-expiry requirements clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ history: $(VENV)/.test  ## storm the leases and judge the history: SEED=7 MINUTE
 
 bench-claims: $(VENV)/.test  ## claims/s against a no-op, and against the queue's length
 	@$(BIN)/python -m bench.claims
+
+bench-expiry: $(VENV)/.test  ## from a runner's silence to a claimable run, with Redis and without
+	@$(BIN)/python -m bench.expiry_lag
 
 requirements: $(VENV)/.test  ## resolve setup.cfg into the pinned, hashed requirements.txt
 	@$(PIP) install pip-tools

@@ -193,4 +193,6 @@ def test_a_reader_that_leaves_ends_it_quietly(settings) -> None:
             env=environment(**settings), cwd=ROOT, stdout=closed, stderr=subprocess.PIPE,
             text=True, timeout=60, check=False,
         )  # fmt: skip
-    assert (done.returncode, done.stderr) == (1, "")
+    # 1 where each line is written at once and click sees it, 0 where we see it at the end.
+    assert done.returncode in (0, 1)
+    assert done.stderr == ""

@@ -29,7 +29,8 @@ WHERE
         ('CLAIMED', 'PENDING'), ('IN_PROGRESS', 'PENDING'),
         ('PENDING', 'COMPLETE'), ('CLAIMED', 'COMPLETE'), ('IN_PROGRESS', 'COMPLETE'),
         ('CLAIMED', 'FAILED'), ('IN_PROGRESS', 'FAILED'),
-        ('PENDING', 'CANCELLED'), ('CLAIMED', 'CANCELLED'), ('IN_PROGRESS', 'CANCELLED')
+        ('PENDING', 'CANCELLED'), ('CLAIMED', 'CANCELLED'), ('IN_PROGRESS', 'CANCELLED'),
+        ('FAILED', 'PENDING'), ('CANCELLED', 'PENDING')
     )
 
 -- name: no_live_lease_is_flipped_early
