@@ -342,7 +342,7 @@ async def test_pages_over_runs_of_one_moment_lose_none_and_show_none_twice(
         everything = {run["run_id"] for run in answer.json()["runs"]}
         # Half of them in the next microsecond: as near as two transactions can be.
         await fleet.pool.execute(
-            "UPDATE run_queue SET created_at = created_at"
+            "UPDATE run_queue SET created_at = date_trunc('second', created_at)"
             " + (SELECT interval '1 microsecond') * (hashtext(run_id::text) & 1)"
         )
         for _ in range(5):

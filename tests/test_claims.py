@@ -334,3 +334,15 @@ async def test_claims_that_do_not_fit_the_contract_are_told_where(
         assert unknown.json()["errors"][0]["pointer"] == "/capabilities/quantizations/1"
         # A wait beyond the server's own is cut to it: here, to none.
         assert (await runner.claim(wait_s=50)).status_code == 204
+
+
+@pytest.mark.gen_test
+async def test_runs_of_one_request_are_handed_out_in_the_order_they_were_given(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on(max_leases=12)
+        runs = [run_of() for _ in range(12)]
+        answer = await fleet.admin("POST", "/queue", json={"runs": runs})
+        given = [run["run_id"] for run in answer.json()["runs"]]
+        assert [(await runner.take())["run_id"] for _ in given] == given

@@ -536,16 +536,22 @@ LEFT JOIN runner_keys AS k ON k.fingerprint = $2
 WHERE q.run_id = $1 AND q.job IS NOT NULL
 
 -- name: enqueue
--- Add runs; a run_id that is already queued is passed over.
+-- Add runs; a run_id that is already queued is passed over. Those of one request are a microsecond
+-- apart, so that runs of one priority are handed out in the order they were given.
 INSERT INTO run_queue (
     queue_id, run_id, model_id, job, config_hash, priority, retry_after, max_attempts,
-    max_runtime_s, batch_id
+    max_runtime_s, batch_id, created_at
 )
-SELECT gen_random_uuid(), t.*
+SELECT
+    gen_random_uuid(), t.run_id, t.model_id, t.job, t.config_hash, t.priority, t.not_before,
+    t.max_attempts, t.max_runtime_s, t.batch_id, now() + t.place * interval '1 microsecond'
 FROM unnest(
     $1::uuid [], $2::uuid [], $3::jsonb [], $4::text [], $5::int [], $6::timestamptz [],
     $7::int [], $8::int [], $9::uuid []
-) AS t
+) WITH ORDINALITY AS t (
+    run_id, model_id, job, config_hash, priority, not_before, max_attempts, max_runtime_s,
+    batch_id, place
+)
 ON CONFLICT (run_id) WHERE job IS NOT NULL DO NOTHING
 
 -- name: enqueued
