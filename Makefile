@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev serve test lint history bench-claims bench-expiry requirements clean
+.PHONY: help demo dev serve test lint history bench-claims bench-expiry rolling requirements clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ bench-claims: $(VENV)/.test  ## claims/s against a no-op, and against the queue'
 
 bench-expiry: $(VENV)/.test  ## from a runner's silence to a claimable run, with Redis and without
 	@$(BIN)/python -m bench.expiry_lag
+
+rolling: $(VENV)/.test  ## replace three servers behind nginx, twice, with runners at work
+	@$(BIN)/python -m bench.rolling_restart
 
 requirements: $(VENV)/.test  ## resolve setup.cfg into the pinned, hashed requirements.txt
 	@$(PIP) install pip-tools

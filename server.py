@@ -8,9 +8,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
-from typing import Any
 
-import redis.asyncio
 import structlog
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
@@ -24,8 +22,10 @@ from broker.allowlist import Allowlist
 from broker.claims import Claims
 from broker.credentials import Credentials, PostgresAuthority
 from broker.doorbell import Doorbell
+from broker.endings import cancel
 from broker.enqueue import Enqueue
-from broker.expiry import ExpiryListener, Sweep
+from broker.expiry import Sweep
+from broker.expiry_listener import ExpiryListener
 from broker.handbacks import Handbacks
 from broker.health import Health
 from broker.heartbeats import Heartbeats
@@ -33,6 +33,7 @@ from broker.in_flight import InFlight
 from broker.lease_keys import LeaseKeys
 from broker.liveness import Liveness
 from broker.queue_view import QueueView
+from broker.redis_topology import RedisUrlRefused, Topology, open_topology
 from broker.registry import Registry
 from broker.runner_care import RunnerCare
 from broker.services import Services
@@ -49,9 +50,8 @@ from handlers.base import NoSuchPath, log_request
 BODY_MAX = 64 * 1024 * 1024
 BODY_TIMEOUT_S = 30
 IDLE_TIMEOUT_S = 75
+CLOSE_S = 2
 HEADER_MAX = 16 * 1024
-REDIS_TIMEOUT_S = 1.0
-CANCEL_AGAIN_S = 0.2
 
 log = structlog.get_logger()
 
@@ -76,23 +76,23 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
         verifier = BundleVerifier(settings.trusted_root, load_policy(settings.signers_file))
         pool = await stack.enter_async_context(open_pool(dsn, settings.database_pool_max))
         await check_migrated(pool, newest_version())
-        lease_client = await _open_redis(stack, "REDIS_LEASE_URL", settings.redis_lease_url)
-        token_client = await _open_redis(stack, "REDIS_TOKEN_URL", settings.redis_token_url)
+        leases = await _open_redis(stack, "REDIS_LEASE_URL", settings.redis_lease_url)
+        revoked = await _open_redis(stack, "REDIS_TOKEN_URL", settings.redis_token_url)
 
         token_ttl = timedelta(seconds=settings.token_ttl_s)
         tokens = Tokens(settings.token_ring, token_ttl)
-        revocations = Revocations(token_client, PostgresAuthority(pool, token_ttl))
-        keys = LeaseKeys(lease_client)
+        revocations = Revocations(revoked.client, PostgresAuthority(pool, token_ttl))
+        keys = LeaseKeys(leases.client)
         bell = Doorbell()
         claims = Claims(pool, settings, keys, bell)
         workers = stack.enter_context(
             ThreadPoolExecutor(settings.verify_workers, thread_name_prefix="verify")
         )
         sweep = Sweep(pool, settings, keys)
-        listener = ExpiryListener(lease_client, sweep)
+        listener = ExpiryListener(leases, sweep)
         liveness = Liveness(pool, settings)
         for task in (sweep.run(), listener.run(), liveness.run(), Wakeup(dsn, bell).run()):
-            stack.push_async_callback(_cancel, asyncio.create_task(task))
+            stack.push_async_callback(cancel, asyncio.create_task(task))
         stack.push_async_callback(claims.close)
         yield Services(
             settings=settings,
@@ -108,7 +108,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
             in_flight=InFlight(),
             liveness=liveness,
             runner_care=RunnerCare(pool, settings),
-            health=Health(pool, lease_client, listener, verifier, newest_version()),
+            health=Health(pool, leases.client, listener, verifier, newest_version()),
         )
         await keys.flush()
 
@@ -140,9 +140,7 @@ async def serve(settings: Settings) -> None:
 
     Raises ServerRefused, DatabaseUnready or PolicyRefused when it cannot start.
     """
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = _stop_signal()
     async with open_services(settings) as services:
         server = make_server(make_app(services))
         sockets = _bind(settings)
@@ -156,20 +154,26 @@ async def serve(settings: Settings) -> None:
 async def drain(settings: Settings, services: Services, server: HTTPServer) -> None:
     """Take no more work, finish what is in flight, close.
 
+    A request on a kept-alive connection is served, with an answer that ends the connection, until
+    nothing is in flight; one that comes later is refused or cut before anything is done for it.
     The order matters: the balancer looks elsewhere first (/readyz), parked claims are answered at
     once, and only then do we stop listening; closing connections first would cut answers off.
     """
     log.info("server.draining")
     services.health.drain()
+    services.in_flight.drain()
+    server.conn_params.no_keep_alive = True
     services.claims.drain()
     await asyncio.sleep(settings.drain_notice_s)
     server.stop()
+    if cut := await services.in_flight.close(settings.drain_s):
+        log.warning("server.drain_cut", in_flight=cut)
     try:
-        async with asyncio.timeout(settings.drain_s):
-            await services.in_flight.wait_idle()
+        # Tornado waits for the handlers of the connections it closes, and one may be stuck.
+        async with asyncio.timeout(CLOSE_S):
+            await server.close_all_connections()
     except TimeoutError:
-        log.warning("server.drain_cut", in_flight=services.in_flight.count)
-    await server.close_all_connections()
+        log.warning("server.close_cut")
     log.info("server.stopped")
 
 
@@ -183,31 +187,41 @@ def main() -> None:
         sys.exit(f"bakeoff-queue: {error}")
 
 
-async def _open_redis(stack: AsyncExitStack, setting: str, url: str) -> redis.asyncio.Redis:
-    """Return a client of `url`. A Redis that is away is told of, and does not stop the start."""
+async def _open_redis(stack: AsyncExitStack, setting: str, url: str) -> Topology:
+    """Return the Redis of `url`. One that is away is told of, and does not stop the start."""
     try:
-        client = redis.asyncio.from_url(
-            url, socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S
-        )
-    except ValueError as error:
+        topology = open_topology(url)
+    except RedisUrlRefused as error:
         raise ServerRefused(f"{PREFIX}{setting} is not a Redis URL: {error}") from None
-    stack.push_async_callback(client.aclose)
+    stack.push_async_callback(topology.close)
     try:
-        await client.ping()
-    except (redis.RedisError, OSError) as error:
+        await topology.client.ping()
+    except Exception as error:  # a Cluster's client raises more than RedisError
         log.warning(
             "redis.unreachable",
             error=describe(error),
             fix=f"start Redis or correct {PREFIX}{setting}; until then lapses are noticed later",
         )
-    return client
+    return topology
 
 
-async def _cancel(task: asyncio.Task[Any]) -> None:
-    """End a task; cancelled while it connects, redis-py may swallow that, so once is not enough."""
-    while not task.done():
-        task.cancel()
-        await asyncio.wait([task], timeout=CANCEL_AGAIN_S)
+def _stop_signal() -> asyncio.Event:
+    """Return what the first SIGTERM or SIGINT sets; the second ends the process at once."""
+    loop, stop, numbers = (
+        asyncio.get_running_loop(),
+        asyncio.Event(),
+        (signal.SIGTERM, signal.SIGINT),
+    )
+
+    def ask() -> None:
+        stop.set()
+        for number in numbers:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in numbers:
+        loop.add_signal_handler(number, ask)
+    return stop
 
 
 def _bind(settings: Settings) -> list[socket.socket]:

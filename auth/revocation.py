@@ -11,10 +11,9 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 from uuid import UUID
 
-import redis.asyncio
 import structlog
 
 from auth.tokens import RunnerClaims
@@ -65,7 +64,8 @@ def token_name(jti: UUID | None) -> str:
 class Revocations:
     """Looks revocations up, and writes them."""
 
-    def __init__(self, client: redis.asyncio.Redis, authority: Authority) -> None:
+    def __init__(self, client: Any, authority: Authority) -> None:
+        """Ask `client`, of redis-py: a server's, a Sentinel's or a Cluster's."""
         self._client = client
         self._authority = authority
         self._remembered: dict[UUID, tuple[float, bool]] = {}
@@ -89,14 +89,21 @@ class Revocations:
     async def _ask(self, claims: RunnerClaims) -> bool:
         names = [key_name(claims.fingerprint), token_name(claims.jti), LOADED]
         try:
-            by_key, by_token, loaded = await self._client.mget(names)
-        except (redis.RedisError, OSError) as error:
+            by_key, by_token, loaded = await self._get(names)
+        except Exception as error:  # a Cluster's client raises more than RedisError
             log.warning("revocations.unreachable", error=type(error).__name__)
             return await self._authority.is_revoked(claims)
         if loaded is None:
             await self._try(self._fill, await self._authority.all_revocations())
             return await self._authority.is_revoked(claims)
         return by_key is not None or by_token is not None
+
+    async def _get(self, names: Sequence[str]) -> Sequence[bytes | None]:
+        """Not MGET: in a Cluster the keys lie on different nodes (CROSSSLOT)."""
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for name in names:
+                pipeline.get(name)
+            return await pipeline.execute()
 
     async def _fill(self, revocations: Sequence[Revoked]) -> None:
         await self._write(revocations)
@@ -114,5 +121,5 @@ class Revocations:
     ) -> None:
         try:
             await write(what)
-        except (redis.RedisError, OSError) as error:
+        except Exception as error:  # a Cluster's client raises more than RedisError
             log.warning("revocations.unwritten", error=type(error).__name__)

@@ -19,7 +19,15 @@ import structlog
 
 from broker.coalesce import Coalescer
 from broker.doorbell import Doorbell
-from broker.errors import Busy, Conflict, KeyNotAllowed, KeyRevoked, LeaseLimit, RunnerPaused
+from broker.errors import (
+    Busy,
+    Conflict,
+    Draining,
+    KeyNotAllowed,
+    KeyRevoked,
+    LeaseLimit,
+    RunnerPaused,
+)
 from broker.lease_keys import LeaseKey, LeaseKeys
 from config.settings import Settings
 from db import run_queue
@@ -28,6 +36,8 @@ from db.run_queue import Claimant, LeaseGuard
 # Two claims of one runner may race for a lease slot; the loser looks again and sees the winner.
 RACES_MAX = 5
 RETRY_AFTER_DEFAULT_S = 30
+# A wait that our stop cut short goes on at another process, at once.
+RETRY_AFTER_DRAIN_S = 1
 
 log = structlog.get_logger()
 
@@ -70,8 +80,11 @@ class Claims:
         """Return the run for `claimant`, as `claim` of run_queue.sql has it, or None.
 
         Waits up to `wait_s` seconds for one. Raises KeyNotAllowed, KeyRevoked, RunnerPaused,
-        LeaseLimit, and Conflict when the Idempotency-Key was used with another body.
+        LeaseLimit, Conflict when the Idempotency-Key was used with another body, and Draining when
+        this process is stopping: a balancer then asks another one, where the claim may wait.
         """
+        if self._draining:
+            raise Draining
         loop = asyncio.get_running_loop()
         until = loop.time() + wait_s
         while True:
@@ -87,6 +100,8 @@ class Claims:
 
     async def retry_after_s(self, capabilities: Capabilities) -> int:
         """Return the seconds until a deferred run that fits comes due; 30 when there is none."""
+        if self._draining:
+            return RETRY_AFTER_DRAIN_S
         due = await run_queue.next_retry(
             self._pool, capabilities.vram_gb, capabilities.quantizations
         )

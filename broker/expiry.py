@@ -11,10 +11,9 @@ import random
 import time
 
 import asyncpg
-import redis.asyncio
 import structlog
 
-from broker.lease_keys import PREFIX, LeaseKey, LeaseKeys
+from broker.lease_keys import LeaseKey, LeaseKeys
 from config.settings import Settings
 from db import run_queue
 from db.pool import describe
@@ -22,12 +21,11 @@ from db.pool import describe
 BATCH = 200
 # Leases that die together ring together: one sweep for all of them.
 GATHER_S = 0.1
-SELF_TEST_S = 3.0
-LISTEN_S = 30.0
-BACKOFF_MIN_S = 0.1
+LOST_RACES = (
+    asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError, asyncpg.SerializationError,
+)  # fmt: skip
 # So many leases overdue together, and more than half of the live ones, is not their runners' doing.
 MASS = 3
-BACKOFF_MAX_S = 5.0
 
 log = structlog.get_logger()
 
@@ -79,6 +77,8 @@ class Sweep:
                     await run_queue.overdue_share(self._pool)
                 else:
                     await self.run_once()
+            except LOST_RACES as error:  # an answer, so no outage: the next pass tries again
+                log.warning("sweep.lost", error=type(error).__name__, detail=describe(error))
             except Exception as error:  # the sweep is the guarantee: whatever fails, it goes on
                 # Runners could not be heard either: they get two beats before they count as silent.
                 grace_s = 2 * self._settings.heartbeat_interval_s
@@ -117,74 +117,3 @@ class Breaker:
             self._since = now
             log.error("sweep.held", live=live, overdue=overdue, hold_s=self._hold_s)
         return now - self._since < self._hold_s
-
-
-class ExpiryListener:
-    """Rings the sweep on expired lease keys; reconnects for ever and never takes us down."""
-
-    def __init__(self, client: redis.asyncio.Redis, sweep: Sweep) -> None:
-        self._client = client
-        self._sweep = sweep
-        database = client.connection_pool.connection_kwargs.get("db", 0)
-        self._channel = f"__keyevent@{database}__:expired"
-        self.healthy = asyncio.Event()
-
-    async def run(self) -> None:
-        """Listen until cancelled."""
-        backoff = BACKOFF_MIN_S
-        while True:
-            try:
-                await self._listen()
-            except Exception as error:  # for ever, whatever a Redis or its client comes up with
-                log.warning("listener.lost", error=type(error).__name__, retry_in_s=backoff)
-            if self.healthy.is_set():
-                backoff = BACKOFF_MIN_S  # it worked until now: this loss is a new one
-            self._mark(healthy=False)
-            await asyncio.sleep(backoff * random.uniform(0.8, 1.2))  # noqa: S311 (jitter)
-            backoff = min(2 * backoff, BACKOFF_MAX_S)
-
-    async def _listen(self) -> None:
-        async with self._client.pubsub() as pubsub:
-            await pubsub.subscribe(self._channel)
-            proof = asyncio.create_task(self._prove())
-            try:
-                while True:
-                    message = await pubsub.get_message(timeout=LISTEN_S)
-                    if message is not None:
-                        self._hear(message)
-            finally:
-                proof.cancel()
-
-    def _hear(self, message: dict[str, object]) -> None:
-        if message["type"] == "subscribe":
-            self._sweep.ring()  # events may have been lost before this subscription
-        elif message["type"] == "message" and _is_ours(message["data"]):
-            self._mark(healthy=True)
-            self._sweep.ring()
-
-    async def _prove(self) -> None:
-        """Let a key of ours expire: if no event tells of it, say how to switch events on."""
-        try:
-            await self._client.set(f"{PREFIX}self-test", 1, px=50)
-            async with asyncio.timeout(SELF_TEST_S):
-                await self.healthy.wait()
-        except TimeoutError:
-            log.warning(
-                "listener.deaf",
-                channel=self._channel,
-                fix="redis-cli CONFIG SET notify-keyspace-events Ex"
-                " (managed Redis: its parameter group); until then the sweep runs more often",
-            )
-        except (redis.RedisError, OSError) as error:
-            log.warning("listener.unproven", error=type(error).__name__)
-
-    def _mark(self, *, healthy: bool) -> None:
-        self._sweep.degraded = not healthy
-        if healthy:
-            self.healthy.set()
-        else:
-            self.healthy.clear()
-
-
-def _is_ours(data: object) -> bool:
-    return isinstance(data, bytes) and data.startswith(PREFIX.encode())

@@ -20,6 +20,9 @@ from db.run_queue import LeaseGuard
 FAILURE_CODES = ("timeout", "infra_error", "load_failure", "oom", "unknown")
 # What a model does is a result of the run, not a failure of it.
 RESULT_CODES = ("refusal", "malformed_output", "capability_gap")
+# What each answers.
+RELEASED = ("status",)
+FAILED = ("status", "attempt_count", "retry_after")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class Handbacks:
         """
         row = await run_queue.release(self._pool, guard, reason)
         if row is None:
-            return await self._answered(guard, ("released", "cancelled"))
+            return await self._answered(guard, ("released", "cancelled"), RELEASED)
         self._keys.drop([LeaseKey(row["queue_id"], row["lease_seq"])])
         return {"status": row["status"]}
 
@@ -68,16 +71,22 @@ class Handbacks:
             retry_after_s=failure.retry_after_s,
         )
         if row is None:
-            return await self._answered(guard, ("failed", "cancelled"))
+            return await self._answered(guard, ("failed", "cancelled"), FAILED)
         self._keys.drop([LeaseKey(row["queue_id"], row["lease_seq"])])
-        return {name: row[name] for name in ("status", "attempt_count", "retry_after")}
+        return {name: row[name] for name in FAILED}
 
-    async def _answered(self, guard: LeaseGuard, hows: tuple[str, ...]) -> dict[str, Any]:
-        """Return what the lease's end was answered the first time; raise if it ended otherwise."""
+    async def _answered(
+        self, guard: LeaseGuard, hows: tuple[str, ...], members: tuple[str, ...]
+    ) -> dict[str, Any]:
+        """Return what the lease's end was answered the first time; raise if it ended otherwise.
+
+        A run to be cancelled ends as `cancelled` by a release and by a failure: `members`, those of
+        the answer, tell which it was.
+        """
         ended = await attempts.ended_lease(
             self._pool, guard.run_id, guard.lease_id, guard.runner_id
         )
-        if ended is None or ended["how"] not in hows or ended["outcome"] is None:
+        if ended is None or ended["how"] not in hows or set(ended["outcome"] or ()) != set(members):
             await refuse_lease(self._pool, guard)
         outcome = dict(ended["outcome"])
         # A time again, so that it is written as the first answer wrote it.

@@ -8,9 +8,9 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
-import redis.asyncio
 import structlog
 
 PREFIX = "lease:"
@@ -38,7 +38,8 @@ class LeaseKey:
 class LeaseKeys:
     """Sets and drops lease keys, a pipeline at a time, behind the answers."""
 
-    def __init__(self, client: redis.asyncio.Redis) -> None:
+    def __init__(self, client: Any) -> None:
+        """Write with `client`, a Topology's."""
         self._client = client
         self._changes: dict[str, int | None] = {}  # name -> PX in ms, or None to drop it
         self._writer: asyncio.Task[None] | None = None
@@ -75,11 +76,13 @@ class LeaseKeys:
             async with self._client.pipeline(transaction=False) as pipeline:
                 for name, milliseconds in changes.items():
                     if milliseconds is None:
-                        pipeline.unlink(name)
+                        # Not .unlink(): a Cluster's pipeline has a coroutine there, which would
+                        # never run.
+                        pipeline.execute_command("UNLINK", name)
                     else:
                         pipeline.set(name, 1, px=milliseconds)
                 await pipeline.execute()
-        except (redis.RedisError, OSError) as error:
+        except Exception as error:  # a Cluster's client raises more than RedisError
             log.warning("lease_keys.lost", keys=len(changes), error=type(error).__name__)
 
 

@@ -31,6 +31,10 @@ class Liveness:
         """Note a request of this runner."""
         self._heard.add(runner_id)
 
+    def forget(self, runner_id: str) -> None:
+        """Drop what was noted of a runner that signed off: its goodbye is no sign of life."""
+        self._heard.discard(runner_id)
+
     async def run_once(self) -> list[str]:
         """Write who was heard of and who fell silent; return those that are DEAD from now on."""
         heard, self._heard = self._heard, set()

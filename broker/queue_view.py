@@ -144,7 +144,10 @@ class QueueView:
             raise RunFinished("The run is COMPLETE: its result was accepted.")
         if row["status"] in ("CLAIMED", "IN_PROGRESS"):
             raise Conflict("A runner works on the run: cancel it, or wait for its lease to end.")
-        return row["status"]
+        if row["status"] == "PENDING":
+            return "PENDING"
+        # It ended between the two statements: once more, from where it is now.
+        return await self.requeue(by, run_id, reason)
 
     async def _find(self, run_id: UUID) -> asyncpg.Record:
         row = await run_queue.find(self._pool, run_id)

@@ -10,18 +10,25 @@ no other, so a listener subscribes to each of `primaries()`.
 | `redis+cluster://[user:password@]host:port,host:port` | a Cluster (its one database is 0) |
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 import redis.asyncio
 from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
+from redis.backoff import ConstantBackoff
+from redis.exceptions import RedisClusterException
 
 TIMEOUT_S = 1.0
+RETRY_AFTER_S = 0.05
 SENTINEL_PORT = 26379
 CLUSTER_PORT = 6379
+PORT_MAX = 65535
+# A slot is one of 16,384: so many names find a key for a node that serves a single one.
+NAMES_TRIED = 200_000
 
 
 class RedisUrlRefused(ValueError):
@@ -34,37 +41,55 @@ class Topology(Protocol):
     client: Any  # redis.asyncio.Redis or RedisCluster: the same commands, no common type
     database: int
 
-    async def primaries(self) -> Mapping[str, redis.asyncio.Redis]:
-        """Return a client for each node that may expire a key, by its address."""
+    async def primaries(self) -> Sequence[str]:
+        """Return the address of each node that may expire a key, as things are now."""
         ...
 
-    async def self_test_key(self, address: str, prefix: str) -> str:
+    def connect(self, address: str) -> redis.asyncio.Redis:
+        """Return a new client of the primary at `address`, for the caller to close."""
+        ...
+
+    def self_test_key(self, address: str, prefix: str) -> str:
         """Return a key with `prefix` that the primary at `address` holds."""
         ...
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Close every connection but those of `connect`."""
         ...
 
 
 class OneServer:
     """One Redis, or what a Sentinel says is the primary at this moment."""
 
-    def __init__(self, client: redis.asyncio.Redis, database: int) -> None:
-        self.client = client
-        self.database = database
+    def __init__(
+        self,
+        make_client: Callable[[], redis.asyncio.Redis],
+        database: int | None = None,
+        sentinel: Sentinel | None = None,
+    ) -> None:
+        self._make_client = make_client
+        self._sentinel = sentinel
+        self.client = make_client()
+        options = self.client.connection_pool.connection_kwargs
+        self.database = int(options.get("db") or 0) if database is None else database
 
-    async def primaries(self) -> Mapping[str, redis.asyncio.Redis]:
-        """Return the one client; behind a Sentinel it finds the new primary when it reconnects."""
-        return {"primary": self.client}
+    async def primaries(self) -> Sequence[str]:
+        """Return the one there is; behind a Sentinel, every new connection asks who it is."""
+        return ["primary"]
 
-    async def self_test_key(self, address: str, prefix: str) -> str:
+    def connect(self, address: str) -> redis.asyncio.Redis:
+        """Return another client of the one server."""
+        return self._make_client()
+
+    def self_test_key(self, address: str, prefix: str) -> str:
         """Return a key of the one server."""
         return f"{prefix}self-test"
 
     async def close(self) -> None:
-        """Close the client."""
+        """Close the client, and those of the Sentinels, which it does not close itself."""
         await self.client.aclose()
+        if self._sentinel is not None:
+            await self._sentinel.aclose()
 
 
 class Cluster:
@@ -72,37 +97,37 @@ class Cluster:
 
     database = 0
 
-    def __init__(self, client: RedisCluster, options: Mapping[str, Any]) -> None:
+    def __init__(self, client: RedisCluster, options: Callable[[], dict[str, Any]]) -> None:
         self.client = client
-        self._options = dict(options)
-        self._nodes: dict[str, redis.asyncio.Redis] = {}
+        self._options = options
 
-    async def primaries(self) -> Mapping[str, redis.asyncio.Redis]:
-        """Return a client per primary, as the cluster is laid out now."""
-        await self.client.initialize()
-        wanted = {node.name: node for node in self.client.get_primaries()}
-        for name in self._nodes.keys() - wanted.keys():
-            await self._nodes.pop(name).aclose()
-        for name in wanted.keys() - self._nodes.keys():
-            node = wanted[name]
-            self._nodes[name] = redis.asyncio.Redis(
-                host=node.host, port=int(node.port), **self._options
-            )
-        return dict(self._nodes)
+    async def primaries(self) -> Sequence[str]:
+        """Return the primaries, as the cluster is laid out now."""
+        await self.client.initialize()  # once only: it never looks again by itself
+        await self.client.nodes_manager.initialize()
+        return [node.name for node in self.client.get_primaries()]
 
-    async def self_test_key(self, address: str, prefix: str) -> str:
-        """Return a key whose slot the primary at `address` serves."""
-        for number in range(10_000):
+    def connect(self, address: str) -> redis.asyncio.Redis:
+        """Return a client of one node, whatever has become of it. Raises RedisError."""
+        node = self.client.get_node(node_name=address)
+        if node is None:
+            raise redis.RedisError(f"{address} is not in the cluster any more")
+        return redis.asyncio.Redis(host=node.host, port=int(node.port), **self._options())
+
+    def self_test_key(self, address: str, prefix: str) -> str:
+        """Return a key whose slot the primary at `address` serves. Raises RedisError."""
+        for number in range(NAMES_TRIED):
             name = f"{prefix}self-test:{number}"
-            node = self.client.get_node_from_key(name)
+            try:
+                node = self.client.get_node_from_key(name)
+            except RedisClusterException:  # nobody serves this slot at the moment
+                continue
             if node is not None and node.name == address:
                 return name
         raise redis.RedisError(f"{address} serves no slots")
 
     async def close(self) -> None:
-        """Close every client."""
-        for client in self._nodes.values():
-            await client.aclose()
+        """Close the client."""
         await self.client.aclose()
 
 
@@ -110,61 +135,75 @@ class Cluster:
 class _Parts:
     hosts: tuple[tuple[str, int], ...]
     path: tuple[str, ...]
-    options: dict[str, Any]
+    credentials: dict[str, Any]
+
+    def options(self) -> dict[str, Any]:
+        return _patience() | self.credentials
 
 
 def open_topology(url: str) -> Topology:
     """Return the Redis that `url` names; nothing is connected yet. Raises RedisUrlRefused."""
-    scheme = urlsplit(url).scheme
-    if scheme == "redis+sentinel":
-        return _sentinel(_parts(url, SENTINEL_PORT))
-    if scheme == "redis+cluster":
-        return _cluster(_parts(url, CLUSTER_PORT))
     try:
-        client = redis.asyncio.from_url(
-            url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S
-        )
+        scheme = urlsplit(url).scheme
+        if scheme == "redis+sentinel":
+            return _sentinel(_parts(url, SENTINEL_PORT))
+        if scheme == "redis+cluster":
+            return _cluster(_parts(url, CLUSTER_PORT))
+        return OneServer(lambda: redis.asyncio.from_url(url, **_patience()))
     except ValueError as error:
         raise RedisUrlRefused(str(error)) from None
-    return OneServer(client, int(client.connection_pool.connection_kwargs.get("db") or 0))
+
+
+def _patience() -> dict[str, Any]:
+    """How long to wait for Redis. redis-py tries 10 times: a request may not hang so long."""
+    return {
+        "socket_timeout": TIMEOUT_S,
+        "socket_connect_timeout": TIMEOUT_S,
+        "retry": Retry(ConstantBackoff(RETRY_AFTER_S), 1),
+    }
 
 
 def _sentinel(parts: _Parts) -> OneServer:
     if len(parts.path) != 2 or not parts.path[1].isdecimal():
         raise RedisUrlRefused("redis+sentinel://HOST:PORT/SERVICE/DB: the path is not SERVICE/DB")
     service, database = parts.path[0], int(parts.path[1])
-    sentinel = Sentinel(
-        list(parts.hosts),
-        sentinel_kwargs={"socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S},
-        **parts.options,
+    sentinel = Sentinel(list(parts.hosts), sentinel_kwargs=_patience())
+    return OneServer(
+        lambda: sentinel.master_for(service, db=database, **parts.options()), database, sentinel
     )
-    return OneServer(sentinel.master_for(service, db=database), database)
 
 
 def _cluster(parts: _Parts) -> Cluster:
     if parts.path and parts.path != ("0",):
         raise RedisUrlRefused("redis+cluster://: a Cluster has no database but 0")
-    nodes = [ClusterNode(host, port) for host, port in parts.hosts]
-    return Cluster(RedisCluster(startup_nodes=nodes, **parts.options), parts.options)
+    client = RedisCluster(
+        startup_nodes=[ClusterNode(host, port) for host, port in parts.hosts],
+        # The URL's names outlive the nodes: after all of them moved, only DNS knows where to.
+        dynamic_startup_nodes=False,
+        **parts.options(),
+    )
+    return Cluster(client, parts.options)
 
 
 def _parts(url: str, default_port: int) -> _Parts:
     split = urlsplit(url)
-    credentials, _, addresses = split.netloc.rpartition("@")
-    user, _, password = credentials.partition(":")
-    options: dict[str, Any] = {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S}
+    if split.query:
+        raise RedisUrlRefused(f"{split.scheme}:// takes no options: remove ?{split.query}")
+    user_password, _, addresses = split.netloc.rpartition("@")
+    user, _, password = user_password.partition(":")
+    credentials: dict[str, Any] = {}
     if password:
-        options |= {"username": unquote(user) or None, "password": unquote(password)}
+        credentials = {"username": unquote(user) or None, "password": unquote(password)}
     hosts = tuple(_host(address, default_port) for address in addresses.split(",") if address)
     if not hosts:
         raise RedisUrlRefused(f"{split.scheme}:// names no host")
-    return _Parts(hosts, tuple(filter(None, split.path.split("/"))), options)
+    return _Parts(hosts, tuple(filter(None, split.path.split("/"))), credentials)
 
 
 def _host(address: str, default_port: int) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
-    if not colon:
-        return address, default_port
-    if not port.isdecimal():
+    if not colon or address.endswith("]"):
+        return address.strip("[]"), default_port
+    if not host or not port.isdecimal() or int(port) > PORT_MAX:
         raise RedisUrlRefused(f"{address} is not HOST:PORT")
     return host.strip("[]"), int(port)

@@ -44,13 +44,17 @@ class RunnerCare:
             by, runner_id, "pause", lambda c: runners.pause(c, runner_id, reason), reason
         )
 
-    async def resume(self, by: Admin, runner_id: str) -> dict[str, Any]:
+    async def resume(self, by: Admin, runner_id: str, reason: str | None) -> dict[str, Any]:
         """Undo a pause or a drain. Raises NotFound."""
-        return await self._steer(by, runner_id, "resume", lambda c: runners.resume(c, runner_id))
+        return await self._steer(
+            by, runner_id, "resume", lambda c: runners.resume(c, runner_id), reason
+        )
 
-    async def drain(self, by: Admin, runner_id: str) -> dict[str, Any]:
+    async def drain(self, by: Admin, runner_id: str, reason: str | None) -> dict[str, Any]:
         """Let a runner finish what it holds, and no more. Raises NotFound."""
-        return await self._steer(by, runner_id, "drain", lambda c: runners.drain(c, runner_id))
+        return await self._steer(
+            by, runner_id, "drain", lambda c: runners.drain(c, runner_id), reason
+        )
 
     @retries
     async def _steer(
@@ -59,7 +63,7 @@ class RunnerCare:
         runner_id: str,
         verb: str,
         change: Callable[[Executor], Awaitable[bool]],
-        reason: str | None = None,
+        reason: str | None,
     ) -> dict[str, Any]:
         async with self._pool.acquire() as connection, connection.transaction():
             if not await change(connection):

@@ -1,4 +1,4 @@
-"""`bakeoff-queue queue`: enqueue runs, look at them, cancel them."""
+"""`bakeoff-queue queue`: enqueue runs, look at them, cancel them, put them back."""
 
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ QUEUE = "/api/admin/queue"
 BATCH = 1000  # runs that one request may carry
 
 RunId = Annotated[uuid.UUID, typer.Argument(metavar="RUN_ID", show_default=False)]
-app = typer.Typer(help="Runs: enqueue, list, look at, cancel.", no_args_is_help=True)
+app = typer.Typer(help="Runs: enqueue, list, look at, cancel, requeue.", no_args_is_help=True)
 
 
 class Status(StrEnum):
@@ -119,15 +119,40 @@ def cancel(
     as_json: AsJson = False,
 ) -> None:
     """Cancel a run; a runner that works on it is told to stop."""
+    _change(run_id, "cancel", reason, yes, url, token, as_json)
+
+
+@app.command()
+def requeue(
+    run_id: RunId,
+    reason: Annotated[str, typer.Option(help="Why; it goes into the audit.")],
+    yes: Yes = False,
+    url: Url = DEFAULT_URL,
+    token: Token = "",
+    as_json: AsJson = False,
+) -> None:
+    """Put a FAILED or CANCELLED run back, as if it had never been tried."""
+    _change(run_id, "requeue", reason, yes, url, token, as_json)
+
+
+def _change(
+    run_id: uuid.UUID,
+    verb: str,
+    reason: str,
+    yes: bool,
+    url: str,
+    token: str,
+    as_json: bool,
+) -> None:
     with connect(url, token) as admin:
         if not yes:
             run = admin.get(f"{QUEUE}/{run_id}")
             work = f", claimed by {run['claimed_by']}" if run.get("claimed_by") else ""
             raise usage_error(
-                f"nothing was changed: this would cancel 1 run, {run_id} ({run.get('model')},"
+                f"nothing was changed: this would {verb} 1 run, {run_id} ({run.get('model')},"
                 f" {run.get('status')}{work}); add --yes to do it"
             )
-        answer = admin.post(f"{QUEUE}/{run_id}/cancel", {"reason": reason}).body
+        answer = admin.post(f"{QUEUE}/{run_id}/{verb}", {"reason": reason}).body
     print_json(answer) if as_json else print_members(answer)
 
 

@@ -44,12 +44,16 @@ class Settings(BaseSettings):
         "redis://localhost:6379/1",
         repr=False,  # it may hold a password
         description="Redis for lease keys, in a logical database of their own: expiry events come"
-        " late when one database holds many keys with a TTL.",
+        " late when one database holds many keys with a TTL. Forms: redis://, rediss://, unix://,"
+        " redis+sentinel://[user:password@]host:port,host:port/SERVICE/DB,"
+        " redis+cluster://[user:password@]host:port,host:port",
     )
     redis_token_url: str = Field(
         "redis://localhost:6379/2",
         repr=False,
-        description="Redis for token revocations; not the lease one's.",
+        description="Redis for token revocations, in another database than the lease one's. A"
+        " Cluster has only database 0: both may be in it, in URLs that differ (the hosts in another"
+        " order); the keys' prefixes keep them apart.",
     )
     listen_address: str = Field("127.0.0.1", description="Address to listen on.")
     listen_port: int = Field(8400, ge=0, le=65535, description="Port to listen on; 0 picks one.")

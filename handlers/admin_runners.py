@@ -50,8 +50,8 @@ class ResumeHandler(AdminHandler):
 
     async def post(self, runner_id: str) -> None:
         """Undo a pause or a drain."""
-        self.read_json("steer")
-        self.answer(200, await self.services.runner_care.resume(self.admin, runner_id))
+        reason = self.read_json("steer").get("reason")
+        self.answer(200, await self.services.runner_care.resume(self.admin, runner_id, reason))
 
 
 class DrainHandler(AdminHandler):
@@ -61,8 +61,8 @@ class DrainHandler(AdminHandler):
 
     async def post(self, runner_id: str) -> None:
         """Tell a runner, with its next heartbeat, to finish what it holds and stop."""
-        self.read_json("steer")
-        self.answer(200, await self.services.runner_care.drain(self.admin, runner_id))
+        reason = self.read_json("steer").get("reason")
+        self.answer(200, await self.services.runner_care.drain(self.admin, runner_id, reason))
 
 
 def routes(services: Services) -> list[URLSpec]:

@@ -8,6 +8,7 @@ parser never sees a byte.
 import json
 import re
 import time
+from asyncio import Future
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
@@ -20,6 +21,7 @@ from tornado.web import Application, HTTPError, RequestHandler, stream_request_b
 from auth.errors import MissingToken
 from broker.documents import load_schema
 from broker.errors import (
+    Draining,
     EmptyBody,
     Internal,
     InvalidRequest,
@@ -81,6 +83,8 @@ class Handler(RequestHandler):
         To hang up on a client that is still sending resets the connection, and the answer is lost
         with it: a runner would never learn that its token has expired.
         """
+        if self.services.in_flight.closed:
+            raise Draining
         try:
             await self.check()
         except Exception as error:
@@ -182,12 +186,21 @@ class Handler(RequestHandler):
         document = problem(error, self.request_id)
         self.finish(to_json({**document, "server_time": datetime.now(UTC)}))
 
-    def on_finish(self) -> None:
-        """The answer has been written."""
-        self._leave()
+    def finish(self, chunk: str | bytes | dict[str, Any] | None = None) -> "Future[None]":
+        """Send the answer; return what is done when its last byte is on the wire.
+
+        Until then the request is in flight: a stop that counted it as answered before would close
+        the connection in the middle of an answer that a slow client is still reading.
+        """
+        if self.services.in_flight.draining:
+            self.set_header("Connection", "close")
+        written = super().finish(chunk)
+        written.add_done_callback(lambda _: self._leave())
+        return written
 
     def on_connection_close(self) -> None:
-        """The client hung up: there is nobody to answer."""
+        """The client hung up: there is nobody to answer, and no body to wait for."""
+        super().on_connection_close()
         self._leave()
 
     def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:

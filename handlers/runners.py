@@ -60,6 +60,7 @@ class MeHandler(RunnerHandler):
         """Sign off: release every lease and revoke the token."""
         held = await self.services.registry.held(self.runner)
         released = [str(lease["run_id"]) for lease in held if await self._release(lease)]
+        self.services.liveness.forget(self.runner.runner_id)
         await self.services.registry.sign_off(self.runner)
         self.answer(200, {"runner_id": self.runner.runner_id, "released": released})
 

@@ -146,7 +146,6 @@ class SubmitHandler(RunnerHandler):
 
     def on_finish(self) -> None:
         """Forget the upload, however it ended."""
-        super().on_finish()
         self._forget()
 
     def on_connection_close(self) -> None:

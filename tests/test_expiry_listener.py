@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import redis.asyncio
 
-from broker import expiry
-from broker.expiry import ExpiryListener, Sweep
+from broker import expiry_node
+from broker.endings import cancel
+from broker.expiry import Sweep
+from broker.expiry_listener import ExpiryListener
 from broker.lease_keys import LeaseKeys
+from broker.redis_topology import open_topology
 from config.settings import Settings
 from db.pool import open_pool
 from sandbox import servers
@@ -32,24 +35,46 @@ class Bell(Sweep):
     def ring(self) -> None:
         self.rings.put_nowait(None)
 
+    def silence(self) -> None:
+        """Forget the rings so far."""
+        while not self.rings.empty():
+            self.rings.get_nowait()
+
 
 @asynccontextmanager
 async def listening(settings: Settings) -> AsyncIterator[tuple[ExpiryListener, Bell, Any]]:
-    """Yield a listener that runs, the bell it rings, and a Redis client beside it."""
-    dsn = settings.database_url.get_secret_value()
-    async with (
-        open_pool(dsn, 2) as pool,
-        redis.asyncio.from_url(settings.redis_lease_url) as client,
-        redis.asyncio.from_url(settings.redis_lease_url) as beside,
-    ):
-        bell = Bell(pool, settings, LeaseKeys(client))
-        listener = ExpiryListener(client, bell)
+    """Yield a listener that runs, the bell it rings, and the client that the service uses."""
+    topology = open_topology(settings.redis_lease_url)
+    async with open_pool(settings.database_url.get_secret_value(), 2) as pool:
+        bell = Bell(pool, settings, LeaseKeys(topology.client))
+        listener = ExpiryListener(topology, bell)
         running = asyncio.create_task(listener.run())
         try:
-            yield listener, bell, beside
+            yield listener, bell, topology.client
         finally:
-            running.cancel()
-            await asyncio.wait([running])
+            await cancel(running)
+            await topology.close()
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> asyncio.Queue[tuple[str, dict[str, Any]]]:
+    """What the listener warns of."""
+    warnings: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
+
+    class Log:
+        def warning(self, event: str, **facts: Any) -> None:
+            warnings.put_nowait((event, facts))
+
+    monkeypatch.setattr(expiry_node, "log", Log())
+    return warnings
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the self-test be repeated at once, and fail fast."""
+    monkeypatch.setattr(expiry_node, "PROVE_EVERY_S", 0.1)
+    monkeypatch.setattr(expiry_node, "SELF_TEST_S", 0.5)
+    monkeypatch.setattr(expiry_node, "BACKOFF_MAX_S", 0.2)
 
 
 @pytest.mark.gen_test
@@ -67,8 +92,7 @@ async def test_the_listener_sweeps_when_it_subscribes_and_proves_that_it_hears(
 async def test_the_listener_rings_for_lease_keys_only(make_settings: MakeSettings) -> None:
     async with listening(make_settings()) as (listener, bell, client):
         await listener.healthy.wait()
-        while not bell.rings.empty():
-            bell.rings.get_nowait()
+        bell.silence()
         channel = "__keyevent@1__:expired"
         await client.publish(channel, "somebody-elses:key")
         await client.publish(channel, b"\xff\xfe")
@@ -80,60 +104,193 @@ async def test_the_listener_rings_for_lease_keys_only(make_settings: MakeSetting
 
 
 @pytest.mark.gen_test
-async def test_the_listener_sweeps_again_when_it_had_to_reconnect(
+async def test_the_listener_sweeps_and_proves_itself_again_when_it_had_to_reconnect(
     make_settings: MakeSettings,
 ) -> None:
     async with listening(make_settings()) as (listener, bell, client):
+        await listener.healthy.wait()
+        bell.silence()
+        await client.client_kill_filter(_type="pubsub")
+        await listener.degraded.wait()
         await bell.rings.get()
         await listener.healthy.wait()
-        await bell.rings.get()
-        await client.client_kill_filter(_type="pubsub")
-        await bell.rings.get()
 
 
 @pytest.mark.gen_test
-async def test_the_listener_outlives_redis_and_says_when_it_hears_nothing(
-    make_settings: MakeSettings,
-) -> None:
+async def test_the_listener_outlives_redis(make_settings: MakeSettings) -> None:
     with servers.redis() as server:
         settings = make_settings(redis_lease_url=server.url(1))
-        async with listening(settings) as (listener, bell, _):
+        async with listening(settings) as (listener, bell, client):
             await listener.healthy.wait()
-            lost = asyncio.Event()
-            mark = listener._mark
-
-            def spy(*, healthy: bool) -> None:
-                mark(healthy=healthy)
-                if not healthy:
-                    lost.set()
-
-            listener._mark = spy  # type: ignore[method-assign]
             server.kill()
-            await lost.wait()
+            await listener.degraded.wait()
             assert bell.degraded
             server.restart()
             await listener.healthy.wait()
             assert not bell.degraded
+            bell.silence()
+            await client.set("lease:y:1", 1, px=1)
+            await bell.rings.get()
+
+
+@pytest.mark.gen_test
+async def test_a_restart_that_loses_the_notification_setting_is_noticed_when_we_reconnect(
+    make_settings: MakeSettings, said: asyncio.Queue[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expiry_node, "SELF_TEST_S", 0.3)
+    with servers.redis(notify="") as server:
+        async with redis.asyncio.from_url(server.url(0)) as operator:
+            await operator.config_set("notify-keyspace-events", "Ex")
+        async with listening(make_settings(redis_lease_url=server.url(1))) as (
+            listener,
+            _,
+            _beside,
+        ):
+            await listener.healthy.wait()
+            server.kill()
+            server.restart()
+            while (await said.get())[0] != "listener.deaf":
+                continue
+            assert listener.degraded.is_set()
 
 
 @pytest.mark.gen_test
 async def test_a_redis_that_tells_of_nothing_is_named_with_the_fix(
-    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+    make_settings: MakeSettings, said: asyncio.Queue[Any], often: None
 ) -> None:
-    said: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
-
-    class Log:
-        def warning(self, event: str, **facts: Any) -> None:
-            said.put_nowait((event, facts))
-
-    monkeypatch.setattr(expiry, "log", Log())
-    monkeypatch.setattr(expiry, "SELF_TEST_S", 0.3)
     with servers.redis(notify="") as server:
         async with listening(make_settings(redis_lease_url=server.url(1))) as (_, bell, _beside):
             event, facts = await said.get()
             assert event == "listener.deaf"
             assert "CONFIG SET notify-keyspace-events Ex" in facts["fix"]
             assert bell.degraded
+
+
+@pytest.mark.gen_test
+async def test_notifications_that_are_switched_off_are_noticed_and_so_is_their_return(
+    make_settings: MakeSettings, said: asyncio.Queue[Any], often: None
+) -> None:
+    with servers.redis() as server:
+        async with listening(make_settings(redis_lease_url=server.url(1))) as (
+            listener,
+            bell,
+            client,
+        ):
+            await listener.healthy.wait()
+            await client.config_set("notify-keyspace-events", "")
+            await listener.degraded.wait()
+            assert bell.degraded
+            assert (await said.get())[0] == "listener.deaf"
+            bell.silence()
+            await bell.rings.get()  # subscribed again, in vain...
+            await bell.rings.get()  # ...and once more
+            await client.config_set("notify-keyspace-events", "Ex")
+            await listener.healthy.wait()
+            assert said.empty()  # one complaint, however many attempts
+
+
+@pytest.mark.gen_test
+async def test_a_channel_that_is_denied_is_named_with_the_fix_and_asked_for_again(
+    make_settings: MakeSettings, said: asyncio.Queue[Any], often: None
+) -> None:
+    with servers.redis() as server:
+        async with listening(make_settings(redis_lease_url=server.url(1))) as (
+            listener,
+            bell,
+            client,
+        ):
+            await listener.healthy.wait()
+            await client.execute_command("ACL", "SETUSER", "default", "resetchannels")
+            event, facts = await said.get()
+            assert event == "listener.denied"
+            assert "'&__keyevent@1__:expired'" in facts["fix"]
+            assert bell.degraded
+            await client.execute_command("ACL", "SETUSER", "default", "&__keyevent@1__:expired")
+            await listener.healthy.wait()
+
+
+@pytest.mark.gen_test
+async def test_a_redis_that_hangs_is_noticed_and_heals(
+    make_settings: MakeSettings, often: None
+) -> None:
+    with servers.redis() as server:
+        async with listening(make_settings(redis_lease_url=server.url(1))) as (
+            listener,
+            bell,
+            client,
+        ):
+            await listener.healthy.wait()
+            server.pause()
+            try:
+                await listener.degraded.wait()
+                assert bell.degraded
+            finally:
+                server.resume()
+            await listener.healthy.wait()
+            bell.silence()
+            await client.set("lease:y:1", 1, px=1)
+            await bell.rings.get()
+
+
+@pytest.mark.gen_test
+async def test_a_listener_that_reconnects_to_a_redis_that_hangs_can_be_ended(
+    make_settings: MakeSettings, often: None
+) -> None:
+    with servers.redis() as server:
+        settings = make_settings(redis_lease_url=server.url(1))
+        async with listening(settings) as (listener, _, _client):
+            await listener.healthy.wait()
+            server.pause()
+            await listener.degraded.wait()
+        server.resume()
+
+
+@pytest.mark.gen_test
+async def test_a_flush_that_takes_the_self_tests_key_is_no_reason_to_complain(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, said: asyncio.Queue[Any]
+) -> None:
+    monkeypatch.setattr(expiry_node, "SELF_TEST_PX", 60_000)  # only the flush can take it
+    with servers.redis() as server:
+        settings = make_settings(redis_lease_url=server.url(1))
+        async with redis.asyncio.from_url(server.url(1)) as beside, beside.pubsub() as watcher:
+            await beside.config_set("notify-keyspace-events", "Exg$")
+            await watcher.subscribe("__keyevent@1__:set")
+            await watcher.get_message(timeout=None)
+            async with listening(settings) as (listener, _, _client):
+                await watcher.get_message(timeout=None)
+                monkeypatch.setattr(expiry_node, "SELF_TEST_PX", 50)
+                await beside.flushall()
+                await listener.healthy.wait()
+                assert said.empty()
+
+
+@pytest.mark.gen_test
+async def test_lease_keys_that_are_evicted_end_no_lease_and_come_back_with_the_next_beat(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    with servers.redis() as server:
+        settings = make_settings(redis_lease_url=server.url(1))
+        async with (
+            open_fleet(settings, sigstore) as fleet,
+            redis.asyncio.from_url(server.url(1)) as client,
+            listening(settings) as (listener, bell, _),
+        ):
+            runner = await fleet.sign_on()
+            run_id = await fleet.enqueue()
+            job = await runner.take()
+            await listener.healthy.wait()
+            bell.silence()
+            await client.config_set("maxmemory-policy", "allkeys-random")
+            await client.config_set("maxmemory", "1")
+            with pytest.raises(redis.exceptions.OutOfMemoryError):
+                await client.set("filler", 1)  # evicts all there is, in vain
+            assert await client.dbsize() == 0
+            assert bell.rings.empty()
+            assert (await fleet.row(run_id))["status"] == "CLAIMED"
+            await client.config_set("maxmemory", "0")
+            assert (await runner.heartbeat(job)).status_code == 200
+            await fleet.services.heartbeats._keys.flush()
+            assert await client.keys("lease:*") == [f"lease:{job['queue_id']}:1".encode()]
 
 
 @pytest.mark.gen_test

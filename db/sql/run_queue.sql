@@ -461,7 +461,8 @@ ledger AS (
 ),
 
 -- A runner whose last three leases all lapsed, on three different runs, gets no more until an
--- admin resumes it: the fault is its own, and every run it takes waits a TTL for nothing.
+-- admin resumes it: the fault is its own, and every run it takes waits a TTL for nothing. What ends
+-- here counts as it will in the ledger, or which sweep ended a lease would decide.
 paused AS (
     UPDATE runners AS u SET
         paused_at = clock_timestamp(), pause_reason = 'three leases in a row lapsed'
@@ -471,8 +472,14 @@ paused AS (
         AND 3 = (
             SELECT count(DISTINCT e.run_id) FILTER (WHERE e.how = 'lapsed')
             FROM (
-                SELECT f.run_id, 'lapsed' AS how, f.claimed_at FROM freed AS f
-                WHERE f.claimed_by = u.runner_id AND f.status <> 'CANCELLED'
+                SELECT
+                    f.run_id,
+                    CASE WHEN f.status = 'CANCELLED' THEN 'cancelled' ELSE 'lapsed' END AS how,
+                    f.claimed_at
+                FROM freed AS f
+                WHERE
+                    f.claimed_by = u.runner_id
+                    AND f.claimed_at > coalesce(u.resumed_at, '-infinity')
                 UNION ALL
                 SELECT a.run_id, a.how, a.claimed_at FROM attempts AS a
                 WHERE

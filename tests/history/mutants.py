@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
-from broker.expiry import ExpiryListener
+from broker.expiry import Sweep
+from broker.expiry_node import ExpiryNode
 from broker.lease_keys import PREFIX
 from db import run_queue
 
@@ -32,23 +33,25 @@ def no_submit_fence() -> None:
 
 def trust_the_event() -> None:
     """An expired key makes its lease's run PENDING at once, whatever the deadline says."""
-    hear = ExpiryListener._hear
+    take = ExpiryNode._take
     flips: set[asyncio.Task[None]] = set()
 
-    def trusting(self: ExpiryListener, message: dict[str, Any]) -> None:
-        hear(self, message)
+    def trusting(self: ExpiryNode, message: dict[str, Any]) -> None:
+        take(self, message)
         name = message["data"] if message["type"] == "message" else b""
         if isinstance(name, bytes) and name.count(b":") == 2:
             task = asyncio.create_task(_flip(self, name.decode()))
             flips.add(task)
             task.add_done_callback(flips.discard)
 
-    ExpiryListener._hear = trusting
+    ExpiryNode._take = trusting
 
 
-async def _flip(listener: ExpiryListener, name: str) -> None:
+async def _flip(node: ExpiryNode, name: str) -> None:
+    sweep = getattr(node._ring, "__self__", None)
+    assert isinstance(sweep, Sweep), "the bell rings something else now"
     queue_id, _, lease_seq = name.removeprefix(PREFIX).partition(":")
-    await listener._sweep._pool.execute(FLIP, UUID(queue_id), int(lease_seq))
+    await sweep._pool.execute(FLIP, UUID(queue_id), int(lease_seq))
 
 
 def no_claim_key() -> None:

@@ -1,0 +1,95 @@
+"""The bell: expired lease keys, heard at every Redis node that may expire one, bring the sweep.
+
+It never takes the process down, and it is healthy only while every primary has proved itself: the
+sweep runs more often otherwise. The primaries are looked up again periodically and after a loss,
+because a failover or a resharding may have changed them.
+"""
+
+import asyncio
+
+import structlog
+
+from broker.endings import cancel
+from broker.expiry import Sweep
+from broker.expiry_node import ExpiryNode
+from broker.redis_topology import Topology
+
+LOOK_S = 30.0
+LOOK_DEGRADED_S = 5.0
+
+log = structlog.get_logger()
+
+
+class ExpiryListener:
+    """Rings the sweep on expired lease keys, with one `ExpiryNode` per primary.
+
+    Of the events `healthy` and `degraded`, exactly one is set.
+    """
+
+    def __init__(self, topology: Topology, sweep: Sweep) -> None:
+        self._topology = topology
+        self._sweep = sweep
+        self._nodes: dict[str, tuple[ExpiryNode, asyncio.Task[None]]] = {}
+        self._known: bool | None = None  # who the primaries are; None: not asked yet
+        self._lost = asyncio.Event()
+        self.healthy = asyncio.Event()
+        self.degraded = asyncio.Event()
+        self.degraded.set()
+
+    async def run(self) -> None:
+        """Listen until cancelled."""
+        try:
+            while True:
+                await self._look()
+                await self._wait()
+        finally:
+            await cancel(*(task for _, task in self._nodes.values()))
+
+    async def _look(self) -> None:
+        """Listen to whoever is a primary now, and to nobody else."""
+        try:
+            primaries = await self._topology.primaries()
+        except Exception as error:  # for ever, whatever a Redis or its client comes up with
+            if self._known is not False:  # said once, not at every attempt
+                log.warning("listener.no_primaries", error=type(error).__name__, detail=str(error))
+            self._known = False
+        else:
+            self._known = True
+            await self._follow(set(primaries))
+        self._judge()
+
+    async def _follow(self, primaries: set[str]) -> None:
+        for address in primaries - self._nodes.keys():
+            node = ExpiryNode(self._topology, address, self._sweep.ring, self._node_changed)
+            self._nodes[address] = (node, asyncio.create_task(node.run()))
+        gone = [self._nodes.pop(address) for address in self._nodes.keys() - primaries]
+        await cancel(*(task for _, task in gone))
+
+    async def _wait(self) -> None:
+        try:
+            async with asyncio.timeout(LOOK_S if self.healthy.is_set() else LOOK_DEGRADED_S):
+                await self._lost.wait()
+        except TimeoutError:
+            pass
+        self._lost.clear()
+
+    def _node_changed(self) -> None:
+        self._judge()
+        if not self.healthy.is_set():
+            self._lost.set()  # a failover? A node calls no more often than its backoff allows
+
+    def _judge(self) -> None:
+        nodes = [node for node, _ in self._nodes.values()]
+        healthy = bool(self._known and nodes) and all(node.heard for node in nodes)
+        if healthy != self.healthy.is_set():
+            log.info("listener.healthy" if healthy else "listener.degraded", nodes=len(nodes))
+        self._sweep.degraded = not healthy
+        _put(self.healthy, healthy)
+        _put(self.degraded, not healthy)
+
+
+def _put(event: asyncio.Event, value: bool) -> None:
+    if value:
+        event.set()
+    else:
+        event.clear()
