@@ -110,7 +110,9 @@ def ends_the_connection(answer: httpx.Response | None) -> bool:
 async def test_a_parked_claim_is_answered_at_once_and_may_be_sent_again_at_once(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
-    async with stage(make_settings, sigstore, drain_notice_s=LONG_S) as (process, fleet):
+    # Parked claims look again all the time, so that the database soon shows one that has asked.
+    often = {"drain_notice_s": LONG_S, "claim_recheck_s": 0.05}
+    async with stage(make_settings, sigstore, **often) as (process, fleet):
         runner = await fleet.sign_on()
         parked = asyncio.create_task(runner.claim(wait_s=50))
         await shows(fleet, ASKED)

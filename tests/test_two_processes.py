@@ -60,7 +60,10 @@ def started(settings: Settings) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.terminate()
-            process.communicate(timeout=30)
+            try:
+                process.communicate(timeout=30)
+            finally:
+                process.kill()  # or the end of `with` would wait for ever
 
 
 def url_of(process: subprocess.Popen[str]) -> str:
