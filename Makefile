@@ -35,7 +35,7 @@ serve: $(VENV)/.demo  ## one production-style process from the settings (BAKEOFF
 	@$(BIN)/bakeoff-queue serve
 
 test: $(VENV)/.test  ## run all tests on private servers
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.test  ## ruff and pyrefly
 	@$(BIN)/ruff check .

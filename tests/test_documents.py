@@ -3,6 +3,7 @@
 import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 from typing import Any
 
 import jsonschema
@@ -18,7 +19,15 @@ PAYLOAD = job_payload()
 RESULT = result_for(RUN_ID, PAYLOAD)
 MANIFEST = json.loads(bundle_files(RESULT, b"{}")["manifest.json"])
 FAILED = failed_record(PAYLOAD["tasks"][0], "prompt-0", "m", "oom")
-ABSENT = object()
+
+
+class Absent(Enum):
+    """A member that is left out; an enum, so that every process names the test the same."""
+
+    ABSENT = "absent"
+
+
+ABSENT = Absent.ABSENT
 
 
 def changed(document: Any, path: tuple[str | int, ...], value: Any) -> Any:
