@@ -114,9 +114,18 @@ class Claims:
         return reasons(await run_queue.explain_claim(self._pool), capabilities)
 
     async def undo(self, row: asyncpg.Record) -> None:
-        """Release the lease of a claim whose answer could not be delivered."""
+        """Release the lease of a claim whose answer could not be delivered.
+
+        It stays if the runner may have it all the same: the claim was sent more than once, and
+        another answer gave it the same lease.
+        """
+        if row["granted_at"] is None:
+            return
         guard = LeaseGuard(row["run_id"], row["lease_id"], row["holder"], row["holder_key"])
-        ended = await run_queue.release(self._pool, guard, "the claim's answer was not delivered")
+        reason = "the claim's answer was not delivered"
+        ended = await run_queue.release(
+            self._pool, guard, reason, untouched_since=row["granted_at"]
+        )
         if ended is not None:
             self._keys.drop([LeaseKey(row["queue_id"], row["lease_seq"])])
 
@@ -162,13 +171,13 @@ class Claims:
     async def _claim_runs(
         self, capabilities: Capabilities, claimants: list[Claimant]
     ) -> list[asyncpg.Record]:
-        rows: list[asyncpg.Record] = []
-        granted: list[asyncpg.Record] = []
+        rows: dict[int, asyncpg.Record] = {}
+        waiting = dict(enumerate(claimants))
         for _ in range(RACES_MAX):
             try:
-                rows = await run_queue.claim(
+                found = await run_queue.claim(
                     self._pool,
-                    claimants,
+                    list(waiting.values()),
                     vram_gb=capabilities.vram_gb,
                     quantizations=capabilities.quantizations,
                     ttl=timedelta(seconds=self._settings.lease_ttl_s),
@@ -177,17 +186,20 @@ class Claims:
                 )
             except asyncpg.UniqueViolationError:
                 continue
-            granted = [row for row in rows if row["queue_id"] is not None]
+            rows.update(zip(waiting, found, strict=True))
+            granted = {i: rows[i] for i in waiting if rows[i]["queue_id"] is not None}
             self._keys.put(
-                LeaseKey(row["queue_id"], row["lease_seq"], row["remaining"]) for row in granted
+                LeaseKey(row["queue_id"], row["lease_seq"], row["remaining"])
+                for row in granted.values()
             )
-            # While others hold rows that we could take, look again: what was granted stays, as the
-            # claim of the same key.
-            if not rows[0]["contended"]:
-                return rows
-        if granted:
-            return rows
-        raise Busy("Many claims race for the same runs: claim again.")
+            # While others hold rows that we could take, those who got nothing look again.
+            waiting = {i: c for i, c in waiting.items() if i not in granted}
+            if not waiting or not found[0]["contended"]:
+                break
+        else:
+            if not any(row["queue_id"] for row in rows.values()):
+                raise Busy("Many claims race for the same runs: claim again.")
+        return [rows[i] for i in range(len(claimants))]
 
     def _undelivered(self, row: asyncpg.Record) -> None:
         if row["queue_id"] is not None:

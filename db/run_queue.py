@@ -121,9 +121,14 @@ async def beat(
     )
 
 
-async def release(pool: Executor, guard: LeaseGuard, reason: str) -> asyncpg.Record | None:
-    """Hand a lease back; None when the guard does not fit."""
-    return await pool.fetchrow(SQL["release"], *_guard(guard), reason)
+async def release(
+    pool: Executor, guard: LeaseGuard, reason: str, *, untouched_since: datetime | None = None
+) -> asyncpg.Record | None:
+    """Hand a lease back; None when the guard does not fit.
+
+    With `untouched_since`, the row's updated_at, only if nothing has touched the row since.
+    """
+    return await pool.fetchrow(SQL["release"], *_guard(guard), reason, untouched_since)
 
 
 async def fail(

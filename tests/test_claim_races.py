@@ -1,18 +1,22 @@
 """Claims that meet: sent twice, side by side, parked, hung up, or beside a revocation."""
 
 import asyncio
+import hashlib
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
+import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
 from broker import wakeup
-from broker.claims import Claims
+from broker.claims import Capabilities, Claims
 from config.settings import Settings
 from db import run_queue, runner_keys
+from db.run_queue import Claimant, LeaseGuard
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import code_of, open_fleet, run_of
 
@@ -226,12 +230,63 @@ async def test_a_claim_whose_runner_hung_up_during_the_statement_is_undone(
 
 
 @pytest.mark.gen_test
+async def test_an_undo_leaves_a_lease_that_another_answer_has_delivered(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    """P4: the lost answer was of one process, the same claim was answered by another one."""
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on(max_leases=2)
+        run_ids = [await fleet.enqueue(), await fleet.enqueue()]
+        claims = fleet.services.claims
+        offer = Capabilities(24, ("q4_k_m", "q8_0"))
+        digest = hashlib.sha256(b"{}").hexdigest()
+
+        async def claim(key: str) -> asyncpg.Record:
+            row = await claims.claim(
+                Claimant(runner.runner_id, runner.fingerprint, key, digest), offer, 0
+            )
+            assert row is not None
+            return row
+
+        lost = await claim("sent-again")
+        again = await claim("sent-again")
+        await claims.undo(lost)  # the lease was given again since
+        await claims.undo(again)  # this answer only repeated an earlier one
+        beaten = await claim("beaten-for")
+        job = {"run_id": str(beaten["run_id"]), "lease_id": str(beaten["lease_id"])}
+        assert (await runner.heartbeat(job)).status_code == 200
+        await claims.undo(beaten)
+        rows = [await fleet.row(run_id) for run_id in run_ids]
+        assert [row["status"] for row in rows] == ["CLAIMED", "IN_PROGRESS"]
+
+
+@pytest.mark.gen_test
+async def test_a_claim_sent_again_beside_the_undo_of_the_first_gets_a_new_lease(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        run_id = await fleet.enqueue()
+        job = (await runner.claim(key="k")).json()
+        async with fleet.transaction() as connection:
+            guard = LeaseGuard(
+                UUID(run_id), UUID(job["lease_id"]), runner.runner_id, runner.fingerprint
+            )
+            assert await run_queue.release(connection, guard, "undelivered")
+            claiming = asyncio.create_task(runner.claim(key="k"))
+            await fleet.until_blocked()
+        again = await claiming
+        assert again.status_code == 200, again.text
+        assert (again.json()["lease_id"] != job["lease_id"], again.json()["attempt"]) == (True, 2)
+
+
+@pytest.mark.gen_test
 async def test_an_undo_that_fails_is_told_to_the_log_and_the_lease_lapses(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = asyncio.Event()
 
-    async def lost(*_: Any) -> None:
+    async def lost(*_: Any, **__: Any) -> None:
         tried.set()
         raise ConnectionResetError
 

@@ -146,11 +146,19 @@ ledger AS (
     SELECT run_id, lease_seq, lease_id, claimed_by, lease_key, claimed_at FROM taken
 ),
 
+-- Given again, the lease is marked as touched: the undo of an answer that was lost on the way (see
+-- `release`, $6) must not take it away from whoever just received it here.
+given_again AS (
+    UPDATE run_queue AS q SET updated_at = clock_timestamp()
+    FROM replayed AS r INNER JOIN requests AS s ON r.place = s.place
+    WHERE q.queue_id = r.queue_id AND q.claimed_by = s.runner_id AND q.claim_key = s.claim_key
+    RETURNING r.place, q.*
+),
+
 granted AS (
-    SELECT t.* FROM taken AS t
+    SELECT t.*, t.updated_at AS granted_at FROM taken AS t
     UNION ALL
-    SELECT r.place, q.* FROM replayed AS r
-    INNER JOIN run_queue AS q ON r.queue_id = q.queue_id
+    SELECT a.*, NULL FROM given_again AS a
 )
 
 SELECT
@@ -161,10 +169,13 @@ SELECT
     u.pause_reason,
     u.drain_requested_at IS NOT NULL AS draining,
     e.place IS NOT NULL AS entitled,
-    -- Fewer than were there and asked for: others held the rows, so look again.
+    -- Fewer than were there and asked for: others held the rows, or just ended a lease that was to
+    -- be given again, so look again.
     (SELECT count(*) FROM candidates)
-    < least((SELECT count(*) FROM entitled), (SELECT count(*) FROM heads)) AS contended,
+    < least((SELECT count(*) FROM entitled), (SELECT count(*) FROM heads))
+    OR (SELECT count(*) FROM given_again) < (SELECT count(*) FROM replayed) AS contended,
     g.queue_id, g.run_id, g.lease_seq, g.lease_id, g.lease_expires_at, g.claim_digest, g.job,
+    g.granted_at, -- null when the lease was given before
     g.claimed_by AS holder, g.lease_key AS holder_key,
     g.lease_expires_at - clock_timestamp() AS remaining,
     g.config_hash,
@@ -276,13 +287,15 @@ RETURNING
     u.drain_requested_at IS NOT NULL AS draining
 
 -- name: release
--- Hand a lease back: no attempt is burnt. A run whose cancel was asked for ends here.
+-- Hand a lease back: no attempt is burnt. A run whose cancel was asked for ends here. With $6, only
+-- a lease that nobody has been given again, nor has beaten for, since that update of the row.
 WITH held AS MATERIALIZED (
     SELECT q.* FROM run_queue AS q
     INNER JOIN runner_keys AS k ON k.fingerprint = $4 AND k.revoked_at IS NULL
     WHERE
         q.run_id = $1 AND q.job IS NOT NULL AND q.lease_id = $2 AND q.claimed_by = $3
         AND q.status IN ('CLAIMED', 'IN_PROGRESS')
+        AND ($6::timestamptz IS NULL OR q.updated_at = $6)
     FOR UPDATE OF q
 ),
 
