@@ -7,7 +7,7 @@ from pathlib import Path
 
 import asyncpg
 
-from db.pool import DatabaseUnready, describe
+from db.pool import LOST, DatabaseUnready, describe
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 
@@ -58,7 +58,7 @@ async def _migrate(dsn: str) -> str:
     """Run dbmate under a lock of ours, as it has none: of two at once, one would fail."""
     try:
         connection = await asyncpg.connect(dsn, timeout=10)
-    except (OSError, TimeoutError, ValueError, asyncpg.PostgresError) as error:
+    except (*LOST, ValueError) as error:
         raise DatabaseUnready(f"migrations: {describe(error)}") from None
     try:
         await connection.execute("SELECT pg_advisory_lock(hashtext('bakeoff_queue.migrate'))")

@@ -31,6 +31,18 @@ SESSION = {
 }
 
 
+# What is raised when the server is away, refuses us or cuts a connection off. asyncpg's
+# InternalClientError is among them: a statement sent after the server's last word was read, and
+# before the end of the connection was, meets a protocol that is in no state to take it.
+LOST = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
+
+
 class DatabaseUnready(Exception):
     """The database cannot be used; the message names the fix."""
 
@@ -128,15 +140,19 @@ async def open_pool(dsn: str, max_size: int) -> AsyncIterator[asyncpg.Pool]:
     )
     try:
         await pool
-    except (OSError, TimeoutError, ValueError, asyncpg.PostgresError) as error:
-        raise DatabaseUnready(
-            f"PostgreSQL cannot be used: {describe(error)};"
-            " check BAKEOFF_QUEUE_DATABASE_URL and that the server runs"
-        ) from None
+    except (*LOST, ValueError) as error:
+        raise _unready(error) from None
     try:
         yield pool
     finally:
         await _close(pool)
+
+
+def _unready(error: BaseException) -> DatabaseUnready:
+    return DatabaseUnready(
+        f"PostgreSQL cannot be used: {describe(error)};"
+        " check BAKEOFF_QUEUE_DATABASE_URL and that the server runs"
+    )
 
 
 async def _close(pool: asyncpg.Pool) -> None:
@@ -154,8 +170,15 @@ def describe(error: BaseException) -> str:
 
 
 async def check_migrated(pool: asyncpg.Pool, newest: str) -> None:
-    """Raise NotMigrated unless the migration `newest` has been applied."""
-    if await missing_migration(pool, newest):
+    """Raise NotMigrated unless the migration `newest` has been applied.
+
+    Raises DatabaseUnready when the server is lost before it says so.
+    """
+    try:
+        missing = await missing_migration(pool, newest)
+    except LOST as error:
+        raise _unready(error) from None
+    if missing:
         raise NotMigrated(f"the database lacks migration {newest}: run `bakeoff-queue db migrate`")
 
 

@@ -12,7 +12,7 @@ from tornado.netutil import bind_sockets
 
 from config.settings import Settings
 from db import pool as pools
-from db.pool import TRIES, open_pool, retried
+from db.pool import LOST, TRIES, DatabaseUnready, check_migrated, open_pool, retried
 from sandbox.sigstore_instance import ThrowawaySigstore
 from server import make_app, make_server, open_services
 from tests.fleet import Fleet, code_of, open_fleet, quiet_sweep
@@ -238,3 +238,17 @@ async def test_a_database_that_takes_no_changes_is_unavailable_to_all_who_change
         assert (await fleet.admin("GET", "/queue")).status_code == 200
         fleet.http = primary
         assert (await runner.heartbeat(job)).status_code == 200
+
+
+@pytest.mark.parametrize("error", LOST)
+@pytest.mark.gen_test
+async def test_a_database_that_is_lost_during_the_start_is_told_in_one_line(
+    database: str, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    async def lost(*_: object) -> bool:
+        raise error("cut off")
+
+    async with open_pool(database, 1) as pool:
+        monkeypatch.setattr(pools, "missing_migration", lost)
+        with pytest.raises(DatabaseUnready, match=r"^PostgreSQL cannot be used: cut off; check"):
+            await check_migrated(pool, "20261123000002")

@@ -185,9 +185,10 @@ async def test_a_server_on_a_cluster_leases_lapses_and_revokes(
         runner = await fleet.sign_on()
         run_id = await fleet.enqueue()
         job = await runner.take()
-        await fleet.overdue(run_id)
         client = redis.asyncio.RedisCluster("127.0.0.1", cluster[0].port)
+        # Heard from here on: the listener may subscribe at any moment, and sweeps when it does.
         async with client, fleet.rings() as rings:
+            await fleet.overdue(run_id)
             await client.set(f"lease:{job['queue_id']}:1", 1, px=1)
             await rings.get()
         assert (await fleet.row(run_id))["status"] == "PENDING"

@@ -17,6 +17,7 @@ from uuid import uuid4
 import asyncpg
 import redis.asyncio
 
+from db.pool import LOST
 from sandbox import servers
 from tests.history.failpoints import POINTS
 from tests.history.plans import TTL_S, Plan
@@ -168,7 +169,7 @@ class Faults:
             self.counts["postgres_crash"] += 1
 
     async def _postgres_terminate(self) -> None:
-        with contextlib.suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        with contextlib.suppress(*LOST):
             connection = await asyncpg.connect(self._dsn, timeout=2)
             try:
                 ended = await connection.fetch(

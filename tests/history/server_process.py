@@ -58,9 +58,11 @@ def _become_server(order: dict[str, Any], parent: int) -> None:
     except server.DatabaseUnready:
         code = 75  # PostgreSQL is away: the checker starts another one soon
     except BaseException:
-        traceback.print_exc()
+        # As the servers log, so that the checker shows how it ended and not how it began.
+        died = {"event": "server.died", "exception": traceback.format_exc()}
+        sys.stdout.write(json.dumps(died) + "\n")
     finally:
-        sys.stderr.flush()
+        sys.stdout.flush()
         os._exit(code)
 
 

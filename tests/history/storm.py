@@ -21,7 +21,7 @@ import redis.asyncio
 
 from auth import admin_tokens
 from db import admin as admin_table
-from db.pool import open_pool
+from db.pool import LOST, open_pool
 from sandbox import servers
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.history import invariants, server_logs
@@ -37,7 +37,6 @@ LOOK_S = 1.0
 PROGRESS_S = 5.0
 # Replayed, it would only cost time: the same entry is answered with the row that is there.
 UNREPLAYED = ("admit", "enqueue")
-AWAY = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
 Tell = Callable[[str], None]
 
 
@@ -204,7 +203,7 @@ class Storm:
 
     async def _violations(self, network: Network) -> list[Violation]:
         """Look at a storm under way, in a transaction that leaves no trace."""
-        with contextlib.suppress(*AWAY):
+        with contextlib.suppress(*LOST):
             async with self._connected() as connection:
                 transaction = connection.transaction()
                 await transaction.start()
@@ -227,7 +226,7 @@ class Storm:
                     await asyncio.sleep(0.2)
 
     async def _is_settled(self) -> bool:
-        with contextlib.suppress(*AWAY):
+        with contextlib.suppress(*LOST):
             await self._count()
             return not sum(self._states[s] for s in ("PENDING", "CLAIMED", "IN_PROGRESS"))
         return False
@@ -245,7 +244,7 @@ class Storm:
         """Count the runs, for the admin and for whoever looks on."""
         told = time.monotonic()
         while True:
-            with contextlib.suppress(*AWAY):
+            with contextlib.suppress(*LOST):
                 await self._count()
             if time.monotonic() - told >= PROGRESS_S:
                 told = time.monotonic()
