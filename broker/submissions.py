@@ -98,13 +98,17 @@ class Submissions:
             raise AlreadyComplete if run["status"] == "COMPLETE" else LeaseLost
         return run
 
+    @property
+    def uploads_free(self) -> int:
+        """How many more uploads there is room for."""
+        return self._uploads_free
+
     def open_spool(self) -> Spool:
         """Return where one upload may be stored. Raises Busy when as many as fit are coming in."""
         if self._uploads_free == 0:
             raise Busy("As many bundles as fit are being received: send this one again shortly.")
-        spool = Spool()  # which may fail on a full disk, and then takes nobody's place
         self._uploads_free -= 1
-        return spool
+        return Spool()
 
     def close_spool(self, spool: Spool) -> None:
         """Forget an upload that `open_spool` made room for."""

@@ -1,15 +1,15 @@
 """A bundle on its way in: each part is capped, digested as it streams, and kept on disk.
 
-Nothing here trusts a name: files are stored under numbers, and what a part is called is looked at
-later. Never more than one copy of a file is in memory.
+The files have no names on disk: nothing that a part is called can matter there, and whatever ends
+this process, SIGKILL included, the kernel takes them back. Never more than one copy of a file is in
+memory.
 """
 
 import hashlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 from uuid import UUID
 
 from broker.bundles import CAPS
@@ -25,36 +25,35 @@ class Upload:
 
     lease_id: UUID
     digests: Mapping[str, str]
-    paths: Mapping[str, Path]
+    files: Mapping[str, IO[bytes]]
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of a file."""
-        return self.paths[name].read_bytes()
+        """Return the bytes of a file. One thread at a time; not after the spool was closed."""
+        file = self.files[name]
+        file.seek(0)
+        return file.read()
 
 
 class Spool:
     """Takes the parts of one upload; `close` removes what it stored."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="bakeoff-queue-upload-")
         self._digests: dict[str, str] = {}
-        self._paths: dict[str, Path] = {}
+        self._files: dict[str, IO[bytes]] = {}
         self._lease: bytearray | None = None
         self._name = ""
         self._size = 0
         self._hash = hashlib.sha256()
-        self._file: BinaryIO | None = None
+        self._file: IO[bytes] | None = None
 
     def close(self) -> None:
         """Forget the upload. Safe to call twice."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        self._folder.cleanup()
+        for file in self._files.values():
+            file.close()
 
     def begin(self, name: str) -> None:
         """A part called `name` begins. Raises InvalidBundle for one unknown or sent twice."""
-        if name in self._digests or (name == LEASE_FIELD and self._lease is not None):
+        if name in self._files or (name == LEASE_FIELD and self._lease is not None):
             raise InvalidBundle(f"The part {name} is there twice.")
         if name != LEASE_FIELD and name not in CAPS:
             known = ", ".join([LEASE_FIELD, *CAPS])
@@ -63,9 +62,7 @@ class Spool:
         if name == LEASE_FIELD:
             self._lease = bytearray()
         else:
-            path = Path(self._folder.name) / str(len(self._paths))
-            self._paths[name] = path
-            self._file = path.open("wb")
+            self._file = self._files[name] = tempfile.TemporaryFile()  # noqa: SIM115 (see close)
 
     def write(self, chunk: bytes) -> None:
         """A piece of the part. Raises TooLarge beyond the part's cap."""
@@ -83,7 +80,7 @@ class Spool:
     def end(self) -> None:
         """The part is over."""
         if self._file is not None:
-            self._file.close()
+            self._file.flush()  # a full disk is told here, and not when the file is read
             self._file = None
             self._digests[self._name] = self._hash.hexdigest()
 
@@ -99,4 +96,4 @@ class Spool:
             raise InvalidRequest(
                 f"The field lease_id {detail}.", (Violation("/lease_id", detail),)
             ) from None
-        return Upload(lease_id, dict(self._digests), dict(self._paths))
+        return Upload(lease_id, dict(self._digests), dict(self._files))

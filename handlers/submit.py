@@ -83,6 +83,7 @@ class SubmitHandler(RunnerHandler):
     _parts: Parts | None = None
     _spool: Spool | None = None
     _refusal: BrokerError | OSError | None = None
+    _whole = False
     _run: asyncpg.Record
 
     async def check(self) -> None:
@@ -112,6 +113,7 @@ class SubmitHandler(RunnerHandler):
 
     async def post(self, run_id: str) -> None:
         """Verify the bundle and write its rows: 201 with the receipt, 200 with an earlier one."""
+        self._whole = True
         validate_only = self._validate_only()
         submissions = self.services.submissions
         try:
@@ -149,9 +151,14 @@ class SubmitHandler(RunnerHandler):
         self._forget()
 
     def on_connection_close(self) -> None:
-        """Forget the upload of a runner that hung up."""
-        super().on_connection_close()
-        self._forget()
+        """Forget what a runner had sent of its bundle when it hung up.
+
+        One that has arrived whole is taken all the same, and counts as in flight until then: its
+        runner may have lost the line only, and gets the receipt when it sends the bundle again.
+        """
+        if not self._whole:
+            super().on_connection_close()
+            self._forget()
 
     def _forget(self) -> None:
         if self._spool is not None:
