@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev serve test lint history bench-claims bench-expiry rolling requirements clean
+.PHONY: help demo dev serve test lint history guards bench-claims bench-expiry rolling requirements clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ lint: $(VENV)/.test  ## ruff and pyrefly
 
 history: $(VENV)/.test  ## storm the leases and judge the history: SEED=7 MINUTES=10, or KILLS=1000
 	@$(BIN)/python -m tests.history $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(KILLS),--kills $(KILLS))
+
+guards: $(VENV)/.test  ## remove each guard in a copy and show the test that fails: ONLY=claim
+	@$(BIN)/python -m tests.guards $(if $(ONLY),--only '$(ONLY)')
 
 bench-claims: $(VENV)/.test  ## claims/s against a no-op, and against the queue's length
 	@$(BIN)/python -m bench.claims

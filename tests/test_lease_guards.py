@@ -5,6 +5,7 @@ statements themselves.
 """
 
 import asyncio
+import hashlib
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -231,3 +232,30 @@ async def test_a_revocation_forgets_the_secrets_of_lapsed_leases_and_leaves_thei
             assert (row["status"], row["lease_id"], row["lease_key"]) == ("PENDING", None, None)
         assert (await fleet.row(theirs))["status"] == "CLAIMED"
         assert code_of(await runner.submit(late)) == (403, "key_revoked")
+
+
+@pytest.mark.gen_test
+async def test_two_claims_of_one_key_cannot_both_be_committed(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    """P4: their slots differ, because another lease ended between the two."""
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on(max_leases=2)
+        for _ in range(3):
+            await fleet.enqueue()
+        first = await runner.take()
+        digest = hashlib.sha256(b"{}").hexdigest()
+        async with fleet.transaction() as beside:
+            (row,) = await run_queue.claim(
+                beside,
+                [Claimant(runner.runner_id, runner.fingerprint, "k", digest)],
+                vram_gb=24,
+                quantizations=["q8_0"],
+                ttl=TTL,
+                max_leases=1,
+                max_runtime_s=86_400,
+            )
+            assert (await runner.release(first)).status_code == 200
+            claiming = asyncio.create_task(runner.claim(key="k"))
+            await fleet.until_blocked()
+        assert (await claiming).json()["lease_id"] == str(row["lease_id"])

@@ -1,0 +1,863 @@
+"""Every guard, how it is removed, and the tests of which one must fail then.
+
+A place is a file, and for SQL the query in it. The text to remove stands there once; a test of
+`make test` holds that, so that the list cannot rot.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+QUEUE = "db/sql/run_queue.sql"
+KEYS = "db/sql/runner_keys.sql"
+RUNNERS = "db/sql/runners.sql"
+TABLES = "db/migrations/20261123000002_queue.sql"
+
+CLAIMS = "tests/test_claims.py"
+RACES = "tests/test_claim_races.py"
+GUARDS = "tests/test_lease_guards.py"
+EXPIRY = "tests/test_expiry.py"
+STEERING = "tests/test_steering.py"
+SUBMIT = "tests/test_submit.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """A guard: its name, `file` or `file:query`, what is cut out or put in, the tests to run."""
+
+    name: str
+    place: str
+    old: str
+    new: str
+    tests: str
+
+    @property
+    def file(self) -> str:
+        """The file it stands in."""
+        return self.place.partition(":")[0]
+
+
+class NotThere(Exception):
+    """The text of a guard does not stand exactly once where the list says."""
+
+
+def without(guard: Guard) -> str:
+    """Return the text of the guard's file, the guard removed. Raises NotThere."""
+    text = (ROOT / guard.file).read_text("utf-8")
+    query = guard.place.partition(":")[2]
+    start, end = (0, len(text)) if not query else _bounds(text, query)
+    part = text[start:end]
+    if part.count(guard.old) != 1:
+        raise NotThere(f"{guard.name}: {part.count(guard.old)} x in {guard.place}: {guard.old}")
+    return text[:start] + part.replace(guard.old, guard.new) + text[end:]
+
+
+def _bounds(text: str, query: str) -> tuple[int, int]:
+    start = text.index(f"-- name: {query}\n")
+    end = text.find("\n-- name: ", start + 1)
+    return start, len(text) if end < 0 else end
+
+
+CLAIM = (
+    Guard(
+        "claim: a revoked key gets nothing",
+        f"{QUEUE}:claim",
+        "fingerprint = any($4) AND revoked_at IS NULL",
+        "fingerprint = any($4)",
+        f"{RACES}::test_a_claim_waits_for_a_revocation_in_flight_and_is_then_refused",
+    ),
+    Guard(
+        "claim: a key whose time is over gets nothing",
+        f"{QUEUE}:claim",
+        "AND (not_after IS NULL OR not_after > clock_timestamp())",
+        "",
+        f"{CLAIMS}::test_a_paused_or_expired_key_gets_nothing",
+    ),
+    Guard(
+        "claim: waits for a revocation in flight",
+        f"{QUEUE}:claim",
+        "    FOR SHARE\n",
+        "",
+        f"{RACES}::test_a_claim_waits_for_a_revocation_in_flight_and_is_then_refused",
+    ),
+    Guard(
+        "claim: a lease is given again to a good key only",
+        f"{QUEUE}:claim",
+        "    INNER JOIN admitted AS a ON r.fingerprint = a.fingerprint\n    INNER JOIN run_queue",
+        "    INNER JOIN run_queue",
+        f"{RACES}::test_a_claim_sent_again_beside_a_revocation_does_not_get_the_dead_lease",
+    ),
+    Guard(
+        "claim: a lease is given again to its holder only",
+        f"{QUEUE}:claim",
+        "ON r.runner_id = q.claimed_by AND r.claim_key",
+        "ON r.claim_key",
+        f"{RACES}::test_the_same_idempotency_key_gives_the_same_lease_while_it_lives",
+    ),
+    Guard(
+        "claim: only the same key is a claim sent again",
+        f"{QUEUE}:claim",
+        "q.claimed_by AND r.claim_key = q.claim_key",
+        "q.claimed_by",
+        f"{RACES}::test_a_runner_may_hold_as_many_leases_as_its_key_says",
+    ),
+    Guard(
+        "claim: what is given again was not ended meanwhile",
+        f"{QUEUE}:claim",
+        " AND q.claimed_by = s.runner_id AND q.claim_key = s.claim_key",
+        "",
+        f"{RACES}::test_a_claim_sent_again_beside_the_undo_of_the_first_gets_a_new_lease",
+    ),
+    Guard(
+        "claim: looks again when it was ended meanwhile",
+        f"{QUEUE}:claim",
+        "    OR (SELECT count(*) FROM given_again) < (SELECT count(*) FROM replayed) AS",
+        "    AS",
+        f"{RACES}::test_a_claim_sent_again_beside_the_undo_of_the_first_gets_a_new_lease",
+    ),
+    Guard(
+        "claim: an undo knows that the lease was given again",
+        f"{QUEUE}:claim",
+        "    UPDATE run_queue AS q SET updated_at = clock_timestamp()\n",
+        "    UPDATE run_queue AS q SET updated_at = q.updated_at\n",
+        f"{RACES}::test_an_undo_leaves_a_lease_that_another_answer_has_delivered",
+    ),
+    Guard(
+        "claim: a paused runner gets nothing",
+        f"{QUEUE}:claim",
+        "AND u.paused_at IS NULL AND u.drain",
+        "AND u.drain",
+        f"{STEERING}::test_a_runner_that_lapses_on_three_runs_in_a_row_is_paused",
+    ),
+    Guard(
+        "claim: a draining runner gets nothing",
+        f"{QUEUE}:claim",
+        " AND u.drain_requested_at IS NULL",
+        "",
+        f"{STEERING}::test_a_draining_runner_is_told_so_and_gets_nothing_new_until_it_is_resumed",
+    ),
+    Guard(
+        "claim: as many leases as the key says",
+        f"{QUEUE}:claim",
+        "generate_series(1, a.max_leases)",
+        "generate_series(1, a.max_leases + 1)",
+        f"{RACES}::test_a_runner_may_hold_as_many_leases_as_its_key_says",
+    ),
+    Guard(
+        "claim: a slot is free when no lease has it",
+        f"{QUEUE}:claim",
+        "WHERE q.claimed_by = r.runner_id AND q.lease_slot = slot",
+        "WHERE false",
+        f"{RACES}::test_a_runner_may_hold_as_many_leases_as_its_key_says",
+    ),
+    Guard(
+        "claim: one sent again takes nothing new",
+        f"{QUEUE}:claim",
+        "    WHERE r.place NOT IN (SELECT place FROM replayed)\n",
+        "",
+        f"{RACES}::test_an_undo_leaves_a_lease_that_another_answer_has_delivered",
+    ),
+    Guard(
+        "claim: quantizations that the runner can run",
+        f"{QUEUE}:claim",
+        "x.name = any($2)\n        AND ",
+        "",
+        f"{CLAIMS}::test_a_runner_gets_only_quantizations_it_can_run",
+    ),
+    Guard(
+        "claim: VRAM that the runner has",
+        f"{QUEUE}:claim",
+        "x.vram_multiplier) <= $1",
+        "x.vram_multiplier) > 0",
+        f"{CLAIMS}::test_a_model_that_needs_23_gb_fits_a_card_of_23_and_not_one_of_22",
+    ),
+    Guard(
+        "claim: not before retry_after",
+        f"{QUEUE}:claim",
+        "            AND (q.retry_after IS NULL OR q.retry_after <= clock_timestamp())\n",
+        "",
+        f"{CLAIMS}::test_a_deferred_run_waits_for_its_time_and_says_when",
+    ),
+    Guard(
+        "claim: PENDING runs only",
+        f"{QUEUE}:claim",
+        "AND q.status = 'PENDING' AND q.job IS NOT NULL\n            AND (q.retry",
+        "AND q.job IS NOT NULL\n            AND (q.retry",
+        f"{CLAIMS}::test_runs_that_have_ended_do_not_stand_in_the_way_of_those_that_wait",
+    ),
+    Guard(
+        "claim: still PENDING once its lock is ours",
+        f"{QUEUE}:claim",
+        "    WHERE q.status = 'PENDING'\n    ORDER",
+        "    ORDER",
+        f"{GUARDS}::test_a_run_that_was_claimed_while_this_claim_waited_is_not_claimed_again",
+    ),
+    Guard(
+        "claim: bakeoff's own rows are not handed out",
+        f"{QUEUE}:claim",
+        "AND q.status = 'PENDING' AND q.job IS NOT NULL\n            AND (q.retry",
+        "AND q.status = 'PENDING'\n            AND (q.retry",
+        f"{CLAIMS}::test_rows_of_bakeoffs_own_local_runner_are_never_handed_out",
+    ),
+    Guard(
+        "claim: a run that another claim takes is passed over",
+        f"{QUEUE}:claim",
+        "FOR UPDATE OF q SKIP LOCKED",
+        "FOR UPDATE OF q NOWAIT",
+        f"{RACES}::test_a_run_that_another_claim_takes_at_this_moment_is_passed_over",
+    ),
+    Guard(
+        "claim: in the queue's order, models mixed",
+        f"{QUEUE}:claim",
+        "    ORDER BY h.priority, h.created_at, h.queue_id\n    LIMIT (SELECT count(*) FROM entitled)\n",
+        "    ORDER BY h.queue_id\n    LIMIT (SELECT count(*) FROM entitled)\n",
+        f"{CLAIMS}::test_lower_priority_numbers_go_first_and_then_the_oldest_run_of_any_model",
+    ),
+    Guard(
+        "claim: the head of each model's queue, by priority and age",
+        f"{QUEUE}:claim",
+        "        ORDER BY q.priority, q.created_at, q.queue_id\n",
+        "        ORDER BY q.queue_id\n",
+        f"{CLAIMS}::test_lower_priority_numbers_go_first_and_then_the_oldest_run_of_any_model"
+        f" {CLAIMS}::test_runs_of_one_request_are_handed_out_in_the_order_they_were_given",
+    ),
+    Guard(
+        "claim: raises the fence",
+        f"{QUEUE}:claim",
+        "lease_seq = q.lease_seq + 1,",
+        "lease_seq = q.lease_seq,",
+        f"{CLAIMS}::test_the_next_runner_hears_how_earlier_attempts_ended",
+    ),
+    Guard(
+        "claim: a new secret",
+        f"{QUEUE}:claim",
+        "lease_id = gen_random_uuid(),",
+        "lease_id = coalesce(q.lease_id, gen_random_uuid()),",
+        f"{SUBMIT}::test_a_result_that_is_late_is_lost_once_another_has_claimed_the_run"
+        f" {SUBMIT}::test_an_old_lease_is_lost_when_the_same_runner_has_claimed_again",
+    ),
+    Guard(
+        "claim: never beyond the longest runtime",
+        f"{QUEUE}:claim",
+        "+ least($7::interval, coalesce(q.max_runtime_s, $9) * interval '1 second')",
+        "+ $7::interval",
+        f"{CLAIMS}::test_a_lease_never_outlives_the_runs_longest_runtime",
+    ),
+    Guard(
+        "claim: the loser of a race for rows looks again",
+        f"{QUEUE}:claim",
+        "    (SELECT count(*) FROM candidates)\n    < least((SELECT count(*) FROM entitled), (SELECT count(*) FROM heads))\n    OR ",
+        "    ",
+        f"{RACES}::test_twenty_runners_of_two_processes_share_ten_runs_one_each"
+        f" {RACES}::test_a_run_that_another_claim_takes_at_this_moment_is_passed_over",
+    ),
+    Guard(
+        "claim: one key, one lease, in two processes",
+        TABLES,
+        "CREATE UNIQUE INDEX run_queue_claim_key",
+        "CREATE INDEX run_queue_claim_key",
+        f"{GUARDS}::test_two_claims_of_one_key_cannot_both_be_committed",
+    ),
+    Guard(
+        "claim: max_leases holds in two processes",
+        TABLES,
+        "CREATE UNIQUE INDEX run_queue_lease_slot",
+        "CREATE INDEX run_queue_lease_slot",
+        f"{RACES}::test_two_claims_of_one_runner_at_once_are_one_lease_and_one_refusal",
+    ),
+    Guard(
+        "claim: the loser of a race for a slot looks again",
+        "broker/claims.py",
+        "            except asyncpg.UniqueViolationError:\n                continue\n",
+        "            except asyncpg.UniqueViolationError:\n                raise\n",
+        f"{RACES}::test_two_claims_of_one_runner_at_once_are_one_lease_and_one_refusal",
+    ),
+    Guard(
+        "claim: another body under the same key is a conflict",
+        "broker/claims.py",
+        'if row["claim_digest"] != claimant.claim_digest:',
+        "if False:",
+        f"{RACES}::test_the_same_idempotency_key_gives_the_same_lease_while_it_lives",
+    ),
+    Guard(
+        "claim: undone when its runner hung up during the statement",
+        "broker/claims.py",
+        "undelivered=self._undelivered",
+        "undelivered=lambda row: None",
+        f"{RACES}::test_a_claim_whose_runner_hung_up_during_the_statement_is_undone",
+    ),
+    Guard(
+        "claim: a repeated answer undoes nothing",
+        "broker/claims.py",
+        '        if row["granted_at"] is None:\n            return\n',
+        "",
+        f"{RACES}::test_an_undo_leaves_a_lease_that_another_answer_has_delivered",
+    ),
+    Guard(
+        "claim: a runner that hung up stops waiting",
+        "handlers/queue.py",
+        "            self._claiming.cancel()\n",
+        "            pass\n",
+        f"{RACES}::test_a_parked_claim_whose_runner_hung_up_takes_no_run",
+    ),
+)
+
+_GOOD_KEY = "k.fingerprint = $4 AND k.revoked_at IS NULL"
+_RIGHT = f"{GUARDS}::test_the_run_the_secret_the_holder_and_the_key_must_all_be_right"
+_GOOD = f"{GUARDS}::test_the_key_must_be_good_at_this_moment"
+_LIVE = f"{GUARDS}::test_the_run_must_be_live_or_lapsed_for_its_result"
+_LOCAL = f"{GUARDS}::test_rows_of_bakeoffs_own_local_runner_are_never_touched"
+_LEDGER = f"{GUARDS}::test_each_end_closes_the_ledgers_row_of_its_own_lease_only"
+
+
+def _held(verb: str) -> tuple[Guard, ...]:
+    """The guard of a release and of a failure: run, secret, holder, state, key, ours, ledger."""
+    place = f"{QUEUE}:{verb}"
+    return (
+        Guard(f"{verb}: this run", place, "q.run_id = $1 AND ", "", _RIGHT),
+        Guard(
+            f"{verb}: the secret",
+            place,
+            " AND q.lease_id = $2",
+            " AND $2::uuid IS NOT NULL",
+            _RIGHT,
+        ),
+        Guard(
+            f"{verb}: the holder",
+            place,
+            " AND q.claimed_by = $3",
+            " AND $3::text IS NOT NULL",
+            _RIGHT,
+        ),
+        Guard(
+            f"{verb}: a key of ours",
+            place,
+            _GOOD_KEY,
+            "k.revoked_at IS NULL AND $4::text <> ''",
+            _RIGHT,
+        ),
+        Guard(f"{verb}: a key not revoked", place, _GOOD_KEY, "k.fingerprint = $4", _GOOD),
+        Guard(
+            f"{verb}: a live lease",
+            place,
+            "        AND q.status IN ('CLAIMED', 'IN_PROGRESS')\n",
+            "",
+            _LIVE,
+        ),
+        Guard(f"{verb}: bakeoff's own rows stay", place, " AND q.job IS NOT NULL", "", _LOCAL),
+        Guard(
+            f"{verb}: the ledger's row of this run", place, "a.run_id = h.run_id AND ", "", _LEDGER
+        ),
+        Guard(
+            f"{verb}: the ledger's row of this lease",
+            place,
+            "\n    WHERE a.run_id = h.run_id AND a.lease_seq = h.lease_seq",
+            "\n    WHERE a.run_id = h.run_id",
+            _LEDGER,
+        ),
+    )
+
+
+ENDS = (
+    *_held("release"),
+    Guard(
+        "release: an undo finds the lease untouched",
+        f"{QUEUE}:release",
+        "        AND ($6::timestamptz IS NULL OR q.updated_at = $6)\n",
+        "        AND ($6::timestamptz IS NULL OR $6 IS NOT NULL)\n",
+        f"{RACES}::test_an_undo_leaves_a_lease_that_another_answer_has_delivered",
+    ),
+    Guard(
+        "release: of a run to be cancelled ends it",
+        f"{QUEUE}:release",
+        "status = CASE WHEN h.cancel_requested_at IS NULL THEN 'PENDING' ELSE 'CANCELLED' END,",
+        "status = 'PENDING',",
+        "tests/test_admin_queue.py::test_the_runner_of_a_live_run_is_told_at_its_next_heartbeat"
+        " tests/test_lifecycle_findings.py::test_a_cancelled_run_that_was_released_did_not_fail",
+    ),
+    *_held("fail"),
+    Guard(
+        "fail: of a run to be cancelled ends it, uncounted",
+        f"{QUEUE}:fail",
+        "            WHEN h.cancel_requested_at IS NOT NULL THEN 'CANCELLED'\n",
+        "",
+        "tests/test_handbacks.py::test_a_failure_of_a_run_that_was_to_be_cancelled_cancels_it",
+    ),
+    Guard(
+        "fail: attempts are used up",
+        f"{QUEUE}:fail",
+        "            WHEN h.failures >= h.max_attempts THEN 'FAILED'\n",
+        "",
+        "tests/test_handbacks.py::test_a_failure_counts_waits_longer_each_time_and_goes_further_back",
+    ),
+    Guard(
+        "fail: answered again from its own end only",
+        "broker/handbacks.py",
+        ' or set(ended["outcome"] or ()) != set(members)',
+        "",
+        "tests/test_lifecycle_findings.py",
+    ),
+    Guard("beat: this run", f"{QUEUE}:beat", "q.run_id = b.run_id AND ", "", _RIGHT),
+    Guard("beat: the secret", f"{QUEUE}:beat", "    AND q.lease_id = b.lease_id\n", "", _RIGHT),
+    Guard("beat: the holder", f"{QUEUE}:beat", "    AND q.claimed_by = b.runner_id\n", "", _RIGHT),
+    Guard(
+        "beat: a live lease",
+        f"{QUEUE}:beat",
+        "    AND q.status IN ('CLAIMED', 'IN_PROGRESS')\n",
+        "",
+        _LIVE,
+    ),
+    Guard("beat: a key of ours", f"{QUEUE}:beat", "b.fingerprint = k.fingerprint AND ", "", _RIGHT),
+    Guard("beat: a key not revoked", f"{QUEUE}:beat", " AND k.revoked_at IS NULL", "", _GOOD),
+    Guard(
+        "beat: a key whose time is not over",
+        f"{QUEUE}:beat",
+        "        AND (k.not_after IS NULL OR k.not_after > clock_timestamp())\n",
+        "",
+        _GOOD,
+    ),
+    Guard("beat: bakeoff's own rows stay", f"{QUEUE}:beat", " AND q.job IS NOT NULL", "", _LOCAL),
+    Guard(
+        "beat: never beyond the longest runtime",
+        f"{QUEUE}:beat",
+        "least(\n        clock_timestamp() + $6::interval,\n"
+        "        q.claimed_at + coalesce(q.max_runtime_s, $7) * interval '1 second'\n    ),",
+        "clock_timestamp() + $6::interval,",
+        "tests/test_heartbeats.py::test_no_heartbeat_carries_a_lease_beyond_the_longest_runtime",
+    ),
+    Guard(
+        "complete: this run",
+        f"{QUEUE}:complete",
+        "q.run_id = $1 AND ",
+        "$1::uuid IS NOT NULL AND ",
+        _RIGHT,
+    ),
+    Guard(
+        "complete: the secret",
+        f"{QUEUE}:complete",
+        " AND q.lease_id = $2",
+        " AND $2::uuid IS NOT NULL",
+        _RIGHT,
+    ),
+    Guard(
+        "complete: the holder",
+        f"{QUEUE}:complete",
+        " AND q.claimed_by = $3",
+        " AND $3::text IS NOT NULL",
+        _RIGHT,
+    ),
+    Guard(
+        "complete: live, or lapsed and not claimed since",
+        f"{QUEUE}:complete",
+        "    AND q.status IN ('CLAIMED', 'IN_PROGRESS', 'PENDING')\n",
+        "",
+        _LIVE,
+    ),
+    Guard(
+        "complete: late results count",
+        f"{QUEUE}:complete",
+        "'IN_PROGRESS', 'PENDING')",
+        "'IN_PROGRESS')",
+        _LIVE,
+    ),
+    Guard(
+        "complete: a key of ours",
+        f"{QUEUE}:complete",
+        _GOOD_KEY,
+        "k.revoked_at IS NULL AND $4::text <> ''",
+        _RIGHT,
+    ),
+    Guard(
+        "complete: a key not revoked", f"{QUEUE}:complete", _GOOD_KEY, "k.fingerprint = $4", _GOOD
+    ),
+    Guard(
+        "complete: a key whose time is not over",
+        f"{QUEUE}:complete",
+        "    AND (k.not_after IS NULL OR k.not_after > clock_timestamp())\n",
+        "",
+        _GOOD,
+    ),
+    Guard(
+        "complete: bakeoff's own rows stay",
+        f"{QUEUE}:complete",
+        " AND q.job IS NOT NULL",
+        "",
+        _LOCAL,
+    ),
+    Guard(
+        "complete: the ledger's row of this lease",
+        f"{QUEUE}:complete_attempt",
+        "run_id = $1 AND lease_seq = $2",
+        "run_id = $1 AND $2::bigint > 0",
+        f"{_LEDGER} {SUBMIT}",
+    ),
+)
+
+SWEEP = (
+    Guard(
+        "lapse: live leases only",
+        f"{QUEUE}:lapse",
+        "q.status IN ('CLAIMED', 'IN_PROGRESS') AND q.job IS NOT NULL\n        AND q.lease_expires_at",
+        "q.job IS NOT NULL\n        AND q.lease_expires_at",
+        EXPIRY,
+    ),
+    Guard(
+        "lapse: overdue leases only",
+        f"{QUEUE}:lapse",
+        "        AND q.lease_expires_at <= clock_timestamp()\n",
+        "",
+        f"{EXPIRY}::test_one_pass_ends_the_leases_behind_their_deadline_and_leaves_the_others",
+    ),
+    Guard(
+        "lapse: bakeoff's own rows stay",
+        f"{QUEUE}:lapse",
+        "q.status IN ('CLAIMED', 'IN_PROGRESS') AND q.job IS NOT NULL\n        AND q.lease_expires_at",
+        "q.status IN ('CLAIMED', 'IN_PROGRESS')\n        AND q.lease_expires_at",
+        f"{EXPIRY}::test_rows_of_bakeoffs_own_local_runner_never_lapse",
+    ),
+    Guard(
+        "lapse: a lease being renewed is not waited for",
+        f"{QUEUE}:lapse",
+        "FOR UPDATE SKIP LOCKED",
+        "FOR UPDATE",
+        f"{EXPIRY}::test_a_lease_that_is_being_renewed_is_passed_over_and_not_waited_for",
+    ),
+    Guard(
+        "lapse: a cancelled run ends",
+        f"{QUEUE}:lapse",
+        "            WHEN o.cancel_requested_at IS NOT NULL THEN 'CANCELLED'\n",
+        "",
+        f"{EXPIRY}::test_a_run_cancelled_under_a_silent_runner_ends_as_cancelled",
+    ),
+    Guard(
+        "lapse: attempts are used up",
+        f"{QUEUE}:lapse",
+        "o.failures >= o.max_attempts OR ",
+        "",
+        f"{EXPIRY}::test_a_run_fails_for_good_when_its_attempts_are_used_up",
+    ),
+    Guard(
+        "lapse: three different runners make poison",
+        f"{QUEUE}:lapse",
+        " OR s.lost_runners >= 3 THEN",
+        " THEN",
+        f"{STEERING}::test_a_run_on_which_three_different_runners_fell_silent_is_failed_as_poison",
+    ),
+    Guard(
+        "lapse: different runners, not lapses",
+        f"{QUEUE}:lapse",
+        "count(DISTINCT s.runner_id)",
+        "count(s.runner_id)",
+        f"{STEERING}::test_fewer_than_three_different_runners_are_no_proof_of_poison",
+    ),
+    Guard(
+        "lapse: only lapses make poison",
+        f"{QUEUE}:lapse",
+        " AND a.how = 'lapsed'\n            AND a.claimed_at > coalesce(o.",
+        "\n            AND a.claimed_at > coalesce(o.",
+        f"{STEERING}::test_only_lapses_make_poison_and_not_failures_or_releases",
+    ),
+    Guard(
+        "lapse: the search starts anew after a requeue",
+        f"{QUEUE}:lapse",
+        "            AND a.claimed_at > coalesce(o.requeued_at, '-infinity')\n",
+        "",
+        f"{STEERING}::test_after_a_requeue_the_search_for_poison_starts_anew",
+    ),
+    Guard(
+        "lapse: a late result still finds its lease",
+        f"{QUEUE}:lapse",
+        "THEN NULL ELSE q.lease_id END",
+        "THEN NULL END",
+        f"{EXPIRY}::test_a_late_result_counts_until_somebody_else_has_claimed_the_run",
+    ),
+    Guard(
+        "lapse: the ledger's row of this lease",
+        f"{QUEUE}:lapse",
+        "    WHERE a.run_id = o.run_id AND a.lease_seq = o.lease_seq\n",
+        "    WHERE a.run_id = o.run_id\n",
+        f"{EXPIRY} {GUARDS}",
+    ),
+    Guard(
+        "lapse: three in a row pause their runner",
+        f"{QUEUE}:lapse",
+        "        AND 3 = (",
+        "        AND 99 = (",
+        f"{STEERING}::test_a_runner_that_lapses_on_three_runs_in_a_row_is_paused",
+    ),
+    Guard(
+        "lapse: on three different runs",
+        f"{QUEUE}:lapse",
+        "count(DISTINCT e.run_id) FILTER",
+        "count(e.run_id) FILTER",
+        f"{STEERING}::test_lapses_on_the_same_runs_again_are_not_three_different_ones",
+    ),
+    Guard(
+        "lapse: another end breaks the row",
+        f"{QUEUE}:lapse",
+        " FILTER (WHERE e.how = 'lapsed')",
+        "",
+        f"{STEERING}::test_a_lease_that_ended_otherwise_breaks_the_row_of_lapses",
+    ),
+    Guard(
+        "lapse: what lapses beside it counts",
+        f"{QUEUE}:lapse",
+        "                    f.claimed_by = u.runner_id\n",
+        "                    false\n",
+        f"{STEERING}::test_three_leases_that_lapse_in_one_pass_pause_their_runner",
+    ),
+    Guard(
+        "lapse: leases from before a resume do not count, beside it",
+        f"{QUEUE}:lapse",
+        "                    AND f.claimed_at > coalesce(u.resumed_at, '-infinity')\n",
+        "",
+        "tests/test_lifecycle_findings.py",
+    ),
+    Guard(
+        "lapse: leases from before a resume do not count, in the ledger",
+        f"{QUEUE}:lapse",
+        "                    AND a.claimed_at > coalesce(u.resumed_at, '-infinity')\n",
+        "",
+        f"{STEERING}::test_a_resumed_runner_may_claim_and_is_given_three_new_lapses",
+    ),
+    Guard(
+        "lapse: cancelled ends count as such beside it",
+        f"{QUEUE}:lapse",
+        "                    CASE WHEN f.status = 'CANCELLED' THEN 'cancelled' ELSE 'lapsed' END AS how,\n",
+        "                    'lapsed' AS how,\n",
+        "tests/test_lifecycle_findings.py",
+    ),
+    Guard(
+        "sweep: goes on until none is left",
+        "broker/expiry.py",
+        "if len(rows) < BATCH:",
+        "if True:",
+        f"{EXPIRY}::test_a_pass_goes_on_until_no_overdue_lease_is_left",
+    ),
+    Guard(
+        "breaker: more than three",
+        "broker/expiry.py",
+        "MASS = 3\n",
+        "MASS = 0\n",
+        "tests/test_sweep_guards.py",
+    ),
+    Guard(
+        "breaker: counts our leases only",
+        f"{QUEUE}:overdue_share",
+        " AND job IS NOT NULL",
+        "",
+        "tests/test_sweep_guards.py tests/test_expiry.py",
+    ),
+)
+
+ADMIN = (
+    Guard(
+        "cancel: a run that nobody works on",
+        f"{QUEUE}:cancel_pending",
+        " AND status = 'PENDING'",
+        "",
+        "tests/test_admin_queue.py",
+    ),
+    Guard(
+        "cancel: bakeoff's own rows stay",
+        f"{QUEUE}:cancel_pending",
+        " AND job IS NOT NULL",
+        "",
+        "tests/test_admin_queue.py::test_a_run_that_this_queue_did_not_make_is_not_touched",
+    ),
+    Guard(
+        "cancel: a run that somebody works on",
+        f"{QUEUE}:cancel_live",
+        " AND status IN ('CLAIMED', 'IN_PROGRESS')",
+        "",
+        "tests/test_admin_queue.py::test_a_run_that_has_ended_cannot_be_cancelled",
+    ),
+    Guard(
+        "requeue: only what ended without a result",
+        f"{QUEUE}:requeue",
+        " AND status IN ('FAILED', 'CANCELLED')",
+        "",
+        "tests/test_requeue.py",
+    ),
+    Guard(
+        "requeue: the lease of before cannot submit",
+        f"{QUEUE}:requeue",
+        "cancel_reason = NULL, lease_id = NULL,",
+        "cancel_reason = NULL,",
+        "tests/test_requeue.py::test_the_lease_of_before_a_requeue_cannot_submit",
+    ),
+    Guard(
+        "enqueue: a run_id is queued once",
+        f"{QUEUE}:enqueue",
+        "ON CONFLICT (run_id) WHERE job IS NOT NULL DO NOTHING",
+        "",
+        "tests/test_admin_queue.py",
+    ),
+    Guard(
+        "enqueue: and never twice",
+        TABLES,
+        "CREATE UNIQUE INDEX run_queue_run_id",
+        "CREATE INDEX run_queue_run_id",
+        "tests/test_admin_queue.py",
+    ),
+    Guard(
+        "revoke: ends the leases of this key",
+        f"{QUEUE}:end_leases_of_key",
+        "        lease_key = $1 AND ",
+        "        $1::text <> '' AND ",
+        "tests/test_admin_keys.py::test_a_revocation_frees_runs_names_results_and_is_final",
+    ),
+    Guard(
+        "revoke: forgets the secrets of lapsed leases",
+        f"{QUEUE}:end_leases_of_key",
+        "('CLAIMED', 'IN_PROGRESS', 'PENDING')\n    ORDER",
+        "('CLAIMED', 'IN_PROGRESS')\n    ORDER",
+        f"{GUARDS}::test_a_revocation_forgets_the_secrets_of_lapsed_leases_and_leaves_their_record",
+    ),
+    Guard(
+        "revoke: leaves the record of what ended before",
+        f"{QUEUE}:end_leases_of_key",
+        " AND a.ended_at IS NULL",
+        "",
+        f"{GUARDS}::test_a_revocation_forgets_the_secrets_of_lapsed_leases_and_leaves_their_record",
+    ),
+    Guard(
+        "revoke: once", f"{KEYS}:revoke", " AND revoked_at IS NULL", "", "tests/test_admin_keys.py"
+    ),
+    Guard(
+        "register: waits for a revocation in flight",
+        f"{KEYS}:find_for_share",
+        " FOR SHARE",
+        "",
+        "tests/test_register.py::test_a_registration_waits_for_a_revocation_in_flight_and_is_then_refused",
+    ),
+    Guard(
+        "revocation: an unknown or expired key is none",
+        f"{KEYS}:revoked_among",
+        "\n        AND (k.not_after IS NULL OR k.not_after > clock_timestamp())",
+        "",
+        "tests/test_tokens.py tests/test_claims.py tests/test_health.py",
+    ),
+    Guard(
+        "liveness: bakeoff's own runners are bakeoff's",
+        f"{RUNNERS}:bury",
+        " AND key_fingerprint IS NOT NULL",
+        "",
+        "tests/test_liveness.py::test_bakeoffs_own_runners_are_left_to_bakeoff",
+    ),
+)
+
+BELL = (
+    Guard(
+        "listener: every (re)subscription sweeps",
+        "broker/expiry_node.py",
+        "            self._subscribed.set()\n            self._ring()\n",
+        "            self._subscribed.set()\n",
+        "tests/test_expiry_listener.py::test_the_listener_sweeps_when_it_subscribes_and_proves_that_it_hears"
+        " tests/test_expiry_listener.py::test_the_listener_sweeps_and_proves_itself_again_when_it_had_to_reconnect",
+    ),
+    Guard(
+        "listener: a resubscription is proved anew",
+        "broker/expiry_node.py",
+        "            self._mark(heard=False)\n            self._subscribed.set()",
+        "            self._subscribed.set()",
+        "tests/test_expiry_listener.py::test_the_listener_sweeps_and_proves_itself_again_when_it_had_to_reconnect"
+        " tests/test_expiry_listener.py::test_a_restart_that_loses_the_notification_setting_is_noticed_when_we_reconnect",
+    ),
+    Guard(
+        "listener: only lease keys ring",
+        "broker/expiry_node.py",
+        'elif message["type"] == "message" and message["data"].startswith(PREFIX.encode()):',
+        'elif message["type"] == "message":',
+        "tests/test_expiry_listener.py::test_the_listener_rings_for_lease_keys_only",
+    ),
+    Guard(
+        "listener: one lost self-test key is no reason",
+        "broker/expiry_node.py",
+        "SELF_TESTS = 3",
+        "SELF_TESTS = 1",
+        "tests/test_expiry_listener.py::test_a_flush_that_takes_the_self_tests_key_is_no_reason_to_complain",
+    ),
+    Guard(
+        "listener: proves itself at every interval",
+        "broker/expiry_node.py",
+        "            except TimeoutError:\n                pass\n            self._subscribed.clear()",
+        "            except TimeoutError:\n                continue\n            self._subscribed.clear()",
+        "tests/test_expiry_listener.py::test_notifications_that_are_switched_off_are_noticed_and_so_is_their_return",
+    ),
+    Guard(
+        "listener: healthy while every primary is heard",
+        "broker/expiry_listener.py",
+        "all(node.heard for node in nodes)",
+        "any(node.heard for node in nodes)",
+        "tests/test_redis_topology.py::test_a_cluster_is_healthy_only_while_each_primary_is_heard",
+    ),
+    Guard(
+        "listener: the primaries are looked up again",
+        "broker/redis_topology.py",
+        "        await self.client.nodes_manager.initialize()\n",
+        "",
+        "tests/test_redis_topology.py::test_after_a_resharding_the_primaries_are_looked_up_again",
+    ),
+    Guard(
+        "listener: tells the sweep that it is deaf",
+        "broker/expiry_listener.py",
+        "        self._sweep.degraded = not healthy\n",
+        "",
+        "tests/test_expiry_listener.py tests/test_redis_topology.py::test_a_cluster_is_healthy_only_while_each_primary_is_heard",
+    ),
+    Guard(
+        "cluster: a self-test key lies on its own node",
+        "broker/redis_topology.py",
+        "            if node is not None and node.name == address:\n",
+        "            if node is not None:\n",
+        "tests/test_redis_topology.py",
+    ),
+)
+
+SERVER = (
+    Guard(
+        "stop: a second signal ends it at once",
+        "server.py",
+        "            loop.remove_signal_handler(number)\n            signal.signal(number, signal.SIG_DFL)\n",
+        "            pass\n",
+        "tests/test_drain.py::test_during_the_notice_all_but_claims_are_served_and_a_second_signal_ends_it",
+    ),
+    Guard(
+        "stop: parked claims are answered at once",
+        "server.py",
+        "    services.claims.drain()\n",
+        "",
+        "tests/test_drain.py::test_a_parked_claim_is_answered_at_once_and_may_be_sent_again_at_once",
+    ),
+    Guard(
+        "stop: waits for what is in flight",
+        "broker/in_flight.py",
+        "                await self.wait_idle()\n",
+        "                pass\n",
+        "tests/test_drain.py::test_a_bundle_that_is_arriving_is_taken_in_full_and_then_the_process_ends",
+    ),
+    Guard(
+        "stop: what comes after it is refused",
+        "broker/in_flight.py",
+        "        self.closed = True\n        return",
+        "        return",
+        "tests/test_drain.py::test_what_comes_when_nothing_is_in_flight_any_more_is_refused_before_it_is_begun",
+    ),
+    Guard(
+        "stop: nothing holds it up for ever",
+        "server.py",
+        "async with asyncio.timeout(CLOSE_S):",
+        "async with asyncio.timeout(None):",
+        "tests/test_drain.py::test_a_request_that_never_ends_is_cut_after_the_longest_wait",
+    ),
+    Guard(
+        "submit: a whole bundle outlives its connection",
+        "handlers/submit.py",
+        "        if not self._whole:\n",
+        "        if True:\n",
+        "tests/test_uploads.py::test_a_bundle_that_has_arrived_is_taken_though_its_runner_hung_up",
+    ),
+)
+
+ALL = CLAIM + ENDS + SWEEP + ADMIN + BELL + SERVER
