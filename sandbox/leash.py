@@ -105,7 +105,11 @@ class Leash:
             start_new_session=True,
             pass_fds=() if lock is None else (lock,),
         )
-        self.folder = Path(self._answer())
+        try:
+            self.folder = Path(self._answer())
+        except BaseException:  # stopped in the middle of a start: the folder goes before we do
+            self._end()
+            raise
 
     def ask(self, verb: str, **order: Any) -> Any:
         """Give an order and wait for what came of it. Raises ServerFailed."""
@@ -115,13 +119,16 @@ class Leash:
 
     def close(self) -> None:
         """Stop the server and remove the folder; both are gone when this returns. Safe twice."""
+        self._end()
+        shutil.rmtree(self.folder, ignore_errors=True)  # there still if the leash was killed
+
+    def _end(self) -> None:
         with self._turn:
             self._tell("end")
             for pipe in (self._process.stdin, self._process.stdout):
                 assert pipe is not None
                 pipe.close()
         self._process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)  # there still if the leash was killed
 
     def failure(self, what: str) -> ServerFailed:
         """An error that ends with the last lines of the server's log."""
