@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from importlib.metadata import version as installed_version
 
 import structlog
 from tornado.httpserver import HTTPServer
@@ -15,6 +16,7 @@ from tornado.netutil import bind_sockets
 from tornado.web import Application
 
 from auth.errors import PolicyRefused
+from auth.receipts import ReceiptKeys
 from auth.revocation import Revocations
 from auth.signers import BundleVerifier, load_policy
 from auth.tokens import Tokens
@@ -32,18 +34,23 @@ from broker.heartbeats import Heartbeats
 from broker.in_flight import InFlight
 from broker.lease_keys import LeaseKeys
 from broker.liveness import Liveness
+from broker.queue_tally import QueueTally
 from broker.queue_view import QueueView
+from broker.receipts import Receipts
 from broker.redis_topology import RedisUrlRefused, Topology, open_topology
 from broker.registry import Registry
+from broker.reload import ReadSettings, Reload
 from broker.runner_care import RunnerCare
 from broker.services import Services
 from broker.submissions import Submissions
+from broker.telemetry import Telemetry
+from broker.trusted import Trusted
 from broker.wakeup import Wakeup
 from config.logging import configure_logging
-from config.settings import NO_TOKEN_KEYS, PREFIX, Settings, SettingsRefused, load_settings
+from config.settings import PREFIX, Settings, SettingsRefused, load_settings
 from db.migrate import newest_version
 from db.pool import DatabaseUnready, check_migrated, describe, open_pool
-from handlers import admin, admin_runners, health, queue, runners, submit
+from handlers import admin, admin_runners, health, public, queue, runners, submit
 from handlers.base import NoSuchPath, log_request
 
 # More than the largest bundle: the caps are the handlers' own, with answers that say so.
@@ -67,13 +74,14 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     Raises ServerRefused, DatabaseUnready or PolicyRefused. Redis may be away: that costs latency
     only.
     """
-    if not settings.token_ring:
-        # A key made here would serve this process alone: behind a balancer, every other answer
-        # would be 401.
-        raise ServerRefused(NO_TOKEN_KEYS)
+    if settings.lacks:
+        raise ServerRefused("; ".join(settings.lacks))
     async with AsyncExitStack() as stack:
         dsn = settings.database_url.get_secret_value()
         verifier = BundleVerifier(settings.trusted_root, load_policy(settings.signers_file))
+        trusted = Trusted(verifier, settings.trusted_root_stale_s)
+        version = installed_version("bakeoff-queue")
+        telemetry = Telemetry(version)
         pool = await stack.enter_async_context(open_pool(dsn, settings.database_pool_max))
         await check_migrated(pool, newest_version())
         leases = await _open_redis(stack, "REDIS_LEASE_URL", settings.redis_lease_url)
@@ -82,16 +90,29 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
         token_ttl = timedelta(seconds=settings.token_ttl_s)
         tokens = Tokens(settings.token_ring, token_ttl)
         revocations = Revocations(revoked.client, PostgresAuthority(pool, token_ttl))
+        receipt_keys = ReceiptKeys(settings.receipt_ring)
+        receipts = Receipts(receipt_keys, settings.public_url)
         keys = LeaseKeys(leases.client)
         bell = Doorbell()
-        claims = Claims(pool, settings, keys, bell)
+        claims = Claims(pool, settings, keys, bell, telemetry)
         workers = stack.enter_context(
             ThreadPoolExecutor(settings.verify_workers, thread_name_prefix="verify")
         )
-        sweep = Sweep(pool, settings, keys)
+        sweep = Sweep(pool, settings, keys, telemetry)
         listener = ExpiryListener(leases, sweep)
         liveness = Liveness(pool, settings)
-        for task in (sweep.run(), listener.run(), liveness.run(), Wakeup(dsn, bell).run()):
+        wakeup = Wakeup(dsn, bell)
+        in_flight = InFlight()
+        telemetry.watch_pool(pool.get_size, pool.get_idle_size)
+        telemetry.watch(
+            waiters=lambda: claims.waiting,
+            http_in_flight=lambda: in_flight.count,
+            breaker_open=lambda: sweep.held,
+            listener_connected=listener.healthy.is_set,
+            trust_root_age_seconds=trusted.root_age_s,
+        )
+        loops = (sweep.run(), listener.run(), liveness.run(), wakeup.run(), telemetry.watch_loop())
+        for task in loops:
             stack.push_async_callback(cancel, asyncio.create_task(task))
         stack.push_async_callback(claims.close)
         yield Services(
@@ -99,23 +120,28 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
             credentials=Credentials(pool, tokens, revocations),
             registry=Registry(pool, settings, tokens, revocations),
             claims=claims,
-            heartbeats=Heartbeats(pool, settings, keys),
+            heartbeats=Heartbeats(pool, settings, keys, telemetry),
             handbacks=Handbacks(pool, settings, keys),
-            submissions=Submissions(pool, settings, keys, verifier, workers),
+            submissions=Submissions(pool, settings, keys, trusted, receipts, workers, telemetry),
             allowlist=Allowlist(pool, settings, revocations, keys),
             enqueue=Enqueue(pool, settings),
             queue=QueueView(pool),
-            in_flight=InFlight(),
+            in_flight=in_flight,
             liveness=liveness,
             runner_care=RunnerCare(pool, settings),
-            health=Health(pool, leases.client, listener, verifier, newest_version()),
+            health=Health(pool, leases.client, listener, trusted, newest_version()),
+            receipts=receipts,
+            reload=Reload(settings, trusted, tokens, receipt_keys),
+            telemetry=telemetry,
+            tally=QueueTally(pool, telemetry),
+            version=version,
         )
         await keys.flush()
 
 
 def make_app(services: Services) -> Application:
     """Return the application: every address of every module."""
-    modules = (runners, queue, submit, admin, admin_runners, health)
+    modules = (runners, queue, submit, admin, admin_runners, health, public)
     return Application(
         [route for module in modules for route in module.routes(services)],
         default_handler_class=NoSuchPath,
@@ -135,13 +161,15 @@ def make_server(app: Application) -> HTTPServer:
     )
 
 
-async def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then drain.
+async def serve(settings: Settings, read_settings: ReadSettings = load_settings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. At SIGHUP, reload what `read_settings` returns.
 
     Raises ServerRefused, DatabaseUnready or PolicyRefused when it cannot start.
     """
-    stop = _stop_signal()
-    async with open_services(settings) as services:
+    stop, hangup = _stop_signal(), _hangup_signal()
+    async with open_services(settings) as services, AsyncExitStack() as stack:
+        reloads = asyncio.create_task(services.reload.run(hangup, read_settings))
+        stack.push_async_callback(cancel, reloads)
         server = make_server(make_app(services))
         sockets = _bind(settings)
         server.add_sockets(sockets)
@@ -222,6 +250,13 @@ def _stop_signal() -> asyncio.Event:
     for number in numbers:
         loop.add_signal_handler(number, ask)
     return stop
+
+
+def _hangup_signal() -> asyncio.Event:
+    """Return what every SIGHUP sets; from here on none ends the process, as it does by default."""
+    hangup = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hangup.set)
+    return hangup
 
 
 def _bind(settings: Settings) -> list[socket.socket]:

@@ -43,6 +43,10 @@ class Tokens:
         self._ring = ring
         self._ttl = ttl
 
+    def use(self, ring: dict[str, bytes]) -> None:
+        """From now on sign and verify with the keys of this ring, which is not empty."""
+        self._ring = ring
+
     def mint(self, runner_id: str, fingerprint: str, jti: UUID, issued_at: datetime) -> str:
         """Return the token for a runner; the same arguments give the same token."""
         kid, secret = next(iter(self._ring.items()))

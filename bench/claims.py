@@ -190,6 +190,7 @@ def main() -> None:
             "REDIS_LEASE_URL": redis.url(1),
             "REDIS_TOKEN_URL": redis.url(2),
             "TOKEN_KEYS": f"bench:{'k' * 32}",
+            "RECEIPT_KEYS": f"bench:{'ab' * 32}",
             "PUBLIC_URL": PUBLIC_URL,
         }
         own = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}

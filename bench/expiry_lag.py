@@ -93,6 +93,7 @@ def run_once(with_redis: bool) -> list[float]:
             "REDIS_LEASE_URL": redis.url(1) if with_redis else "redis://127.0.0.1:1/1",
             "REDIS_TOKEN_URL": redis.url(2),
             "TOKEN_KEYS": f"bench:{'k' * 32}",
+            "RECEIPT_KEYS": f"bench:{'ab' * 32}",
             "PUBLIC_URL": PUBLIC_URL,
             "LEASE_TTL_S": TTL_S,
             "HEARTBEAT_INTERVAL_S": INTERVAL_S,

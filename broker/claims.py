@@ -29,6 +29,7 @@ from broker.errors import (
     RunnerPaused,
 )
 from broker.lease_keys import LeaseKey, LeaseKeys
+from broker.telemetry import Telemetry, failures_counted
 from config.settings import Settings
 from db import run_queue
 from db.run_queue import Claimant, LeaseGuard
@@ -64,12 +65,19 @@ class Claims:
     """Hands out runs. One per process; any number of processes share the queue."""
 
     def __init__(
-        self, pool: asyncpg.Pool, settings: Settings, keys: LeaseKeys, bell: Doorbell
+        self,
+        pool: asyncpg.Pool,
+        settings: Settings,
+        keys: LeaseKeys,
+        bell: Doorbell,
+        telemetry: Telemetry,
     ) -> None:
         self._pool = pool
         self._settings = settings
         self._keys = keys
         self._bell = bell
+        self._telemetry = telemetry
+        self.waiting = 0  # parked claims
         self._desks: dict[Capabilities, Coalescer[Claimant, asyncpg.Record]] = {}
         self._releases: set[asyncio.Task[None]] = set()
         self._draining = False
@@ -83,6 +91,18 @@ class Claims:
         LeaseLimit, Conflict when the Idempotency-Key was used with another body, and Draining when
         this process is stopping: a balancer then asks another one, where the claim may wait.
         """
+        outcomes = self._telemetry.claims
+        with failures_counted(outcomes):
+            row = await self._claim(claimant, capabilities, wait_s)
+        if row is None:
+            outcomes.labels("empty").inc()
+        else:
+            outcomes.labels("granted" if row["granted_at"] else "given_again").inc()
+        return row
+
+    async def _claim(
+        self, claimant: Claimant, capabilities: Capabilities, wait_s: float
+    ) -> asyncpg.Record | None:
         if self._draining:
             raise Draining
         loop = asyncio.get_running_loop()
@@ -174,16 +194,18 @@ class Claims:
         rows: dict[int, asyncpg.Record] = {}
         waiting = dict(enumerate(claimants))
         for _ in range(RACES_MAX):
+            self._telemetry.claim_batch_size.observe(len(waiting))
             try:
-                found = await run_queue.claim(
-                    self._pool,
-                    list(waiting.values()),
-                    vram_gb=capabilities.vram_gb,
-                    quantizations=capabilities.quantizations,
-                    ttl=timedelta(seconds=self._settings.lease_ttl_s),
-                    max_leases=self._settings.max_leases,
-                    max_runtime_s=self._settings.max_runtime_s,
-                )
+                with self._telemetry.claim_seconds.time():
+                    found = await run_queue.claim(
+                        self._pool,
+                        list(waiting.values()),
+                        vram_gb=capabilities.vram_gb,
+                        quantizations=capabilities.quantizations,
+                        ttl=timedelta(seconds=self._settings.lease_ttl_s),
+                        max_leases=self._settings.max_leases,
+                        max_runtime_s=self._settings.max_runtime_s,
+                    )
             except asyncpg.UniqueViolationError:
                 continue
             rows.update(zip(waiting, found, strict=True))
@@ -236,11 +258,14 @@ class Claims:
         No timer per deferred run: the re-check is due within seconds of it anyway.
         """
         recheck = self._settings.claim_recheck_s * random.uniform(0.8, 1.2)  # noqa: S311 (jitter)
+        self.waiting += 1
         try:
             async with asyncio.timeout(min(left, recheck)):
                 await rung.wait()
         except TimeoutError:
             return
+        finally:
+            self.waiting -= 1
 
 
 def reasons(models: Sequence[asyncpg.Record], offer: Capabilities) -> list[Reason]:

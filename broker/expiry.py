@@ -9,11 +9,13 @@ itself, in every process, without a leader: SKIP LOCKED makes the batches disjoi
 import asyncio
 import random
 import time
+from typing import Literal
 
 import asyncpg
 import structlog
 
 from broker.lease_keys import LeaseKey, LeaseKeys
+from broker.telemetry import Telemetry
 from config.settings import Settings
 from db import run_queue
 from db.pool import describe
@@ -33,21 +35,32 @@ log = structlog.get_logger()
 class Sweep:
     """Ends overdue leases: `run_once()` is one pass, `run()` repeats it until it is cancelled."""
 
-    def __init__(self, pool: asyncpg.Pool, settings: Settings, keys: LeaseKeys) -> None:
+    def __init__(
+        self, pool: asyncpg.Pool, settings: Settings, keys: LeaseKeys, telemetry: Telemetry
+    ) -> None:
         self._pool = pool
         self._settings = settings
         self._keys = keys
+        self._telemetry = telemetry
         self._due = asyncio.Event()
         self._breaker = Breaker(settings.lease_ttl_s)
         self._blind_until = 0.0  # monotonic
         self.degraded = True  # until the listener has proved itself
 
+    @property
+    def held(self) -> bool:
+        """Whether the breaker held the last pass back."""
+        return self._breaker.open
+
     def ring(self) -> None:
         """Sweep soon: something may have expired."""
         self._due.set()
 
-    async def run_once(self) -> int:
-        """End all overdue leases; return how many there were, 0 while the breaker holds."""
+    async def run_once(self, noticed_by: Literal["bell", "interval"] = "interval") -> int:
+        """End all overdue leases; return how many there were, 0 while the breaker holds.
+
+        `noticed_by` is what brought this pass, for the counters.
+        """
         live, overdue = await run_queue.overdue_share(self._pool)
         if self._breaker.holds(live, overdue, time.monotonic()):
             return 0
@@ -63,20 +76,23 @@ class Sweep:
                     status=row["status"],
                     lag_s=round(row["lag"].total_seconds(), 3),
                 )
+                self._telemetry.expiry_lag.observe(row["lag"].total_seconds())
+            self._telemetry.lapsed.labels(noticed_by).inc(len(rows))
             self._keys.drop(LeaseKey(row["queue_id"], row["lease_seq"]) for row in rows)
             ended += len(rows)
             if len(rows) < BATCH:
+                self._telemetry.sweep_success.set_to_current_time()
                 return ended
 
     async def run(self) -> None:
         """Sweep on every ring and at every interval, for ever."""
         while True:
-            await self._wait()
+            noticed_by = await self._wait()
             try:
                 if time.monotonic() < self._blind_until:
                     await run_queue.overdue_share(self._pool)
                 else:
-                    await self.run_once()
+                    await self.run_once(noticed_by)
             except LOST_RACES as error:  # an answer, so no outage: the next pass tries again
                 log.warning("sweep.lost", error=type(error).__name__, detail=describe(error))
             except Exception as error:  # the sweep is the guarantee: whatever fails, it goes on
@@ -85,7 +101,8 @@ class Sweep:
                 self._blind_until = time.monotonic() + grace_s
                 log.warning("sweep.failed", error=type(error).__name__, detail=describe(error))
 
-    async def _wait(self) -> None:
+    async def _wait(self) -> Literal["bell", "interval"]:
+        """Return when a sweep is due, and by what."""
         settings = self._settings
         interval = settings.sweep_degraded_s if self.degraded else settings.sweep_interval_s
         try:
@@ -94,7 +111,9 @@ class Sweep:
                 await asyncio.sleep(GATHER_S)
         except TimeoutError:
             pass
+        rung = self._due.is_set()
         self._due.clear()
+        return "bell" if rung else "interval"
 
 
 class Breaker:
@@ -107,9 +126,14 @@ class Breaker:
     def __init__(self, hold_s: float) -> None:
         self._hold_s = hold_s
         self._since: float | None = None
+        self.open = False  # what the last `holds` returned
 
     def holds(self, live: int, overdue: int, now: float) -> bool:
         """Return whether to wait; `now` is monotonic, in seconds."""
+        self.open = self._holds(live, overdue, now)
+        return self.open
+
+    def _holds(self, live: int, overdue: int, now: float) -> bool:
         if overdue <= MASS or 2 * overdue <= live:
             self._since = None
             return False

@@ -1,14 +1,13 @@
-"""Is this process fit to serve? Postgres and its migrations decide; Redis only degrades."""
+"""Is this process fit to serve? Postgres and its migrations decide; all else only degrades."""
 
 import asyncio
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
 
-from auth.signers import BundleVerifier
 from broker.expiry_listener import ExpiryListener
+from broker.trusted import Trusted
 from db.pool import describe, missing_migration
 
 LOOK_S = 2.0  # a balancer asks every few seconds and waits no longer
@@ -30,13 +29,13 @@ class Health:
         pool: asyncpg.Pool,
         lease_client: Any,  # a Topology's
         listener: ExpiryListener,
-        verifier: BundleVerifier,
+        trusted: Trusted,
         newest_migration: str,
     ) -> None:
         self._pool = pool
         self._lease_client = lease_client
         self._listener = listener
-        self._verifier = verifier
+        self._trusted = trusted
         self._newest = newest_migration
         self._draining = False
 
@@ -51,8 +50,8 @@ class Health:
             "postgres": database,
             "redis": await self._redis(),
             "listener": "ok" if self._listener.healthy.is_set() else "degraded",
-            "trust_root": "ok",
-            "trust_root_age_s": round(self._verifier.trusted_root_age_s(datetime.now(UTC))),
+            "trust_root": self._trusted.root_state(),
+            "trust_root_age_s": round(self._trusted.root_age_s()),
             "draining": self._draining,
         }
         return Readiness(database == "ok" and not self._draining, checks)

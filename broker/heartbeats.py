@@ -14,6 +14,7 @@ import asyncpg
 from broker.coalesce import Coalescer
 from broker.diagnosis import refuse_lease
 from broker.lease_keys import LeaseKey, LeaseKeys
+from broker.telemetry import Telemetry, failures_counted
 from config.settings import Settings
 from db import run_queue
 from db.run_queue import Beat, LeaseGuard
@@ -32,18 +33,23 @@ class Renewal:
 class Heartbeats:
     """Renews leases."""
 
-    def __init__(self, pool: asyncpg.Pool, settings: Settings, keys: LeaseKeys) -> None:
+    def __init__(
+        self, pool: asyncpg.Pool, settings: Settings, keys: LeaseKeys, telemetry: Telemetry
+    ) -> None:
         self._pool = pool
         self._settings = settings
         self._keys = keys
+        self._outcomes = telemetry.heartbeats
         self._desk: Coalescer[Beat, asyncpg.Record | None] = Coalescer(self._serve)
 
     async def beat(self, beat: Beat) -> Renewal:
         """Renew a lease. Raises LeaseLost, RunFinished, KeyRevoked or NotFound."""
-        row = await self._desk.ask(beat)
-        if row is None:
-            guard = LeaseGuard(beat.run_id, beat.lease_id, beat.runner_id, beat.fingerprint)
-            await refuse_lease(self._pool, guard)
+        with failures_counted(self._outcomes):
+            row = await self._desk.ask(beat)
+            if row is None:
+                guard = LeaseGuard(beat.run_id, beat.lease_id, beat.runner_id, beat.fingerprint)
+                await refuse_lease(self._pool, guard)
+        self._outcomes.labels("renewed").inc()
         return Renewal(row["lease_expires_at"], *directive(row))
 
     async def _serve(self, beats: Sequence[Beat]) -> list[asyncpg.Record | None]:

@@ -72,7 +72,7 @@ class QueueView:
             "model": row["model_name"],
             "job": row["job"],
             "attempts": ledger(await attempts.of_run(self._pool, run_id)),
-            "receipt": receipt(submission) if submission else None,
+            "receipt": submission["receipt"] if submission else None,
         }
 
     async def own_run(self, claims: RunnerClaims, run_id: UUID) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class QueueView:
             "status": row["status"],
             "lease": lease if holds else None,
             "attempts": ledger(mine),
-            "receipt": receipt(submission) if submission and own else None,
+            "receipt": submission["receipt"] if submission and own else None,
         }
 
     @retries
@@ -159,25 +159,6 @@ class QueueView:
 def ledger(rows: Sequence[asyncpg.Record]) -> list[dict[str, Any]]:
     """Return a run's attempts as they are shown."""
     return [{"attempt": row["lease_seq"], **_without(row, "lease_seq")} for row in rows]
-
-
-def receipt(row: asyncpg.Record) -> dict[str, Any]:
-    """Return what a submit answers, from the submission's row."""
-    return {
-        "run_id": row["run_id"],
-        "receipt_id": row["receipt_id"],
-        "result_sha256": row["result_sha256"],
-        "accepted_at": row["accepted_at"],
-        "signer": {
-            "identity": row["signer_identity"],
-            "issuer": row["signer_issuer"],
-            "log_index": row["log_index"],
-        },
-        "rows": {
-            "model_metrics": row["model_metrics"],
-            "hardware_metrics": row["hardware_metrics"],
-        },
-    }
 
 
 def _pick(row: asyncpg.Record, names: Sequence[str]) -> dict[str, Any]:

@@ -11,10 +11,14 @@ from broker.health import Health
 from broker.heartbeats import Heartbeats
 from broker.in_flight import InFlight
 from broker.liveness import Liveness
+from broker.queue_tally import QueueTally
 from broker.queue_view import QueueView
+from broker.receipts import Receipts
 from broker.registry import Registry
+from broker.reload import Reload
 from broker.runner_care import RunnerCare
 from broker.submissions import Submissions
+from broker.telemetry import Telemetry
 from config.settings import Settings
 
 
@@ -36,3 +40,8 @@ class Services:
     in_flight: InFlight
     liveness: Liveness
     runner_care: RunnerCare
+    receipts: Receipts
+    reload: Reload
+    telemetry: Telemetry
+    tally: QueueTally
+    version: str

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import asyncpg
 import structlog
@@ -33,6 +33,9 @@ from broker.errors import (
 )
 from broker.jobs import Job
 from broker.lease_keys import LeaseKey, LeaseKeys
+from broker.receipts import Receipts
+from broker.telemetry import Telemetry, failures_counted, outcome_of
+from broker.trusted import Trusted
 from broker.uploads import Spool, Upload
 from config.settings import Settings
 from db import admin, metrics, run_queue, submissions, tasks
@@ -70,13 +73,17 @@ class Submissions:
         pool: asyncpg.Pool,
         settings: Settings,
         keys: LeaseKeys,
-        verifier: BundleVerifier,
+        trusted: Trusted,
+        receipts: Receipts,
         workers: ThreadPoolExecutor,
+        telemetry: Telemetry,
     ) -> None:
         self._pool = pool
         self._keys = keys
-        self._verifier = verifier
+        self._trusted = trusted
+        self._receipts = receipts
         self._workers = workers
+        self._telemetry = telemetry
         self._free = settings.verify_workers
         self._uploads_free = settings.uploads_max
 
@@ -123,13 +130,28 @@ class Submissions:
         Raises what each step refuses by (see `verify`), LeaseLost, RunFinished, AlreadyComplete,
         KeyRevoked, and Busy when as many bundles as fit are being verified.
         """
+        outcomes = self._telemetry.submissions
+        self._telemetry.submission_bytes.observe(upload.size)
+        with failures_counted(outcomes):
+            row, created = await self._submit(claims, run, upload)
+        outcomes.labels("accepted" if created else "given_again").inc()
+        return row, created
+
+    async def refuse(self, claims: RunnerClaims, run_id: UUID, error: Exception) -> None:
+        """Count an upload that was refused before it was whole, and record why."""
+        self._telemetry.submissions.labels(outcome_of(error)).inc()
+        await self._record_refusal(claims, run_id, error)
+
+    async def _submit(
+        self, claims: RunnerClaims, run: asyncpg.Record, upload: Upload
+    ) -> tuple[asyncpg.Record, bool]:
         before = await self._replayed(claims, run["run_id"], upload)
         if before is not None:
             return before, False
         try:
             verified = await self.verify(claims, run, upload)
         except (AuthError, InvalidBundle, DigestMismatch, RunMismatch) as error:
-            await self.count_refusal(claims, run["run_id"], error)
+            await self._record_refusal(claims, run["run_id"], error)
             raise
         return await self._accept(_guard(claims, run, upload), verified)
 
@@ -144,7 +166,8 @@ class Submissions:
         expected = None
         if run["signer_identity"] is not None:
             expected = Signer(run["signer_identity"], run["signer_issuer"])
-        return await self._in_worker(lambda: _verify(self._verifier, upload, run, expected))
+        verifier = self._trusted.verifier  # once: what has begun ends with it, also after a reload
+        return await self._in_worker(lambda: _verify(verifier, upload, run, expected))
 
     async def receipt(self, run_id: UUID) -> asyncpg.Record | None:
         """Return the accepted submission of a run."""
@@ -155,7 +178,8 @@ class Submissions:
             raise Busy
         self._free -= 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+            with self._telemetry.verify_seconds.time():
+                return await asyncio.get_running_loop().run_in_executor(self._workers, work)
         finally:
             self._free += 1
 
@@ -176,7 +200,9 @@ class Submissions:
         """Step 6: one transaction behind the fence."""
         async with self._pool.acquire() as connection, connection.transaction():
             run = await run_queue.complete(connection, guard, verified.digest)
-            row = await _write_rows(connection, guard, run, verified) if run else None
+            row = None
+            if run is not None:
+                row = await _write_rows(connection, guard, run, verified, self._receipts)
         if run is None or row is None:
             return await self._refused_by_fence(guard, verified), False
         self._keys.drop([LeaseKey(run["queue_id"], run["lease_seq"])])
@@ -192,7 +218,7 @@ class Submissions:
             raise AlreadyComplete
         return before
 
-    async def count_refusal(self, claims: RunnerClaims, run_id: UUID, error: Exception) -> None:
+    async def _record_refusal(self, claims: RunnerClaims, run_id: UUID, error: Exception) -> None:
         """Record that this runner's bundle was refused, and why."""
         log.info("submit.refused", run_id=str(run_id), runner_id=claims.runner_id,
                  code=code_of(error))  # fmt: skip
@@ -224,7 +250,11 @@ def _verify(
 
 
 async def _write_rows(
-    connection: Executor, guard: LeaseGuard, run: asyncpg.Record, verified: Verified
+    connection: Executor,
+    guard: LeaseGuard,
+    run: asyncpg.Record,
+    verified: Verified,
+    receipts: Receipts,
 ) -> asyncpg.Record:
     """Write metrics, hardware, submission, `runs` and the audit row of an accepted result."""
     model_metrics = await _model_metrics(connection, verified)
@@ -232,6 +262,7 @@ async def _write_rows(
     await metrics.add_hardware_metrics(connection, guard.run_id, _hardware(verified.result))
     accepted = submissions.Accepted(
         run_id=guard.run_id,
+        receipt_id=uuid4(),
         lease_seq=run["lease_seq"],
         runner_id=guard.runner_id,
         fingerprint=guard.fingerprint,
@@ -249,7 +280,7 @@ async def _write_rows(
         submissions.StoredFile(name, digest, upload.read(name))
         for name, digest in upload.digests.items()
     ]
-    row = await submissions.add(connection, accepted, files)
+    row = await submissions.add(connection, accepted, receipts.give(accepted), files)
     await submissions.publish(
         connection,
         guard.run_id,

@@ -1,8 +1,13 @@
-"""Times in request bodies: RFC 3339, always with an offset."""
+"""Times as text: RFC 3339, always with an offset."""
 
 from datetime import UTC, datetime
 
 from broker.errors import InvalidRequest, Violation
+
+
+def rfc3339(moment: datetime) -> str:
+    """Return an instant in UTC, as every answer spells it."""
+    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 def parse_time(text: str, at: str) -> datetime:

@@ -26,6 +26,7 @@ class Upload:
     lease_id: UUID
     digests: Mapping[str, str]
     files: Mapping[str, IO[bytes]]
+    size: int  # bytes of all files
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a file. One thread at a time; not after the spool was closed."""
@@ -43,6 +44,7 @@ class Spool:
         self._lease: bytearray | None = None
         self._name = ""
         self._size = 0
+        self._total = 0
         self._hash = hashlib.sha256()
         self._file: IO[bytes] | None = None
 
@@ -74,6 +76,7 @@ class Spool:
             assert self._lease is not None
             self._lease += chunk
         else:
+            self._total += len(chunk)
             self._hash.update(chunk)
             self._file.write(chunk)
 
@@ -96,4 +99,4 @@ class Spool:
             raise InvalidRequest(
                 f"The field lease_id {detail}.", (Violation("/lease_id", detail),)
             ) from None
-        return Upload(lease_id, dict(self._digests), dict(self._files))
+        return Upload(lease_id, dict(self._digests), dict(self._files), self._total)

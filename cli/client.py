@@ -76,6 +76,13 @@ def connect(url: str, token: str) -> Iterator["AdminClient"]:
         yield AdminClient(http)
 
 
+@contextmanager
+def connect_openly(url: str) -> Iterator["AdminClient"]:
+    """Yield a client without a token, for what anybody may ask. Raises CommandFailed."""
+    with httpx.Client(base_url=_base_url(url), timeout=TIMEOUT) as http:
+        yield AdminClient(http)
+
+
 def _base_url(text: str) -> httpx.URL:
     try:
         url = httpx.URL(text.rstrip("/"))

@@ -8,6 +8,7 @@ config.yaml. A mistyped name is an error in each of them.
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,9 +22,14 @@ CONFIG_VARIABLE = f"{PREFIX}CONFIG"
 # Read by the command line's admin commands (cli/), not part of the service's settings.
 CLIENT_VARIABLES = {f"{PREFIX}URL", f"{PREFIX}TOKEN"}
 MIN_SECRET_BYTES = 32
+SEED_BYTES = 32
 NO_TOKEN_KEYS = (
     f"{PREFIX}TOKEN_KEYS is not set: give all processes the same key ring,"
     ' for instance "2026-01:$(openssl rand -hex 32)"'
+)
+NO_RECEIPT_KEYS = (
+    f"{PREFIX}RECEIPT_KEYS is not set, and receipts are signed with them: give all processes the"
+    ' same key ring, for instance "2026-01:$(openssl rand -hex 32)"'
 )
 
 
@@ -66,6 +72,12 @@ class Settings(BaseSettings):
         description="Key ring of the runner tokens: kid:secret[,kid:secret]; the first one signs,"
         " the others still verify. Each secret has 32 bytes or more.",
     )
+    receipt_keys: SecretStr = Field(
+        SecretStr(""),
+        description="Ed25519 keys that sign receipts: kid:seed[,kid:seed], each seed 32 bytes in"
+        " hex. The first one signs; the public keys of all are published, so that receipts of"
+        " former keys can still be verified: to rotate, put a new one in front.",
+    )
     token_ttl_s: int = Field(900, ge=30, description="Life of a runner token.")
     clock_skew_s: int = Field(
         300, ge=1, description="How far signed_at of a registration may be from our clock."
@@ -92,6 +104,12 @@ class Settings(BaseSettings):
     )
     trusted_root: Path | None = Field(
         None, description="Sigstore trusted_root.json; none means Sigstore's production root."
+    )
+    trusted_root_stale_s: int = Field(
+        180 * 86_400,
+        ge=1,
+        description="A trust root older than this makes /readyz say degraded. Sigstore's changes"
+        " about twice a year, and bundles of a log that it does not know yet are unverifiable.",
     )
     signers_file: Path = Field(
         Path(__file__).with_name("signers.yaml"), description="Who may sign bundles."
@@ -130,6 +148,12 @@ class Settings(BaseSettings):
         parse_key_ring(value)
         return value
 
+    @field_validator("receipt_keys")
+    @classmethod
+    def _seed_ring(cls, value: SecretStr) -> SecretStr:
+        parse_seed_ring(value)
+        return value
+
     @model_validator(mode="after")
     def _durations_fit(self) -> Self:
         if self.lease_ttl_s < 3 * self.heartbeat_interval_s:
@@ -148,6 +172,21 @@ class Settings(BaseSettings):
         """The token keys by kid, the signing one first."""
         return parse_key_ring(self.token_keys)
 
+    @property
+    def receipt_ring(self) -> dict[str, bytes]:
+        """The seeds of the receipt keys by kid, the signing one first."""
+        return parse_seed_ring(self.receipt_keys)
+
+    @property
+    def lacks(self) -> list[str]:
+        """A line for each thing that only a server needs and that is not set, with the fix.
+
+        A key made at the start would serve one process alone: behind a balancer, every other answer
+        would be 401, and no two receipts would be signed alike.
+        """
+        needed = ((self.token_ring, NO_TOKEN_KEYS), (self.receipt_ring, NO_RECEIPT_KEYS))
+        return [line for ring, line in needed if not ring]
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -163,20 +202,41 @@ class Settings(BaseSettings):
 
 def parse_key_ring(ring: SecretStr) -> dict[str, bytes]:
     """Read `kid:secret[,kid:secret]`. Raises ValueError, which never holds a secret."""
-    keys: dict[str, bytes] = {}
-    for position, entry in enumerate(filter(None, ring.get_secret_value().split(",")), start=1):
-        kid, colon, secret = entry.strip().partition(":")
-        if not kid or not colon:
-            raise ValueError(f"token_keys: entry {position} is not of the form kid:secret")
-        if len(secret.encode()) < MIN_SECRET_BYTES:
+    keys = {kid: secret.encode() for kid, secret in _entries("token_keys", ring)}
+    for kid, secret in keys.items():
+        if len(secret) < MIN_SECRET_BYTES:
             raise ValueError(
                 f"token_keys: the secret of {kid} is shorter than {MIN_SECRET_BYTES} bytes;"
                 " make one with `openssl rand -hex 32`"
             )
-        if kid in keys:
-            raise ValueError(f"token_keys: the kid {kid} appears twice")
-        keys[kid] = secret.encode()
     return keys
+
+
+def parse_seed_ring(ring: SecretStr) -> dict[str, bytes]:
+    """Read `kid:seed[,kid:seed]`, the seeds in hex. Raises ValueError, which never holds a seed."""
+    return {kid: _seed(kid, text) for kid, text in _entries("receipt_keys", ring)}
+
+
+def _seed(kid: str, text: str) -> bytes:
+    if not re.fullmatch(rf"[0-9a-fA-F]{{{2 * SEED_BYTES}}}", text):
+        raise ValueError(
+            f"receipt_keys: the seed of {kid} is not {SEED_BYTES} bytes in hex;"
+            " make one with `openssl rand -hex 32`"
+        )
+    return bytes.fromhex(text)
+
+
+def _entries(setting: str, ring: SecretStr) -> list[tuple[str, str]]:
+    """Split `kid:secret[,kid:secret]`; each kid names one secret."""
+    entries: list[tuple[str, str]] = []
+    for position, entry in enumerate(filter(None, ring.get_secret_value().split(",")), start=1):
+        kid, colon, secret = entry.strip().partition(":")
+        if not kid or not colon:
+            raise ValueError(f"{setting}: entry {position} is not of the form kid:secret")
+        if kid in dict(entries):
+            raise ValueError(f"{setting}: the kid {kid} appears twice")
+        entries.append((kid, secret))
+    return entries
 
 
 def load_settings(**arguments: Any) -> Settings:

@@ -152,6 +152,11 @@ async def overdue_share(pool: Executor) -> tuple[int, int]:
     return row["live"], row["overdue"]
 
 
+async def tally(pool: Executor) -> list[asyncpg.Record]:
+    """Return the number of runs per state, and how long the oldest claimable one has waited."""
+    return await pool.fetch(SQL["tally"])
+
+
 async def lapse(pool: Executor, limit: int) -> list[asyncpg.Record]:
     """End up to `limit` overdue leases and return them."""
     return await pool.fetch(SQL["lapse"], limit)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -18,6 +19,7 @@ class Accepted:
     """What is recorded of an accepted result."""
 
     run_id: UUID
+    receipt_id: UUID
     lease_seq: int
     runner_id: str
     fingerprint: str
@@ -41,9 +43,12 @@ class StoredFile:
 
 
 async def add(
-    connection: Executor, accepted: Accepted, files: Sequence[StoredFile]
+    connection: Executor,
+    accepted: Accepted,
+    receipt: Mapping[str, Any],
+    files: Sequence[StoredFile],
 ) -> asyncpg.Record:
-    """Record an accepted bundle and return its submission row."""
+    """Record an accepted bundle with its signed receipt, and return its submission row."""
     row = await fetch_one(
         connection,
         SQL["add"],
@@ -59,6 +64,8 @@ async def add(
         accepted.model_metrics,
         accepted.hardware_metrics,
         accepted.accepted_at,
+        accepted.receipt_id,
+        receipt,
     )
     await connection.execute(
         SQL["add_files"],

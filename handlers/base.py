@@ -29,8 +29,10 @@ from broker.errors import (
     NotFound,
     TooLarge,
     UnsupportedMediaType,
+    code_of,
 )
 from broker.services import Services
+from broker.times import rfc3339
 from handlers.errors import RETRY_AFTER_S, STATUS, problem, refusal_of
 
 UUID_PATH = r"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"
@@ -178,6 +180,8 @@ class Handler(RequestHandler):
             self.set_header("Allow", ", ".join(self._methods()))
         if status == 401:
             self.set_header("WWW-Authenticate", "Bearer")
+        if status in (401, 403):
+            self.services.telemetry.auth_failures.labels(code_of(error)).inc()
         if status == 503:
             self.set_header("Retry-After", str(RETRY_AFTER_S))
         if self._unread:
@@ -207,6 +211,13 @@ class Handler(RequestHandler):
         """Log what we did not expect, with its traceback; refusals are in the access log."""
         if value is not None and isinstance(told_as(value), Internal):
             log.error("http.failed", request_id=self.request_id, exc_info=(typ, value, tb))
+
+    def count_answer(self) -> None:
+        """Count this request and its time. A method that nobody knows is one label, not many."""
+        telemetry, route = self.services.telemetry, type(self).__name__
+        method = self.request.method if self.request.method in self.SUPPORTED_METHODS else "other"
+        telemetry.requests.labels(route, method, self.get_status()).inc()
+        telemetry.request_seconds.labels(route).observe(time.monotonic() - self._arrived)
 
     def log_answer(self) -> None:
         """Write the access log's line for this request."""
@@ -272,6 +283,7 @@ def told_as(raised: BaseException) -> Exception:
 def log_request(handler: RequestHandler) -> None:
     """Tornado's hook after each answer."""
     if isinstance(handler, Handler):
+        handler.count_answer()
         handler.log_answer()
 
 
@@ -285,7 +297,7 @@ def to_json(body: Any) -> bytes:
 
 def _write_value(value: object) -> str:
     if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+        return rfc3339(value)
     if isinstance(value, UUID):
         return str(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -19,7 +19,6 @@ from broker.errors import (
     UnsupportedMediaType,
     Violation,
 )
-from broker.queue_view import receipt
 from broker.services import Services
 from broker.uploads import Spool, Upload
 from handlers.base import UUID_PATH
@@ -120,14 +119,14 @@ class SubmitHandler(RunnerHandler):
             upload = self._received()
         except BrokerError as error:
             if not validate_only:
-                await submissions.count_refusal(self.runner, self._run["run_id"], error)
+                await submissions.refuse(self.runner, self._run["run_id"], error)
             raise
         if validate_only:
             verified = await submissions.verify(self.runner, self._run, upload)
             self.answer(200, {"valid": True, "run_id": run_id, "result_sha256": verified.digest})
             return
         row, created = await submissions.submit(self.runner, self._run, upload)
-        self.answer(201 if created else 200, receipt(row))
+        self.answer(201 if created else 200, row["receipt"])
 
     def _validate_only(self) -> bool:
         asked = self.query("validate_only").get("validate_only", "0")

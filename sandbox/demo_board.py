@@ -17,6 +17,7 @@ class Board:
         self.runs: Sequence[Run] = ()
         self.attempts: dict[str, int] = {}
         self.lost: str | None = None  # the run whose runner was killed
+        self.doubts: list[str] = []  # why receipts would prove nothing
         self.unfit: dict[str, Any] = {}  # why the largest runner got nothing, by the server
         self.largest = largest
         self._largest_gb = largest_gb
@@ -60,6 +61,8 @@ class Board:
             self.attempts[facts["run_id"]] = facts["attempt"]
         if event.name == "idle" and event.source == self.largest:
             self.unfit = next((r for r in facts["reasons"] if r["code"] == "vram"), self.unfit)
+        if event.name == "receipt_doubtful":
+            self.doubts.append(facts["why"])
         say = _STORIES.get(event.name)
         return say(self, facts) if say else None
 
@@ -104,4 +107,5 @@ _STORIES = {
     "retrying": Board._trouble,
     "refused": Board._trouble,
     "failed": Board._trouble,
+    "receipt_doubtful": Board._trouble,
 }

@@ -83,6 +83,8 @@ def verdict(report: Report, board: Board) -> str | None:
     if any(run["receipt"]["rows"]["model_metrics"] != _cells(report, run)
            for run in report.runs if run["receipt"]):  # fmt: skip
         return "a receipt promises other metric rows than there are"
+    if board.doubts:
+        return f"a receipt does not prove that its result was accepted: {board.doubts[0]}"
     return _lapse_problem(report, board)
 
 

@@ -29,6 +29,7 @@ from sandbox.runner_wire import (
 # Both say "register again"; every other 401 would come back unchanged.
 STALE_TOKEN = frozenset({"token_expired", "invalid_token"})
 RENEWALS = 3
+WELL_KNOWN = "/.well-known/bakeoff-queue.json"
 Report = Callable[..., None]
 
 
@@ -50,6 +51,11 @@ class RunnerClient:
         self._renewing = asyncio.Lock()
 
     @property
+    def audience(self) -> str:
+        """The server we mean: registrations are signed for it, receipts given in its name."""
+        return self._identity.audience
+
+    @property
     def registered(self) -> bool:
         """Whether the server has ever given this process a token."""
         return self._token is not None
@@ -63,6 +69,10 @@ class RunnerClient:
         answer = await self._deliver(message, token=None)
         self._token = answer.body["access_token"]
         return answer.body
+
+    async def published(self) -> dict[str, Any]:
+        """Return what the server publishes: its address, and the keys that sign its receipts."""
+        return (await self._deliver(Message("GET", WELL_KNOWN), token=None)).body
 
     async def sign_off(self) -> None:
         """Give the token back; the server releases what is still held."""

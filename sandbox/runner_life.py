@@ -12,6 +12,7 @@ from typing import Any
 from sandbox.answers import Executor, cells_of, execute
 from sandbox.result_bundle import Rig, Sign, build_bundle
 from sandbox.runner_client import Report, RunnerClient
+from sandbox.runner_receipts import ReceiptDoubtful, digest, read_receipt
 from sandbox.runner_wire import Job, Offer, Problem
 
 # The run or the lease is not ours any more: nothing that we compute for it can be accepted.
@@ -175,8 +176,22 @@ class Runner:
             if refusal.code not in ENDED | BARRED:
                 await self._fail(job, f"the bundle was refused: {refusal}")
             return
+        await self._check(receipt, job, files["result.json"])
         sha256 = receipt["result_sha256"]
         self._say("submitted", run_id=job.run_id, result_sha256=sha256)
+
+    async def _check(self, receipt: dict[str, Any], job: Job, result: bytes) -> None:
+        """Say so when the receipt would prove nothing in a dispute; the result is in either way."""
+        try:
+            read_receipt(
+                receipt,
+                await self._client.published(),
+                run_id=job.run_id,
+                result_sha256=digest(result),
+                public_url=self._client.audience,
+            )
+        except (ReceiptDoubtful, Problem) as error:
+            self._say("receipt_doubtful", run_id=job.run_id, why=str(error))
 
     async def _fail(self, job: Job, detail: str) -> None:
         self._say("failed", run_id=job.run_id, detail=detail)

@@ -123,6 +123,7 @@ class Stack:
             "redis_lease_url": self.redis.url(1),
             "redis_token_url": self.redis.url(2),
             "token_keys_file": self.kept / "token-keys",
+            "receipt_keys_file": self.kept / "receipt-keys",
             "trusted_root": self.sigstore.trusted_root,
             "signers_file": self.kept / "signers.yaml",
             "log_format": "json",
@@ -181,7 +182,8 @@ def open_stack(
         stack.callback(home.close)
         migrate(postgres.dsn)
         folder = kept["data"] or home.folder
-        _keep(folder / "token-keys", f"demo:{secrets.token_hex(32)}")
+        for name in ("token-keys", "receipt-keys"):
+            _keep(folder / name, f"demo:{secrets.token_hex(32)}")
         _keep(folder / "signers.yaml", _signer_policy(runners))
         sigstore = _sigstore(folder / "sigstore")
         yield Stack(postgres, redis, sigstore, folder, home.folder)

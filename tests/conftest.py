@@ -74,6 +74,7 @@ def make_settings(
             "listen_port": 0,
             "public_url": "http://queue.test",
             "token_keys": SecretStr(f"test:{'k' * 32}"),
+            "receipt_keys": SecretStr(f"test:{'ab' * 32}"),
             "trusted_root": sigstore.trusted_root,
             "signers_file": signers_file,
             "database_pool_max": 4,

@@ -20,6 +20,7 @@ from auth import admin_tokens
 from broker.expiry import Sweep
 from broker.lease_keys import LeaseKeys
 from broker.services import Services
+from broker.telemetry import Telemetry
 from config.settings import Settings
 from db import admin
 from db.pool import open_pool
@@ -113,7 +114,7 @@ class Fleet:
         settings = self.services.settings
         async with redis.asyncio.from_url(settings.redis_lease_url) as client:
             keys = LeaseKeys(client)
-            ended = await Sweep(self.pool, settings, keys).run_once()
+            ended = await Sweep(self.pool, settings, keys, Telemetry("test")).run_once()
             await keys.flush()
         return ended
 

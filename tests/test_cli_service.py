@@ -20,6 +20,7 @@ from sandbox import servers
 
 ROOT = Path(__file__).parents[1]
 KEY_RING = f"test:{'k' * 32}"
+SEED_RING = f"test:{'ab' * 32}"
 
 
 def environment(**settings: object) -> dict[str, str]:
@@ -48,6 +49,7 @@ def settings(make_settings) -> dict[str, object]:
         "trusted_root": made.trusted_root,
         "signers_file": made.signers_file,
         "token_keys": KEY_RING,
+        "receipt_keys": SEED_RING,
         "listen_port": 0,
         "log_format": "json",
     }
@@ -95,6 +97,8 @@ def test_an_occupied_port_is_named_with_the_fix(settings) -> None:
         ({"database_url": "postgres://u:secret@127.0.0.1:1/x"}, 5, "PostgreSQL cannot be used"),
         ({"token_keys": ""}, 1, "BAKEOFF_QUEUE_TOKEN_KEYS is not set"),
         ({"token_keys": "k:short"}, 2, "the secret of k is shorter than 32 bytes"),
+        ({"receipt_keys": ""}, 1, "BAKEOFF_QUEUE_RECEIPT_KEYS is not set"),
+        ({"receipt_keys": "k:short"}, 2, "the seed of k is not 32 bytes in hex"),
         ({"trusted_root": "/nowhere/root.json"}, 1, "/nowhere/root.json"),
         ({"signers_file": "/nowhere/signers.yaml"}, 1, "/nowhere/signers.yaml"),
         ({"redis_lease_url": "http://redis"}, 1, "BAKEOFF_QUEUE_REDIS_LEASE_URL"),

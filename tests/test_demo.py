@@ -219,8 +219,8 @@ def test_dev_keeps_its_runs_and_its_token_over_a_restart(base):
     stop(dev)
     wait_until_gone(family)
     assert [path.name for path in base.iterdir()] == ["data"]
-    secret = ("admin-token", "demo-runner.key", "token-keys", "sigstore/ca.key")
-    assert [(data / name).stat().st_mode & 0o777 for name in secret] == [0o600] * 4
+    secret = ("admin-token", "demo-runner.key", "token-keys", "receipt-keys", "sigstore/ca.key")
+    assert [(data / name).stat().st_mode & 0o777 for name in secret] == [0o600] * 5
 
     dev = start(base, "dev", "--data", str(data), "--port", port)
     assert dev_is_up(dev) == settings
@@ -256,9 +256,13 @@ def shown(run_id: str, *ends: tuple[str, str], **changes: Any) -> dict[str, Any]
     return {**run, "attempts": attempts, "receipt": receipt, **changes}
 
 
-def judged(*runs: dict[str, Any], unfit: int = 1, cells: int = 2) -> str | None:
+def judged(
+    *runs: dict[str, Any], unfit: int = 1, cells: int = 2, heard: tuple[Event, ...] = ()
+) -> str | None:
     board = Board("lab", 80)
     board.lost = "lost"
+    for event in heard:
+        board.hear(event)
     metrics: Any = {run["run_id"]: {"cells": cells} for run in runs if run["receipt"]}
     return verdict(Report(runs, metrics, {"count": unfit}, "lab"), board)
 
@@ -271,6 +275,8 @@ def test_the_verdict_names_what_did_not_happen():
     assert "m is FAILED" in str(judged(lost, big, shown("other", status="FAILED", need_gb=934)))
     assert "explained" in str(judged(lost, big, unfit=0))
     assert "metric rows" in str(judged(lost, big, cells=1))
+    doubt = Event("lab", "receipt_doubtful", {"run_id": "lost", "why": "bad signature"})
+    assert "bad signature" in str(judged(lost, big, heard=(doubt,)))
     assert "did not lapse" in str(judged(shown("lost", ("completed", "garage")), big))
     by_itself = shown("lost", ("lapsed", "garage"), ("completed", "garage"))
     assert "by another" in str(judged(by_itself, big))

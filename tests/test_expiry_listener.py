@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import redis.asyncio
@@ -14,6 +14,7 @@ from broker.expiry import Sweep
 from broker.expiry_listener import ExpiryListener
 from broker.lease_keys import LeaseKeys
 from broker.redis_topology import open_topology
+from broker.telemetry import Telemetry
 from config.settings import Settings
 from db.pool import open_pool
 from sandbox import servers
@@ -46,7 +47,7 @@ async def listening(settings: Settings) -> AsyncIterator[tuple[ExpiryListener, B
     """Yield a listener that runs, the bell it rings, and the client that the service uses."""
     topology = open_topology(settings.redis_lease_url)
     async with open_pool(settings.database_url.get_secret_value(), 2) as pool:
-        bell = Bell(pool, settings, LeaseKeys(topology.client))
+        bell = Bell(pool, settings, LeaseKeys(topology.client), Telemetry("test"))
         listener = ExpiryListener(topology, bell)
         running = asyncio.create_task(listener.run())
         try:
@@ -300,8 +301,8 @@ async def test_an_expired_key_brings_the_sweep_and_is_not_believed(
     swept: asyncio.Queue[int] = asyncio.Queue()
     run_once = Sweep.run_once
 
-    async def spy(self: Sweep) -> int:
-        ended = await run_once(self)
+    async def spy(self: Sweep, noticed_by: Literal["bell", "interval"]) -> int:
+        ended = await run_once(self, noticed_by)
         swept.put_nowait(ended)
         return ended
 

@@ -257,7 +257,9 @@ async def test_the_lease_key_in_redis_lives_as_long_as_the_lease_and_a_little_mo
         name = f"lease:{row['queue_id']}:1"
         keys = LeaseKeys(client)
         await client.delete(name)
-        await Heartbeats(fleet.pool, settings, keys).beat(beat_of(runner, job))
+        await Heartbeats(fleet.pool, settings, keys, fleet.services.telemetry).beat(
+            beat_of(runner, job)
+        )
         await keys.flush()
         # 100 s, not the TTL of 300 s: the deadline's cap counts here as well.
         assert 95_000 < await client.pttl(name) <= 100_250

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from auth.receipts import ReceiptKeys
 from sandbox.answers import BuiltInRules, Cell, Executor, Reply
 from sandbox.result_bundle import Rig
 from sandbox.runner_life import Patience, Runner
@@ -241,6 +242,23 @@ async def test_a_lost_receipt_is_fetched_although_the_run_is_finished(
         await runner.live()
     assert named(events, "run_finished")
     assert named(events, "submitted") == [{"run_id": RUN_ID, "result_sha256": "cd" * 32}]
+
+
+@pytest.mark.gen_test
+async def test_a_receipt_that_proves_nothing_is_told_of_and_the_work_goes_on(
+    stage: Stage, events: list, started: Start
+) -> None:
+    keys = ReceiptKeys({"k": b"s" * 32})
+    given = {"run_id": RUN_ID, "result_sha256": "cd" * 32, "public_url": stage.url}
+    stage.says("submit", Line(201, keys.sign(given)))
+    stage.says("bakeoff-queue.json", Line(200, {"keys": keys.published()}))
+    async with started(BuiltInRules()) as runner:
+        await runner.live()
+    (asked,) = stage.requests("bakeoff-queue.json")
+    assert "Authorization" not in asked.headers
+    (doubt,) = named(events, "receipt_doubtful")
+    assert doubt == {"run_id": RUN_ID, "why": "it is signed for another result_sha256"}
+    assert named(events, "submitted")
 
 
 @pytest.mark.gen_test

@@ -14,10 +14,12 @@ from config.settings import (
     SettingsRefused,
     load_settings,
     parse_key_ring,
+    parse_seed_ring,
 )
 from server import ServerRefused, open_services
 
 SECRET, OTHER = "s" * 32, "t" * 32
+SEED = "5e" * 32
 
 
 @pytest.fixture(autouse=True)
@@ -205,18 +207,49 @@ def test_a_key_ring_that_would_be_weak_or_ambiguous_is_refused_unseen(
     assert "ttt" not in str(refused.value)
 
 
+def test_the_first_receipt_key_is_the_signing_one() -> None:
+    ring = parse_seed_ring(SecretStr(f"new:{SEED}, old:{SEED.upper()[::-1]}"))
+    assert list(ring) == ["new", "old"]
+    assert ring["new"] == bytes.fromhex(SEED)
+
+
+@pytest.mark.parametrize(
+    ("ring", "message"),
+    [
+        (f"{SEED}", "receipt_keys: entry 1 is not of the form kid:secret"),
+        (f"a:{SEED[:-2]}", "the seed of a is not 32 bytes in hex"),
+        (f"a:{SEED}00", "the seed of a is not 32 bytes in hex"),
+        ("a:" + "xy" * 32, "the seed of a is not 32 bytes in hex"),
+        (f"a:{SEED[:-1]}\u0663", "the seed of a is not 32 bytes in hex"),
+        (f"a:{SEED},a:{SEED}", "receipt_keys: the kid a appears twice"),
+    ],
+)
+def test_a_ring_of_receipt_keys_that_are_none_is_refused_unseen(ring: str, message: str) -> None:
+    with pytest.raises(SettingsRefused) as refused:
+        load_settings(receipt_keys=SecretStr(ring))
+    assert message in str(refused.value)
+    assert SEED[:-2] not in str(refused.value)
+
+
 @pytest.mark.gen_test
-async def test_the_server_does_not_start_without_a_key_ring() -> None:
-    with pytest.raises(ServerRefused, match=f"{PREFIX}TOKEN_KEYS is not set"):
-        async with open_services(load_settings()):
-            pytest.fail("it started")
+async def test_the_server_does_not_start_without_its_key_rings() -> None:
+    receipts, tokens = SecretStr(f"a:{SEED}"), SecretStr(f"a:{SECRET}")
+    for settings, missing in (
+        (load_settings(receipt_keys=receipts), "TOKEN_KEYS"),
+        (load_settings(token_keys=tokens), "RECEIPT_KEYS"),
+    ):
+        with pytest.raises(ServerRefused, match=f"^{PREFIX}{missing} is not set.*openssl"):
+            async with open_services(settings):
+                pytest.fail("it started")
 
 
 def test_no_secret_is_ever_shown() -> None:
     settings = load_settings(
         database_url=SecretStr("postgres://queue:hunter2@db/bakeoff"),
         token_keys=SecretStr(f"a:{SECRET}"),
+        receipt_keys=SecretStr(f"a:{SEED}"),
     )
     shown = f"{settings!r} {settings} {settings.model_dump()} {settings.model_dump_json()}"
     assert SECRET not in shown
+    assert SEED not in shown
     assert "hunter2" not in shown

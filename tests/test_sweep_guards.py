@@ -57,7 +57,7 @@ async def sweeping(fleet: Fleet) -> AsyncIterator[Sweep]:
     settings = fleet.services.settings
     async with redis.asyncio.from_url(settings.redis_lease_url) as client:
         keys = LeaseKeys(client)
-        yield Sweep(fleet.pool, settings, keys)
+        yield Sweep(fleet.pool, settings, keys, fleet.services.telemetry)
         await keys.flush()
 
 

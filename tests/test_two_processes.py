@@ -84,6 +84,7 @@ def environment_of(settings: Settings) -> dict[str, str]:
     given |= {
         "database_url": settings.database_url.get_secret_value(),
         "token_keys": settings.token_keys.get_secret_value(),
+        "receipt_keys": settings.receipt_keys.get_secret_value(),
         "log_format": "json",
     }
     return {PREFIX + name.upper(): str(value) for name, value in given.items()}

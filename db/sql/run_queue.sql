@@ -396,6 +396,19 @@ SELECT
 FROM run_queue
 WHERE status IN ('CLAIMED', 'IN_PROGRESS') AND job IS NOT NULL
 
+-- name: tally
+-- How many runs are in each state, and for how long the oldest one that could be claimed has waited,
+-- in seconds (0 in the other states). One pass over the table: the callers remember it.
+SELECT
+    status,
+    count(*) AS runs,
+    coalesce(extract(EPOCH FROM clock_timestamp() - min(created_at) FILTER (
+        WHERE status = 'PENDING' AND (retry_after IS NULL OR retry_after <= clock_timestamp())
+    )), 0)::float8 AS oldest_s
+FROM run_queue
+WHERE job IS NOT NULL
+GROUP BY status
+
 -- name: lapse
 -- End up to $1 leases whose deadline has passed: the sweep. Every process runs it; SKIP LOCKED
 -- makes their batches disjoint, and the guard makes a second look harmless. The deadline is read

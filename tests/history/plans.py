@@ -11,6 +11,7 @@ TTL_S = 3
 SETTINGS: dict[str, Any] = {
     "public_url": "http://queue.test",
     "token_keys": f"storm:{'s' * 40}",
+    "receipt_keys": f"storm:{'5e' * 32}",
     "token_ttl_s": 900,
     "lease_ttl_s": TTL_S,
     "heartbeat_interval_s": 1,

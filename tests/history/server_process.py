@@ -28,7 +28,7 @@ from sandbox.leash import LINUX, tie_to
 from tests.history import failpoints, mutants
 from tests.history.failpoints import Failpoints, Strike
 
-SECRETS = ("database_url", "token_keys")
+SECRETS = ("database_url", "token_keys", "receipt_keys")
 PATHS = ("trusted_root", "signers_file")
 
 
