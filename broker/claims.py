@@ -31,7 +31,7 @@ from broker.errors import (
 from broker.lease_keys import LeaseKey, LeaseKeys
 from broker.telemetry import Telemetry, failures_counted
 from config.settings import Settings
-from db import run_queue
+from db import run_queue, runners
 from db.run_queue import Claimant, LeaseGuard
 
 # Two claims of one runner may race for a lease slot; the loser looks again and sees the winner.
@@ -129,9 +129,14 @@ class Claims:
             return RETRY_AFTER_DEFAULT_S
         return max(1, math.ceil((due - datetime.now(UTC)).total_seconds()))
 
-    async def explain(self, capabilities: Capabilities) -> list[Reason]:
-        """Return why a runner of these capabilities gets nothing."""
-        return reasons(await run_queue.explain_claim(self._pool), capabilities)
+    async def explain(self, runner_id: str, capabilities: Capabilities) -> list[Reason]:
+        """Return why this runner, of these capabilities, gets nothing."""
+        models = await run_queue.explain_claim(self._pool)
+        found = reasons(models, capabilities)
+        if await runners.is_draining(self._pool, runner_id):
+            detail = "an admin asked this runner to finish and stop: it gets nothing until resumed"
+            return [Reason("draining", _runs(models), detail, None), *found]
+        return found
 
     async def undo(self, row: asyncpg.Record) -> None:
         """Release the lease of a claim whose answer could not be delivered.

@@ -96,7 +96,7 @@ class Registry:
             "key_fingerprint": claims.fingerprint,
             "capabilities": capped(standing["capabilities"], standing["capability_caps"]),
             "max_leases": standing["max_leases"] or self._settings.max_leases,
-            "paused": standing["paused_at"] is not None,
+            "paused": standing["paused"],
             "pause_reason": standing["pause_reason"],
             "held_leases": await self.held(claims),
         }

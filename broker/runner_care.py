@@ -9,13 +9,15 @@ import asyncpg
 from broker.credentials import Admin
 from broker.errors import NotFound
 from broker.registry import capped
+from broker.times import time_to_come
 from config.settings import Settings
 from db import admin, runners
 from db.pool import Executor, retries
 
 _SHOWN = (
     "runner_id", "hostname", "version", "registered_at", "started_at", "last_heartbeat",
-    "key_fingerprint", "paused_at", "pause_reason", "drain_requested_at", "current_runs",
+    "key_fingerprint", "paused_at", "paused_until", "pause_reason", "drain_requested_at",
+    "current_runs",
 )  # fmt: skip
 
 
@@ -38,10 +40,16 @@ class RunnerCare:
             raise NotFound(f"No runner {runner_id} has registered here.")
         return self._shown(rows[0])
 
-    async def pause(self, by: Admin, runner_id: str, reason: str) -> dict[str, Any]:
-        """Give a runner nothing new until it is resumed. Raises NotFound."""
+    async def pause(
+        self, by: Admin, runner_id: str, reason: str, until: str | None
+    ) -> dict[str, Any]:
+        """Give a runner nothing new until then, or until it is resumed.
+
+        Raises NotFound, and InvalidRequest when `until` is not a time to come.
+        """
+        end = time_to_come(until, "/until") if until else None
         return await self._steer(
-            by, runner_id, "pause", lambda c: runners.pause(c, runner_id, reason), reason
+            by, runner_id, "pause", lambda c: runners.pause(c, runner_id, reason, end), reason
         )
 
     async def resume(self, by: Admin, runner_id: str, reason: str | None) -> dict[str, Any]:
@@ -85,7 +93,7 @@ class RunnerCare:
         """Return the first that holds, the most telling one first."""
         if row["revoked_at"] is not None:
             return "revoked"
-        if row["paused_at"] is not None:
+        if row["paused"]:
             return "paused"
         if row["status"] == "DEAD" or row["silent_for"] > self._stale_after:
             return "stale"

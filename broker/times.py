@@ -24,3 +24,12 @@ def parse_time(text: str, at: str) -> datetime:
     except (ValueError, OverflowError):
         detail = "is not an RFC 3339 time we can store, such as 2026-01-31T12:00:00Z"
         raise InvalidRequest(f"{at} {detail}.", (Violation(at, detail),)) from None
+
+
+def time_to_come(text: str, at: str) -> datetime:
+    """Return the instant in UTC. Raises InvalidRequest when it has passed, too."""
+    moment = parse_time(text, at)
+    if moment <= datetime.now(UTC):
+        detail = "has passed: give a time to come"
+        raise InvalidRequest(f"{at} {detail}.", (Violation(at, detail),))
+    return moment

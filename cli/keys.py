@@ -1,7 +1,6 @@
 """`bakeoff-queue keys`: the allowlist of runner keys."""
 
 import re
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +13,7 @@ from cli.output import (
     CommandFailed,
     ExitCode,
     Yes,
+    moment,
     note,
     print_json,
     print_members,
@@ -58,7 +58,7 @@ def add(
         "max_leases": max_leases,
         "capability_caps": {"vram_gb": vram_cap_gb} if vram_cap_gb else None,
         "signer": _signer(signer_identity, signer_issuer),
-        "not_after": _moment(not_after),
+        "not_after": moment("--not-after", not_after) if not_after else None,
     }
     body = {name: value for name, value in members.items() if value is not None}
     with connect(url, token) as admin:
@@ -115,18 +115,6 @@ def _signer(identity: str | None, issuer: str | None) -> dict[str, str] | None:
         missing = "--signer-issuer" if identity else "--signer-identity"
         raise usage_error(f"{missing} is missing: an identity counts only as its issuer's")
     return None
-
-
-def _moment(text: str | None) -> str | None:
-    if text is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        moment = None
-    if moment is None or moment.tzinfo is None:
-        raise usage_error(f"--not-after {text}: not a moment like 2027-12-31T00:00:00Z")
-    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 def _row(key: dict[str, Any]) -> tuple[Any, ...]:

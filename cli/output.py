@@ -8,6 +8,7 @@ moves the operator's cursor.
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from enum import IntEnum
 from typing import Annotated, Any
 
@@ -52,6 +53,17 @@ class CommandFailed(Exception):
 def usage_error(line: str) -> CommandFailed:
     """Return the failure for a command that was typed wrongly (exit 2)."""
     return CommandFailed(line, code=ExitCode.USAGE)
+
+
+def moment(option: str, text: str) -> str:
+    """Return an RFC 3339 time in UTC, as the API wants it; `option` is named when it is none."""
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        at = None
+    if at is None or at.tzinfo is None:
+        raise usage_error(f"{option} {text}: not a moment like 2027-12-31T00:00:00Z")
+    return at.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 def print_failure(failure: CommandFailed) -> None:

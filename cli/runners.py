@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.client import DEFAULT_URL, Token, Url, connect
-from cli.output import AsJson, Yes, print_json, print_members, print_table, usage_error
+from cli.output import AsJson, Yes, moment, print_json, print_members, print_table, usage_error
 
 RUNNERS = "/api/admin/runners"
 RunnerId = Annotated[str, typer.Argument(help="The runner's name on the allowlist.")]
@@ -38,13 +38,17 @@ def show(
 def pause(
     runner_id: RunnerId,
     reason: Annotated[str, typer.Option(help="Why; the runner is told, and the audit.")],
+    until: Annotated[
+        str | None, typer.Option(help="When the pause ends by itself.", metavar="RFC3339")
+    ] = None,
     yes: Yes = False,
     url: Url = DEFAULT_URL,
     token: Token = "",
     as_json: AsJson = False,
 ) -> None:
     """Give a runner nothing new until it is resumed; what it holds it may finish."""
-    _steer(runner_id, "pause", {"reason": reason}, yes, url, token, as_json)
+    body = {"reason": reason} | ({"until": moment("--until", until)} if until else {})
+    _steer(runner_id, "pause", body, yes, url, token, as_json)
 
 
 @app.command()

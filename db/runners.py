@@ -110,9 +110,14 @@ async def overview(pool: Executor, runner_id: str | None = None) -> list[asyncpg
     return await pool.fetch(SQL["overview"], runner_id)
 
 
-async def pause(connection: Executor, runner_id: str, reason: str) -> bool:
-    """Give a runner nothing new; False when it is unknown."""
-    return await connection.fetchval(SQL["pause"], runner_id, reason) is not None
+async def is_draining(pool: Executor, runner_id: str) -> bool:
+    """Whether an admin asked this runner to finish and stop."""
+    return bool(await pool.fetchval(SQL["is_draining"], runner_id))
+
+
+async def pause(connection: Executor, runner_id: str, reason: str, until: datetime | None) -> bool:
+    """Give a runner nothing new (until then, or for good); False when it is unknown."""
+    return await connection.fetchval(SQL["pause"], runner_id, reason, until) is not None
 
 
 async def resume(connection: Executor, runner_id: str) -> bool:

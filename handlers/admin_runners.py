@@ -39,8 +39,11 @@ class PauseHandler(AdminHandler):
 
     async def post(self, runner_id: str) -> None:
         """Give a runner nothing new; what it holds it may finish."""
-        reason = self.read_json("cancel")["reason"]
-        self.answer(200, await self.services.runner_care.pause(self.admin, runner_id, reason))
+        body = self.read_json("pause")
+        paused = await self.services.runner_care.pause(
+            self.admin, runner_id, body["reason"], body.get("until")
+        )
+        self.answer(200, paused)
 
 
 class ResumeHandler(AdminHandler):

@@ -65,7 +65,7 @@ class ClaimHandler(RunnerHandler):
         self.answer(200, handed_out(row, self.services))
 
     async def _explain(self, offer: Capabilities) -> None:
-        reasons = await self.services.claims.explain(offer)
+        reasons = await self.services.claims.explain(self.runner.runner_id, offer)
         shown = [
             {"code": r.code, "count": r.count, "detail": r.detail, "nearest": r.nearest}
             for r in reasons

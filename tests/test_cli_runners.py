@@ -118,8 +118,12 @@ async def test_pause_drain_and_resume_do_what_they_say(
         await fleet.enqueue()
         command = ("runners", "pause", "runner-a", "--yes")
         assert (await desk(*command)).code == 2  # a reason belongs to it
-        paused = await desk(*command, "--reason", "it smells", "--json")
+        reason = ("--reason", "it smells", "--json")
+        mistyped = await desk(*command, *reason, "--until", "tomorrow")
+        assert (mistyped.code, "--until tomorrow" in mistyped.err[0]) == (2, True)
+        paused = await desk(*command, *reason, "--until", "2999-12-31T00:00:00+01:00")
         assert (paused.json["state"], paused.json["pause_reason"]) == ("paused", "it smells")
+        assert paused.json["paused_until"] == "2999-12-30T23:00:00Z"
         assert (await runner.claim()).status_code == 403
         resumed = await desk("runners", "resume", "runner-a")
         assert ["state", "idle"] in [line.split() for line in resumed.out.splitlines()]

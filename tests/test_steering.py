@@ -1,6 +1,7 @@
 """Steering: poison and pause by the sweep; pause, resume and drain by an admin."""
 
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -225,6 +226,30 @@ async def test_a_paused_runner_may_finish_what_it_holds(
 
 
 @pytest.mark.gen_test
+async def test_a_pause_may_end_by_itself(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        await fleet.enqueue()
+        until = datetime.now(UTC) + timedelta(hours=1)
+        paused = (await steer(fleet, "pause", reason="hot", until=until.isoformat())).json()
+        assert paused["state"] == "paused"
+        assert datetime.fromisoformat(paused["paused_until"]) == until
+        assert code_of(await runner.claim()) == (403, "runner_paused")
+        me = await fleet.http.get("/api/runners/me", headers=runner.headers)
+        assert me.json()["paused"] is True
+        await fleet.pool.execute("UPDATE runners SET paused_until = now()")  # the hour is over
+        shown = (await fleet.admin("GET", "/runners/runner-a")).json()
+        assert shown["state"] == "idle"
+        assert (await runner.claim()).status_code == 200
+        for name, wrong in (("gone by", "2026-01-01T00:00:00Z"), ("no time", "noon")):
+            refused = await steer(fleet, "pause", reason="hot", until=wrong)
+            assert code_of(refused) == (422, "invalid_request"), name
+            assert refused.json()["errors"][0]["pointer"] == "/until", name
+
+
+@pytest.mark.gen_test
 async def test_an_admin_pauses_resumes_and_drains_and_each_is_audited(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
@@ -317,6 +342,8 @@ async def test_a_draining_runner_is_told_so_and_gets_nothing_new_until_it_is_res
         assert (beat["directive"], bool(beat["reason"])) == ("drain", True)
         assert "grace_s" not in beat
         assert (await runner.claim()).status_code == 204
+        told = (await runner.claim(explain=True)).json()["reasons"]
+        assert [(reason["code"], reason["count"]) for reason in told] == [("draining", 2)]
         assert (await other.heartbeat(await other.take())).json()["directive"] == "continue"
         assert (await runner.release(job)).status_code == 200
         nothing = await runner.claim()

@@ -39,7 +39,7 @@ entitled AS MATERIALIZED (
     INNER JOIN runners AS u
         ON
             r.runner_id = u.runner_id
-            AND u.paused_at IS NULL AND u.drain_requested_at IS NULL
+            AND NOT is_paused(u.paused_at, u.paused_until) AND u.drain_requested_at IS NULL
     CROSS JOIN LATERAL (
         SELECT slot FROM generate_series(1, a.max_leases) AS slot
         WHERE NOT EXISTS (
@@ -165,7 +165,7 @@ SELECT
     r.place,
     k.fingerprint IS NOT NULL AS key_known,
     a.fingerprint IS NOT NULL AS key_good,
-    u.paused_at IS NOT NULL AS paused,
+    is_paused(u.paused_at, u.paused_until) AS paused,
     u.pause_reason,
     u.drain_requested_at IS NOT NULL AS draining,
     e.place IS NOT NULL AS entitled,
@@ -491,10 +491,11 @@ ledger AS (
 -- here counts as it will in the ledger, or which sweep ended a lease would decide.
 paused AS (
     UPDATE runners AS u SET
-        paused_at = clock_timestamp(), pause_reason = 'three leases in a row lapsed'
+        paused_at = clock_timestamp(), paused_until = NULL,
+        pause_reason = 'three leases in a row lapsed'
     WHERE
         u.runner_id IN (SELECT claimed_by FROM freed WHERE status <> 'CANCELLED')
-        AND u.paused_at IS NULL
+        AND NOT is_paused(u.paused_at, u.paused_until)
         AND 3 = (
             SELECT count(DISTINCT e.run_id) FILTER (WHERE e.how = 'lapsed')
             FROM (

@@ -26,10 +26,15 @@ SELECT * FROM runners WHERE runner_id = $1
 
 -- name: standing
 -- A runner that has registered, beside what the allowlist says of its key.
-SELECT r.capabilities, r.paused_at, r.pause_reason, k.capability_caps, k.max_leases
+SELECT
+    r.capabilities, is_paused(r.paused_at, r.paused_until) AS paused, r.pause_reason,
+    k.capability_caps, k.max_leases
 FROM runner_keys AS k
 INNER JOIN runners AS r ON k.runner_id = r.runner_id
 WHERE k.fingerprint = $1 AND r.capabilities IS NOT NULL
+
+-- name: is_draining
+SELECT drain_requested_at IS NOT NULL FROM runners WHERE runner_id = $1
 
 -- name: sign_off
 UPDATE runners SET status = 'DEAD' WHERE runner_id = $1
@@ -76,8 +81,9 @@ RETURNING runner_id
 -- Every runner that has registered here, with its key, what it holds and how long it was silent.
 SELECT
     r.runner_id, r.hostname, r.version, r.status, r.capabilities, r.registered_at, r.started_at,
-    r.last_heartbeat, clock_timestamp() - r.last_heartbeat AS silent_for, r.paused_at,
-    r.pause_reason, r.drain_requested_at, k.fingerprint AS key_fingerprint,
+    r.last_heartbeat, clock_timestamp() - r.last_heartbeat AS silent_for,
+    is_paused(r.paused_at, r.paused_until) AS paused, r.paused_at, r.paused_until, r.pause_reason,
+    r.drain_requested_at, k.fingerprint AS key_fingerprint,
     k.revoked_at, k.capability_caps, k.max_leases,
     (
         SELECT coalesce(array_agg(q.run_id ORDER BY q.claimed_at), '{}')
@@ -90,15 +96,15 @@ WHERE $1::text IS NULL OR r.runner_id = $1
 ORDER BY r.runner_id
 
 -- name: pause
--- No new leases until an admin resumes the runner; what it holds it may finish.
-UPDATE runners SET paused_at = clock_timestamp(), pause_reason = $2
+-- No new leases until $3, or until an admin resumes the runner; what it holds it may finish.
+UPDATE runners SET paused_at = clock_timestamp(), paused_until = $3, pause_reason = $2
 WHERE runner_id = $1 AND key_fingerprint IS NOT NULL
 RETURNING runner_id
 
 -- name: resume
 -- Undo a pause or a drain, and wake the runner's parked claims.
 UPDATE runners SET
-    paused_at = NULL, pause_reason = NULL, drain_requested_at = NULL,
+    paused_at = NULL, paused_until = NULL, pause_reason = NULL, drain_requested_at = NULL,
     resumed_at = clock_timestamp()
 WHERE runner_id = $1 AND key_fingerprint IS NOT NULL
 RETURNING runner_id, pg_notify('bakeoff_queue', '')

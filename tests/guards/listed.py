@@ -125,9 +125,16 @@ CLAIM = (
     Guard(
         "claim: a paused runner gets nothing",
         f"{QUEUE}:claim",
-        "AND u.paused_at IS NULL AND u.drain",
+        "AND NOT is_paused(u.paused_at, u.paused_until) AND u.drain",
         "AND u.drain",
         f"{STEERING}::test_a_runner_that_lapses_on_three_runs_in_a_row_is_paused",
+    ),
+    Guard(
+        "claim: a pause ends when it was told to",
+        f"{QUEUE}:claim",
+        "AND NOT is_paused(u.paused_at, u.paused_until) AND u.drain",
+        "AND u.paused_at IS NULL AND u.drain",
+        f"{STEERING}::test_a_pause_may_end_by_itself",
     ),
     Guard(
         "claim: a draining runner gets nothing",
