@@ -170,6 +170,26 @@ async def test_a_bundle_that_is_arriving_is_taken_in_full_and_then_the_process_e
 
 
 @pytest.mark.gen_test
+async def test_a_result_that_is_being_written_is_written_and_answered_for(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with stage(make_settings, sigstore) as (process, fleet):
+        runner = await fleet.sign_on()
+        run_id = await fleet.enqueue()
+        job = await runner.take()
+        async with fleet.transaction() as held:
+            await held.execute("SELECT FROM run_queue WHERE run_id = $1 FOR UPDATE", run_id)
+            submitting = asyncio.create_task(runner.submit(job))
+            await fleet.until_blocked()  # verified, and inside its transaction
+            process.terminate()
+            await stops_listening(fleet.url)
+        answer = await submitting
+        assert (answer.status_code, ends_the_connection(answer)) == (201, True), answer.text
+        assert await ended(process) == 0
+        assert (await fleet.row(run_id))["status"] == "COMPLETE"
+
+
+@pytest.mark.gen_test
 async def test_a_kept_alive_connection_gets_one_more_answer_and_an_idle_one_holds_nothing_up(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:

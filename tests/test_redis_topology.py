@@ -59,9 +59,10 @@ def cluster_url(nodes: list[Node]) -> str:
     return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in nodes)
 
 
+@pytest.mark.parametrize("planned", [False, True], ids=["killed", "planned"])
 @pytest.mark.gen_test(timeout=30)
 async def test_behind_a_sentinel_the_new_primary_is_heard_after_a_failover(
-    make_settings: MakeSettings, tmp_path: Path, often: None
+    make_settings: MakeSettings, tmp_path: Path, often: None, planned: bool
 ) -> None:
     with redis_nodes.watched_pair(tmp_path / "sentinel") as (primary, replica, sentinel):
         url = f"redis+sentinel://{NOBODY},127.0.0.1:{sentinel.port}/leases/1"
@@ -70,7 +71,10 @@ async def test_behind_a_sentinel_the_new_primary_is_heard_after_a_failover(
             bell.silence()
             await client.set("lease:x:1", 1, px=1)
             await bell.rings.get()
-            primary.process.kill()
+            if planned:
+                sentinel.client.execute_command("SENTINEL", "FAILOVER", "leases")
+            else:
+                primary.process.kill()
             await listener.degraded.wait()
             assert bell.degraded
             await listener.healthy.wait()
