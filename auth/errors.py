@@ -36,7 +36,7 @@ class ScopeRequired(AuthError):
 
 
 class SignatureInvalid(AuthError):
-    """The Sigstore bundle does not verify over the exact bytes of result.json."""
+    """The signature does not verify over result.json: over its exact bytes, with Sigstore."""
 
 
 class SignerNotAllowed(AuthError):

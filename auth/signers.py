@@ -38,13 +38,14 @@ class SignerEvidence:
     """Who signed a result and when, each fact covered by a signature that was verified.
 
     `log_index` and `integrated_at` are the transparency log's; an entry without its promise (Rekor
-    v2) has the index of its inclusion proof and the time of its timestamp authority.
+    v2) has the index of its inclusion proof and the time of its timestamp authority. Of a runner
+    key's envelope (auth/envelopes.py) only the key is known: `identity` is its fingerprint.
     """
 
     identity: str
-    issuer: str
-    log_index: int
-    integrated_at: datetime
+    issuer: str | None
+    log_index: int | None
+    integrated_at: datetime | None
 
 
 class BundleVerifier:

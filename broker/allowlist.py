@@ -108,8 +108,9 @@ class Allowlist:
 def _new_key(by: Admin, wanted: Mapping[str, Any]) -> runner_keys.NewKey:
     key = parse_key(wanted["public_key"], "/public_key")
     signer = wanted.get("signer")
+    policy = wanted.get("signature_policy", "sigstore")
     if signer is not None:
-        _check_signer(Signer(signer["identity"], signer["issuer"]))
+        _check_signer(Signer(signer["identity"], signer["issuer"]), policy)
     not_after = wanted.get("not_after")
     return runner_keys.NewKey(
         fingerprint=key.fingerprint,
@@ -122,10 +123,14 @@ def _new_key(by: Admin, wanted: Mapping[str, Any]) -> runner_keys.NewKey:
         capability_caps=wanted.get("capability_caps"),
         signer_identity=signer["identity"] if signer else None,
         signer_issuer=signer["issuer"] if signer else None,
+        signature_policy=policy,
     )
 
 
-def _check_signer(signer: Signer) -> None:
+def _check_signer(signer: Signer, policy: str) -> None:
+    if policy != "sigstore":
+        detail = f"means nothing with signature_policy {policy}: leave it out"
+        raise InvalidRequest(f"/signer {detail}.", (Violation("/signer", detail),))
     try:
         check_signer(signer)
     except PolicyRefused as error:

@@ -12,6 +12,7 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Any, Self
 
+from broker import strict_json
 from broker.cells import judge_score
 from broker.documents import Schema, load_schema
 from broker.errors import (
@@ -29,9 +30,11 @@ RESULT = "result.json"
 MANIFEST = "manifest.json"
 SUMMARY = "summary.md"
 SIGNATURE = "signature.sigstore.json"
+ENVELOPE = "signature.ed25519.json"
 DASHBOARD = "dashboard.html"
 
-REQUIRED = frozenset({RESULT, MANIFEST, SUMMARY, SIGNATURE})
+REQUIRED = frozenset({RESULT, MANIFEST, SUMMARY})
+SIGNATURES = frozenset({SIGNATURE, ENVELOPE})  # the runner key's signature_policy says which one
 OPTIONAL = frozenset({DASHBOARD})
 CAPS: Mapping[str, int] = MappingProxyType(  # bytes
     {
@@ -40,19 +43,27 @@ CAPS: Mapping[str, int] = MappingProxyType(  # bytes
         SUMMARY: 1024 * 1024,
         MANIFEST: 256 * 1024,
         SIGNATURE: 128 * 1024,
+        ENVELOPE: 128 * 1024,
     }
 )
 NAMED_MISSING = 5  # of the cells a complete result lacks
 
 
-def check_names(names: Iterable[str]) -> None:
+def check_names(names: Iterable[str], signature: str) -> None:
     """Step 1: the required files once each, and none that a bundle does not have.
 
-    Names are compared, never opened: `../` and archives are just unknown. Raises InvalidBundle.
+    `signature` is the file that holds this runner key's kind of signature. Names are compared,
+    never opened: `../` and archives are just unknown. Raises InvalidBundle.
     """
     counted = Counter(names)
-    problems = [f"{name} is missing" for name in sorted(REQUIRED - counted.keys())]
-    problems += [f"{quote(name)} is unknown" for name in counted.keys() - REQUIRED - OPTIONAL]
+    required = REQUIRED | {signature}
+    problems = [f"{name} is missing" for name in sorted(required - counted.keys())]
+    problems += [
+        f"{name} is not how this runner key signs: its signature_policy asks for {signature}"
+        for name in counted.keys() & SIGNATURES - {signature}
+    ]
+    unknown = counted.keys() - required - SIGNATURES - OPTIONAL
+    problems += [f"{quote(name)} is unknown" for name in unknown]
     problems += [f"{quote(name)} is there twice" for name, n in counted.items() if n > 1]
     if problems:
         told = tuple(Violation("", problem) for problem in sorted(problems)[:MAX_VIOLATIONS])
@@ -70,6 +81,7 @@ def check_manifest(manifest: bytes, digests: Mapping[str, str], run_id: str) -> 
     _refuse(RunMismatch, _other_run(document, run_id))
     submitted = {name: digest for name, digest in digests.items() if name != MANIFEST}
     _refuse(InvalidBundle, _other_files(document["files"], submitted))
+    _refuse(InvalidBundle, _other_signature(document, submitted))
     _refuse(DigestMismatch, _other_digests(document["files"], submitted))
     return document
 
@@ -77,6 +89,19 @@ def check_manifest(manifest: bytes, digests: Mapping[str, str], run_id: str) -> 
 def parse_result(text: bytes) -> dict[str, Any]:
     """Step 4: strict JSON that fits schemas/result.json. Raises InvalidBundle."""
     return _read(RESULT, text, load_schema("result"))
+
+
+def parse_envelope(text: bytes) -> dict[str, Any]:
+    """Strict JSON that fits schemas/envelope.json. Raises InvalidBundle."""
+    return _read(ENVELOPE, text, load_schema("envelope"))
+
+
+def parse_strictly(text: bytes) -> Any:
+    """Return what result.json says, of whatever shape. Raises InvalidBundle."""
+    try:
+        return strict_json.parse(text)
+    except InvalidJson as error:
+        raise InvalidBundle(f"{RESULT}: {error}") from None
 
 
 def check_binding(result: dict[str, Any], job: Job) -> None:
@@ -118,6 +143,13 @@ def _other_files(files: dict[str, Any], submitted: Mapping[str, str]) -> Iterato
             yield Violation(
                 pointer(("files", name)), "is listed and is not another file of the bundle"
             )
+
+
+def _other_signature(manifest: dict[str, Any], submitted: Mapping[str, str]) -> Iterator[Violation]:
+    """What verifies years later starts from here, and must not look for a file that never was."""
+    path = (manifest.get("signature") or {}).get("path")
+    if path is not None and path not in submitted:
+        yield Violation("/signature/path", "is not a file of the bundle")
 
 
 def _other_digests(files: dict[str, Any], submitted: Mapping[str, str]) -> Iterator[Violation]:

@@ -28,6 +28,7 @@ class Receipts:
                 "run_id": str(accepted.run_id),
                 "receipt_id": str(accepted.receipt_id),
                 "result_sha256": accepted.result_sha256,
+                "trust": accepted.trust,
                 "accepted_at": rfc3339(accepted.accepted_at),
                 "signer": {
                     "identity": accepted.signer_identity,

@@ -15,7 +15,7 @@ import asyncpg
 import structlog
 
 from auth.errors import AuthError
-from auth.signers import BundleVerifier, Signer, SignerEvidence
+from auth.signers import SignerEvidence
 from auth.tokens import RunnerClaims
 from broker import bundles, cells, task_rows
 from broker.diagnosis import FINISHED, refuse_lease
@@ -34,6 +34,7 @@ from broker.errors import (
 from broker.jobs import Job
 from broker.lease_keys import LeaseKey, LeaseKeys
 from broker.receipts import Receipts
+from broker.signatures import Signature, signature_of
 from broker.telemetry import Telemetry, failures_counted, outcome_of
 from broker.trusted import Trusted
 from broker.uploads import Spool, Upload
@@ -57,6 +58,7 @@ class Verified:
     job: Job
     payload: Mapping[str, Any]
     upload: Upload
+    trust: str
     signer: SignerEvidence
 
     @property
@@ -163,11 +165,9 @@ class Submissions:
         """
         if run["lease_id"] != upload.lease_id:
             await refuse_lease(self._pool, _guard(claims, run, upload))
-        expected = None
-        if run["signer_identity"] is not None:
-            expected = Signer(run["signer_identity"], run["signer_issuer"])
-        verifier = self._trusted.verifier  # once: what has begun ends with it, also after a reload
-        return await self._in_worker(lambda: _verify(verifier, upload, run, expected))
+        # Once: what has begun ends with this verifier, also after a reload.
+        signature = signature_of(run, claims.runner_id, self._trusted.verifier)
+        return await self._in_worker(lambda: _verify(signature, upload, run))
 
     async def receipt(self, run_id: UUID) -> asyncpg.Record | None:
         """Return the accepted submission of a run."""
@@ -231,22 +231,20 @@ def _guard(claims: RunnerClaims, run: asyncpg.Record, upload: Upload) -> LeaseGu
     return LeaseGuard(run["run_id"], upload.lease_id, claims.runner_id, claims.fingerprint)
 
 
-def _verify(
-    verifier: BundleVerifier, upload: Upload, run: asyncpg.Record, expected: Signer | None
-) -> Verified:
+def _verify(signature: Signature, upload: Upload, run: asyncpg.Record) -> Verified:
     job = Job.from_payload(str(run["run_id"]), run["job"])
     # 1. Required files are there, and no others.
-    bundles.check_names(list(upload.digests))
+    bundles.check_names(list(upload.digests), signature.file)
     # 2. Every file is the one the manifest names, and the manifest is of this run.
     bundles.check_manifest(upload.read("manifest.json"), upload.digests, job.run_id)
-    # 3. The signature holds over the exact bytes of result.json, by the signer of this runner.
+    # 3. The signature holds over result.json, by the signer of this runner.
     text = upload.read(RESULT)
-    signer = verifier.verify(text, upload.read("signature.sigstore.json"), expected)
+    signer = signature.verify(text, upload.read(signature.file))
     # 4. Strict JSON of the result's schema.
     result = bundles.parse_result(text)
     # 5. The result belongs to the job that was handed out.
     bundles.check_binding(result, job)
-    return Verified(result, job, run["job"], upload, signer)
+    return Verified(result, job, run["job"], upload, signature.trust, signer)
 
 
 async def _write_rows(
@@ -267,6 +265,7 @@ async def _write_rows(
         runner_id=guard.runner_id,
         fingerprint=guard.fingerprint,
         result_sha256=verified.digest,
+        trust=verified.trust,
         signer_identity=verified.signer.identity,
         signer_issuer=verified.signer.issuer,
         log_index=verified.signer.log_index,

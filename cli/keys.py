@@ -1,6 +1,7 @@
 """`bakeoff-queue keys`: the allowlist of runner keys."""
 
 import re
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +28,14 @@ SHOWN = 16  # hex digits of a fingerprint in a table; `keys rm` takes them
 MIN_PREFIX = 8
 EVERYTHING = 1_000_000
 
+
+class SignaturePolicy(StrEnum):
+    """How a key's results are signed."""
+
+    SIGSTORE = "sigstore"
+    RUNNER_KEY = "runner-key"
+
+
 app = typer.Typer(help="Runner keys: who may register and submit.", no_args_is_help=True)
 
 
@@ -43,6 +52,9 @@ def add(
         str | None, typer.Option(help="Sigstore identity that must sign this runner's bundles.")
     ] = None,
     signer_issuer: Annotated[str | None, typer.Option(help="Its OIDC issuer.")] = None,
+    signature_policy: Annotated[
+        SignaturePolicy, typer.Option(help="sigstore, or runner-key: signed by this very key.")
+    ] = SignaturePolicy.SIGSTORE,
     not_after: Annotated[
         str | None, typer.Option(help="Last moment of the key.", metavar="RFC3339")
     ] = None,
@@ -58,6 +70,7 @@ def add(
         "max_leases": max_leases,
         "capability_caps": {"vram_gb": vram_cap_gb} if vram_cap_gb else None,
         "signer": _signer(signer_identity, signer_issuer),
+        "signature_policy": signature_policy.value,
         "not_after": moment("--not-after", not_after) if not_after else None,
     }
     body = {name: value for name, value in members.items() if value is not None}
@@ -119,6 +132,8 @@ def _signer(identity: str | None, issuer: str | None) -> dict[str, str] | None:
 
 def _row(key: dict[str, Any]) -> tuple[Any, ...]:
     signer = (key.get("signer") or {}).get("identity")
+    if key.get("signature_policy") == "runner-key":
+        signer = "this key itself"
     name = str(key.get("fingerprint", ""))[:SHOWN]
     leases, description = key.get("max_leases"), key.get("description")
     return (name, key.get("runner_id"), _state(key), leases, signer, description)

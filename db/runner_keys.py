@@ -28,6 +28,7 @@ class NewKey:
     capability_caps: dict[str, Any] | None
     signer_identity: str | None
     signer_issuer: str | None
+    signature_policy: str
 
 
 async def find(pool: Executor, fingerprint: str) -> asyncpg.Record | None:
@@ -59,6 +60,7 @@ async def add(connection: Executor, key: NewKey) -> asyncpg.Record | None:
         key.capability_caps,
         key.signer_identity,
         key.signer_issuer,
+        key.signature_policy,
     )
 
 

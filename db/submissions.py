@@ -24,10 +24,11 @@ class Accepted:
     runner_id: str
     fingerprint: str
     result_sha256: str
+    trust: str
     signer_identity: str
-    signer_issuer: str
-    log_index: int
-    logged_at: datetime
+    signer_issuer: str | None
+    log_index: int | None
+    logged_at: datetime | None
     model_metrics: int
     hardware_metrics: int
     accepted_at: datetime
@@ -66,6 +67,7 @@ async def add(
         accepted.accepted_at,
         accepted.receipt_id,
         receipt,
+        accepted.trust,
     )
     await connection.execute(
         SQL["add_files"],

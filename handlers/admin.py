@@ -150,12 +150,12 @@ def shown_key(row: asyncpg.Record) -> dict[str, Any]:
     if row["signer_identity"] is not None:
         signer = {"identity": row["signer_identity"], "issuer": row["signer_issuer"]}
     names = ("fingerprint", "runner_id", "description", "added_at", "added_by", "not_after",
-             "max_leases", "capability_caps", "revoked_at", "revoked_reason")  # fmt: skip
+             "max_leases", "capability_caps", "signature_policy", "revoked_at",
+             "revoked_reason")  # fmt: skip
     return {
         **{name: row[name] for name in names},
         "public_key": base64.b64encode(row["public_key"]).decode(),
         "signer": signer,
-        "signature_policy": "sigstore",
     }
 
 

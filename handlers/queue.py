@@ -178,6 +178,7 @@ def handed_out(row: asyncpg.Record, services: Services) -> dict[str, Any]:
             "max_manifest_bytes": CAPS["manifest.json"],
             "max_signature_bytes": CAPS["signature.sigstore.json"],
         },
+        "signature_policy": row["signature_policy"],
         "expected_signer": signer,
         "previous_attempts": row["previous_attempts"] or [],
     }

@@ -9,6 +9,8 @@ from broker.bundles import (
     CAPS,
     OPTIONAL,
     REQUIRED,
+    SIGNATURE,
+    SIGNATURES,
     check_manifest,
     check_names,
     parse_result,
@@ -50,19 +52,19 @@ def rewritten(of: dict[str, bytes], /, **changes: Any) -> bytes:
 
 
 def test_every_file_has_a_cap() -> None:
-    assert CAPS.keys() == REQUIRED | OPTIONAL
+    assert CAPS.keys() == REQUIRED | OPTIONAL | SIGNATURES
     assert CAPS["signature.sigstore.json"] == 128 * 1024
 
 
 @pytest.mark.parametrize("extra", [[], ["dashboard.html"]])
 def test_the_required_files_are_a_bundle_with_and_without_a_dashboard(extra: list[str]) -> None:
-    check_names([*REQUIRED, *extra])
+    check_names([*REQUIRED, SIGNATURE, *extra], SIGNATURE)
 
 
-@pytest.mark.parametrize("missing", sorted(REQUIRED))
+@pytest.mark.parametrize("missing", sorted({*REQUIRED, SIGNATURE}))
 def test_a_missing_part_is_named(missing: str) -> None:
     with pytest.raises(InvalidBundle) as refused:
-        check_names(REQUIRED - {missing})
+        check_names({*REQUIRED, SIGNATURE} - {missing}, SIGNATURE)
     assert [v.detail for v in refused.value.violations] == [f"{missing} is missing"]
 
 
@@ -80,19 +82,19 @@ def test_a_missing_part_is_named(missing: str) -> None:
 )
 def test_archives_paths_and_unknown_parts_are_refused(name: str) -> None:
     with pytest.raises(InvalidBundle) as refused:
-        check_names([*REQUIRED, name])
+        check_names([*REQUIRED, SIGNATURE, name], SIGNATURE)
     assert [v.detail for v in refused.value.violations] == [f"{json.dumps(name)} is unknown"]
 
 
 def test_a_part_twice_is_refused() -> None:
     with pytest.raises(InvalidBundle) as refused:
-        check_names([*REQUIRED, "result.json"])
+        check_names([*REQUIRED, SIGNATURE, "result.json"], SIGNATURE)
     assert [v.detail for v in refused.value.violations] == ['"result.json" is there twice']
 
 
 def test_many_unknown_parts_with_long_names_stay_a_short_answer() -> None:
     with pytest.raises(InvalidBundle) as refused:
-        check_names([*REQUIRED, *("x" * 10_000 + str(n) for n in range(200))])
+        check_names([*REQUIRED, *("x" * 10_000 + str(n) for n in range(200))], SIGNATURE)
     assert len(refused.value.violations) == 50
     assert all(len(v.detail) <= 200 for v in refused.value.violations)
 

@@ -55,6 +55,7 @@ async def test_a_claim_hands_out_all_that_a_runner_needs(
         "queue_id", "run_id", "attempt", "lease_id", "lease_expires_at", "lease_ttl_s",
         "heartbeat_interval_s", "max_runtime_s", "model", "tasks", "floor_tasks", "prompts",
         "config", "config_hash", "upload", "expected_signer", "previous_attempts", "server_time",
+        "signature_policy",
     }  # fmt: skip
     assert (job["run_id"], job["attempt"]) == (run_id, 1)
     assert (job["lease_ttl_s"], job["heartbeat_interval_s"], job["max_runtime_s"]) == (

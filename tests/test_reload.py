@@ -53,10 +53,10 @@ async def test_a_verification_that_has_begun_ends_with_the_verifier_it_began_wit
     begun, go_on = threading.Event(), threading.Event()
     check_names = bundles.check_names
 
-    def held_up(names: list[str]) -> None:
+    def held_up(names: list[str], signature: str) -> None:
         begun.set()
         assert go_on.wait(30)
-        check_names(names)
+        check_names(names, signature)
 
     async with claimed(settings, sigstore) as (fleet, runner, job):
         with monkeypatch.context() as patch:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from auth.signers import BundleVerifier, Signer, load_policy
-from broker.bundles import check_binding, check_manifest, check_names, parse_result
+from broker.bundles import SIGNATURE, check_binding, check_manifest, check_names, parse_result
 from broker.jobs import Job as HandedOut
 from sandbox.answers import BuiltInRules, CellFailed, Outcome, cells_of, execute
 from sandbox.result_bundle import WARNING, Rig, build_bundle, build_result, model_score
@@ -151,7 +151,7 @@ def test_a_mixture_of_experts_is_measured_by_its_active_parameters(outcomes) -> 
 def accept(bundle: dict[str, bytes]) -> dict:
     """The server's own checks of a bundle, the signature apart."""
     digests = {name: hashlib.sha256(raw).hexdigest() for name, raw in bundle.items()}
-    check_names(list(bundle))
+    check_names(list(bundle), SIGNATURE)
     check_manifest(bundle["manifest.json"], digests, RUN_ID)
     result = parse_result(bundle["result.json"])
     check_binding(result, HandedOut.from_payload(RUN_ID, BODY))

@@ -198,7 +198,7 @@ SELECT
         )
         FROM attempts AS p WHERE p.run_id = g.run_id AND p.lease_seq < g.lease_seq
     ) END AS previous_attempts,
-    k.signer_identity, k.signer_issuer
+    k.signature_policy, k.signer_identity, k.signer_issuer
 FROM requests AS r
 LEFT JOIN runner_keys AS k ON r.fingerprint = k.fingerprint
 LEFT JOIN admitted AS a ON r.fingerprint = a.fingerprint
@@ -562,7 +562,7 @@ SELECT
     (
         k.revoked_at IS NULL AND (k.not_after IS NULL OR k.not_after > clock_timestamp())
     ) AS key_good,
-    k.signer_identity, k.signer_issuer
+    k.signature_policy, k.public_key, k.signer_identity, k.signer_issuer
 FROM run_queue AS q
 LEFT JOIN models AS m ON q.model_id = m.model_id
 LEFT JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id

@@ -12,8 +12,8 @@ SELECT * FROM runner_keys ORDER BY added_at, fingerprint
 -- Admit a key. Nothing is returned when the key, or a good key of that runner, is already there.
 INSERT INTO runner_keys (
     fingerprint, public_key, runner_id, description, added_by, not_after, max_leases,
-    capability_caps, signer_identity, signer_issuer
-) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+    capability_caps, signer_identity, signer_issuer, signature_policy
+) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
 ON CONFLICT DO NOTHING
 RETURNING *
 

@@ -1,8 +1,8 @@
 -- name: add
 INSERT INTO submissions (
     run_id, lease_seq, runner_id, key_fingerprint, result_sha256, signer_identity, signer_issuer,
-    log_index, logged_at, model_metrics, hardware_metrics, accepted_at, receipt_id, receipt
-) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
+    log_index, logged_at, model_metrics, hardware_metrics, accepted_at, receipt_id, receipt, trust
+) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
 RETURNING *
 
 -- name: add_files

@@ -865,6 +865,34 @@ SERVER = (
         "        if True:\n",
         "tests/test_uploads.py::test_a_bundle_that_has_arrived_is_taken_though_its_runner_hung_up",
     ),
+    Guard(
+        "envelope: names the runner whose lease it is",
+        "auth/envelopes.py",
+        '    if sig["runner_id"] != runner_id:\n',
+        "    if False:\n",
+        "tests/test_runner_key_policy.py",
+    ),
+    Guard(
+        "envelope: verifies under the runner key",
+        "auth/envelopes.py",
+        '        key.verify(result, sig["sha256"], sig["signature"])\n',
+        "        pass\n",
+        "tests/test_runner_key_policy.py",
+    ),
+    Guard(
+        "bundle: only the key's own kind of signature",
+        "broker/bundles.py",
+        "counted.keys() & SIGNATURES - {signature}\n",
+        "set()\n",
+        "tests/test_runner_key_policy.py",
+    ),
+    Guard(
+        "manifest: its signature is a file of the bundle",
+        "broker/bundles.py",
+        "    _refuse(InvalidBundle, _other_signature(document, submitted))\n",
+        "",
+        "tests/test_runner_key_policy.py",
+    ),
 )
 
 ALL = CLAIM + ENDS + SWEEP + ADMIN + BELL + SERVER
