@@ -53,8 +53,9 @@ def add(
     ] = None,
     signer_issuer: Annotated[str | None, typer.Option(help="Its OIDC issuer.")] = None,
     signature_policy: Annotated[
-        SignaturePolicy, typer.Option(help="sigstore, or runner-key: signed by this very key.")
-    ] = SignaturePolicy.SIGSTORE,
+        SignaturePolicy | None,
+        typer.Option(help="sigstore (if not given), or runner-key: signed by this very key."),
+    ] = None,
     not_after: Annotated[
         str | None, typer.Option(help="Last moment of the key.", metavar="RFC3339")
     ] = None,
@@ -70,7 +71,7 @@ def add(
         "max_leases": max_leases,
         "capability_caps": {"vram_gb": vram_cap_gb} if vram_cap_gb else None,
         "signer": _signer(signer_identity, signer_issuer),
-        "signature_policy": signature_policy.value,
+        "signature_policy": signature_policy,
         "not_after": moment("--not-after", not_after) if not_after else None,
     }
     body = {name: value for name, value in members.items() if value is not None}

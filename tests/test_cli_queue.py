@@ -268,6 +268,13 @@ def test_keys_add_sends_every_option(admin: Admin, shell: Shell) -> None:
     assert load_schema("runner_key").violations(admin.seen[0].body) == ()
 
 
+def test_keys_add_names_another_signature_policy(admin: Admin, shell: Shell) -> None:
+    admin.answer("POST", KEYS, 201, KEY)
+    shell("keys", "add", PUBLIC_KEY, "--runner-id", "gpu-1", "--signature-policy", "runner-key")
+    assert admin.seen[0].body["signature_policy"] == "runner-key"
+    assert load_schema("runner_key").violations(admin.seen[0].body) == ()
+
+
 def test_keys_add_says_when_the_key_was_there_already(admin: Admin, shell: Shell) -> None:
     admin.answer("POST", KEYS, 200, KEY)
     outcome = shell("keys", "add", PUBLIC_KEY, "--runner-id", "gpu-1", "--json")
