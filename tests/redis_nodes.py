@@ -80,7 +80,7 @@ def watched_pair(folder: Path) -> Iterator[tuple[Node, Node, Node]]:
     options = ["--save", "", "--notify-keyspace-events", "Ex", "--repl-diskless-sync-delay", "0"]
     with contextlib.ExitStack() as stack:
         primary = stack.enter_context(node(folder / "primary", *options))
-        replicaof = ["--replicaof", f"127.0.0.1 {primary.port}"]
+        replicaof = ["--replicaof", "127.0.0.1", str(primary.port)]
         replica = stack.enter_context(node(folder / "replica", *options, *replicaof))
         until(lambda: replica.client.info("replication")["master_link_status"] == "up")
         file = folder / "sentinel.conf"
