@@ -23,7 +23,6 @@ from auth.tokens import Tokens
 from broker.allowlist import Allowlist
 from broker.claims import Claims
 from broker.credentials import Credentials, PostgresAuthority
-from broker.doorbell import Doorbell
 from broker.endings import cancel
 from broker.enqueue import Enqueue
 from broker.expiry import Sweep
@@ -93,28 +92,36 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
         receipt_keys = ReceiptKeys(settings.receipt_ring)
         receipts = Receipts(receipt_keys, settings.public_url)
         keys = LeaseKeys(leases.client)
-        bell = Doorbell()
-        claims = Claims(pool, settings, keys, bell, telemetry)
+        claims = Claims(pool, settings, keys, telemetry)
         workers = stack.enter_context(
             ThreadPoolExecutor(settings.verify_workers, thread_name_prefix="verify")
         )
         sweep = Sweep(pool, settings, keys, telemetry)
         listener = ExpiryListener(leases, sweep)
         liveness = Liveness(pool, settings)
-        wakeup = Wakeup(dsn, bell)
+        listen_url = settings.database_listen_url or settings.database_url
+        wakeup = Wakeup(listen_url.get_secret_value(), claims.room.ring)
         in_flight = InFlight()
         telemetry.watch_pool(pool.get_size, pool.get_idle_size)
         telemetry.watch(
-            waiters=lambda: claims.waiting,
+            waiters=lambda: len(claims.room),
             http_in_flight=lambda: in_flight.count,
             breaker_open=lambda: sweep.held,
             listener_connected=listener.healthy.is_set,
             trust_root_age_seconds=trusted.root_age_s,
         )
-        loops = (sweep.run(), listener.run(), liveness.run(), wakeup.run(), telemetry.watch_loop())
+        loops = (
+            sweep.run(),
+            listener.run(),
+            liveness.run(),
+            wakeup.run(),
+            claims.room.run(),
+            telemetry.watch_loop(),
+        )
         for task in loops:
             stack.push_async_callback(cancel, asyncio.create_task(task))
         stack.push_async_callback(claims.close)
+        stack.push_async_callback(revocations.close)
         yield Services(
             settings=settings,
             credentials=Credentials(pool, tokens, revocations),

@@ -7,8 +7,9 @@ An answer is remembered for a second at most; the guards in SQL check the key on
 answer can never let a write through.
 """
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -21,6 +22,9 @@ from auth.tokens import RunnerClaims
 REMEMBERED_S = 1.0
 REMEMBERED_MAX = 50_000
 LOADED = "revoked:loaded"
+LOOK_S = 0.1  # so long may one look take
+AWAY_S = 1.0  # between two tries whether a Redis that was too slow is back
+FILL = "fill"
 
 log = structlog.get_logger()
 
@@ -42,8 +46,8 @@ class Revoked:
 class Authority(Protocol):
     """Who knows for certain: Postgres, through `broker/credentials.py`."""
 
-    async def is_revoked(self, claims: RunnerClaims) -> bool:
-        """Return whether the key is not good (any more), or the token is revoked."""
+    async def revoked_among(self, asked: Sequence[RunnerClaims]) -> Sequence[bool]:
+        """Return of each whether its key is not good (any more), or its token is revoked."""
         ...
 
     async def all_revocations(self) -> Sequence[Revoked]:
@@ -62,53 +66,111 @@ def token_name(jti: UUID | None) -> str:
 
 
 class Revocations:
-    """Looks revocations up, and writes them."""
+    """Looks revocations up, and writes them.
+
+    A Redis that is away, or slow, is left alone until it has proved itself again behind the
+    answers: the batch that noticed it waits `LOOK_S`, and no other request waits at all.
+    """
 
     def __init__(self, client: Any, authority: Authority) -> None:
         """Ask `client`, of redis-py: a server's, a Sentinel's or a Cluster's."""
         self._client = client
         self._authority = authority
         self._remembered: dict[UUID, tuple[float, bool]] = {}
+        self._away = False
+        self._behind: set[asyncio.Task[None]] = set()
 
-    async def is_revoked(self, claims: RunnerClaims) -> bool:
-        """Return whether the token, or the key it was given to, is revoked."""
+    def remembered(self, claims: RunnerClaims) -> bool | None:
+        """Return whether the token or its key is revoked, as of this second; None: unknown."""
         known = self._remembered.get(claims.jti)
-        if known is not None and time.monotonic() - known[0] < REMEMBERED_S:
-            return known[1]
-        revoked = await self._ask(claims)
+        return known[1] if known and time.monotonic() - known[0] < REMEMBERED_S else None
+
+    async def revoked_among(self, asked: Sequence[RunnerClaims]) -> Sequence[bool]:
+        """Return of each whether the token, or the key it was given to, is revoked."""
+        found = await self._ask(asked)
         if len(self._remembered) >= REMEMBERED_MAX:
             self._remembered.clear()
-        self._remembered[claims.jti] = (time.monotonic(), revoked)
-        return revoked
+        now = time.monotonic()
+        self._remembered.update(
+            (claims.jti, (now, revoked)) for claims, revoked in zip(asked, found, strict=True)
+        )
+        return found
 
     async def write(self, revocations: Sequence[Revoked]) -> None:
         """Tell Redis of revocations that are committed; best effort, the guards hold without it."""
         self._remembered.clear()
-        await self._try(self._write, revocations)
-
-    async def _ask(self, claims: RunnerClaims) -> bool:
-        names = [key_name(claims.fingerprint), token_name(claims.jti), LOADED]
         try:
-            by_key, by_token, loaded = await self._get(names)
+            await self._write(revocations)
         except Exception as error:  # a Cluster's client raises more than RedisError
-            log.warning("revocations.unreachable", error=type(error).__name__)
-            return await self._authority.is_revoked(claims)
-        if loaded is None:
-            await self._try(self._fill, await self._authority.all_revocations())
-            return await self._authority.is_revoked(claims)
-        return by_key is not None or by_token is not None
+            log.warning("revocations.unwritten", error=type(error).__name__)
 
-    async def _get(self, names: Sequence[str]) -> Sequence[bytes | None]:
-        """Not MGET: in a Cluster the keys lie on different nodes (CROSSSLOT)."""
+    async def settle(self) -> None:
+        """Wait until Redis has been filled again, where that was begun."""
+        while filling := [task for task in self._behind if task.get_name() == FILL]:
+            await asyncio.wait(filling)
+
+    async def close(self) -> None:
+        """End what is done behind the answers."""
+        for task in self._behind:
+            task.cancel()
+        await asyncio.gather(*self._behind, return_exceptions=True)
+
+    async def _ask(self, asked: Sequence[RunnerClaims]) -> Sequence[bool]:
+        if not self._away:
+            try:
+                async with asyncio.timeout(LOOK_S):
+                    loaded, found = await self._look(asked)
+            except Exception as error:  # a Cluster's client raises more than RedisError
+                self._leave_alone(error)
+            else:
+                if loaded:
+                    return found
+                self._do_behind(self._fill(), FILL)
+        return await self._authority.revoked_among(asked)
+
+    async def _look(self, asked: Sequence[RunnerClaims]) -> tuple[bool, list[bool]]:
+        """Return whether Redis holds all revocations, and what it says of each.
+
+        Not MGET: in a Cluster the keys lie on different nodes (CROSSSLOT).
+        """
         async with self._client.pipeline(transaction=False) as pipeline:
-            for name in names:
-                pipeline.get(name)
-            return await pipeline.execute()
+            pipeline.get(LOADED)
+            for claims in asked:
+                pipeline.get(key_name(claims.fingerprint))
+                pipeline.get(token_name(claims.jti))
+            loaded, *found = await pipeline.execute()
+        by_key, by_token = found[::2], found[1::2]
+        return loaded is not None, [
+            key is not None or token is not None
+            for key, token in zip(by_key, by_token, strict=True)
+        ]
 
-    async def _fill(self, revocations: Sequence[Revoked]) -> None:
-        await self._write(revocations)
-        # Last, and for a while only: what expired or was evicted meanwhile is filled in again.
-        await self._client.set(LOADED, 1, ex=60)
+    def _leave_alone(self, error: Exception) -> None:
+        if not self._away:
+            self._away = True
+            log.warning("revocations.unreachable", error=type(error).__name__)
+            self._do_behind(self._watch(), "watch")
+
+    async def _watch(self) -> None:
+        """Return once Redis answers in time again."""
+        while True:
+            await asyncio.sleep(AWAY_S)
+            try:
+                async with asyncio.timeout(LOOK_S):
+                    await self._look(())
+            except Exception as error:
+                log.debug("revocations.still_unreachable", error=type(error).__name__)
+            else:
+                self._away = False
+                return
+
+    async def _fill(self) -> None:
+        try:
+            await self._write(await self._authority.all_revocations())
+            # Last, and for a while only: what expired or was evicted meanwhile is filled in again.
+            await self._client.set(LOADED, 1, ex=60)
+        except Exception as error:  # the next look finds it missing, and begins again
+            log.warning("revocations.unwritten", error=type(error).__name__)
 
     async def _write(self, revocations: Sequence[Revoked]) -> None:
         async with self._client.pipeline(transaction=False) as pipeline:
@@ -116,10 +178,11 @@ class Revocations:
                 pipeline.set(each.name, 1, px=max(1, int(each.remaining.total_seconds() * 1000)))
             await pipeline.execute()
 
-    async def _try(
-        self, write: Callable[[Sequence[Revoked]], Awaitable[None]], what: Sequence[Revoked]
-    ) -> None:
-        try:
-            await write(what)
-        except Exception as error:  # a Cluster's client raises more than RedisError
-            log.warning("revocations.unwritten", error=type(error).__name__)
+    def _do_behind(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Start it, unless it is going on already."""
+        if any(task.get_name() == name for task in self._behind):
+            work.close()
+            return
+        task = asyncio.create_task(work, name=name)
+        self._behind.add(task)
+        task.add_done_callback(self._behind.discard)

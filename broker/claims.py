@@ -3,22 +3,20 @@
 The way of a claim: `claim()` looks; requests that declare the same capabilities and wait together
 are served by one statement (`db/sql/run_queue.sql`, `claim`), which checks the key, gives back the
 lease of a claim that is sent again, holds each runner to its lease limit and hands out the runs in
-the queue's order. Nothing there and time to wait: the request parks, in memory, without a database
-connection, until the bell rings (NOTIFY) or it is time to look again.
+the queue's order. Nothing there and time to wait: the request waits in the waiting room, in memory,
+until there is something that fits it.
 """
 
 import asyncio
+import itertools
 import math
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import asyncpg
 import structlog
 
 from broker.coalesce import Coalescer
-from broker.doorbell import Doorbell
 from broker.errors import (
     Busy,
     Conflict,
@@ -28,8 +26,10 @@ from broker.errors import (
     LeaseLimit,
     RunnerPaused,
 )
+from broker.fitting import Capabilities, Offer, Reason, count, due_in, reasons
 from broker.lease_keys import LeaseKey, LeaseKeys
 from broker.telemetry import Telemetry, failures_counted
+from broker.waiting_room import WaitingRoom
 from config.settings import Settings
 from db import run_queue, runners
 from db.run_queue import Claimant, LeaseGuard
@@ -39,48 +39,28 @@ RACES_MAX = 5
 RETRY_AFTER_DEFAULT_S = 30
 # A wait that our stop cut short goes on at another process, at once.
 RETRY_AFTER_DRAIN_S = 1
+# A runner that asks why it gets nothing is told of so many runs per model, and not of a million.
+EXPLAINED_MAX = 1000
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """What a runner can run: whole GB of VRAM, and quantizations in a fixed order."""
-
-    vram_gb: int
-    quantizations: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Reason:
-    """Why a runner gets none of `count` PENDING runs; `nearest` names the one closest to it."""
-
-    code: str
-    count: int
-    detail: str
-    nearest: str | None
 
 
 class Claims:
     """Hands out runs. One per process; any number of processes share the queue."""
 
     def __init__(
-        self,
-        pool: asyncpg.Pool,
-        settings: Settings,
-        keys: LeaseKeys,
-        bell: Doorbell,
-        telemetry: Telemetry,
+        self, pool: asyncpg.Pool, settings: Settings, keys: LeaseKeys, telemetry: Telemetry
     ) -> None:
         self._pool = pool
         self._settings = settings
         self._keys = keys
-        self._bell = bell
         self._telemetry = telemetry
-        self.waiting = 0  # parked claims
         self._desks: dict[Capabilities, Coalescer[Claimant, asyncpg.Record]] = {}
+        self._offers: Coalescer[int, list[Offer]] = Coalescer(self._look_around)
+        self._places = itertools.count()
         self._releases: set[asyncio.Task[None]] = set()
         self._draining = False
+        self.room = WaitingRoom(self._offers.ask, settings.claim_recheck_s)
 
     async def claim(
         self, claimant: Claimant, capabilities: Capabilities, wait_s: float
@@ -106,36 +86,38 @@ class Claims:
         if self._draining:
             raise Draining
         loop = asyncio.get_running_loop()
-        until = loop.time() + wait_s
+        until, place, woken = loop.time() + wait_s, next(self._places), False
         while True:
-            rung = self._bell.listen()  # before the look: a run that arrives meanwhile rings it
-            row = await self._look(claimant, capabilities)
-            await self._refuse(claimant, row)
+            heard = self.room.rings  # before the look: what rings meanwhile is not lost
+            try:
+                row = await self._look(claimant, capabilities)
+                await self._refuse(claimant, row)
+            except BaseException:
+                if woken:
+                    self.room.ring()  # the run that this claim was woken for is the next one's
+                raise
             if row["queue_id"] is not None:
                 return row
-            left = until - loop.time()
-            if left <= 0 or self._draining:
+            left_s = until - loop.time()
+            # A draining runner gets nothing: in the room it would be woken before all others.
+            if left_s <= 0 or row["draining"] or self._draining:
                 return None
-            await self._park(rung, left)
+            woken = await self.room.wait(place, capabilities, heard, left_s)
 
     async def retry_after_s(self, capabilities: Capabilities) -> int:
         """Return the seconds until a deferred run that fits comes due; 30 when there is none."""
         if self._draining:
             return RETRY_AFTER_DRAIN_S
-        due = await run_queue.next_retry(
-            self._pool, capabilities.vram_gb, capabilities.quantizations
-        )
-        if due is None:
-            return RETRY_AFTER_DEFAULT_S
-        return max(1, math.ceil((due - datetime.now(UTC)).total_seconds()))
+        due = due_in(await self._offers.ask(1), capabilities)
+        return RETRY_AFTER_DEFAULT_S if due is None else max(1, math.ceil(due.total_seconds()))
 
     async def explain(self, runner_id: str, capabilities: Capabilities) -> list[Reason]:
         """Return why this runner, of these capabilities, gets nothing."""
-        models = await run_queue.explain_claim(self._pool)
-        found = reasons(models, capabilities)
+        offers = await self._offers.ask(EXPLAINED_MAX)
+        found = reasons(offers, capabilities)
         if await runners.is_draining(self._pool, runner_id):
             detail = "an admin asked this runner to finish and stop: it gets nothing until resumed"
-            return [Reason("draining", _runs(models), detail, None), *found]
+            return [Reason("draining", count(offers), detail, None), *found]
         return found
 
     async def undo(self, row: asyncpg.Record) -> None:
@@ -157,7 +139,7 @@ class Claims:
     def drain(self) -> None:
         """Answer every parked claim at once: nothing for now, try again."""
         self._draining = True
-        self._bell.ring()
+        self.room.empty()
 
     async def close(self) -> None:
         """Wait for the releases of undelivered claims."""
@@ -176,6 +158,11 @@ class Claims:
         finally:
             if desk.idle and self._desks.get(capabilities) is desk:
                 del self._desks[capabilities]
+
+    async def _look_around(self, bounds: Sequence[int]) -> list[list[Offer]]:
+        """One look at what the queue has, for all who ask together, by the largest bound."""
+        rows = await run_queue.offers(self._pool, max(bounds))
+        return [[Offer.from_row(row) for row in rows]] * len(bounds)
 
     async def _serve(
         self, capabilities: Capabilities, claimants: Sequence[Claimant]
@@ -256,59 +243,3 @@ class Claims:
         elif not row["entitled"] and not row["draining"]:
             held = await run_queue.held_by(self._pool, claimant.runner_id)
             raise LeaseLimit([str(lease["run_id"]) for lease in held])
-
-    async def _park(self, rung: asyncio.Event, left: float) -> None:
-        """Wait for the bell, or the slow re-check that also finds deferred runs; `left` s at most.
-
-        No timer per deferred run: the re-check is due within seconds of it anyway.
-        """
-        recheck = self._settings.claim_recheck_s * random.uniform(0.8, 1.2)  # noqa: S311 (jitter)
-        self.waiting += 1
-        try:
-            async with asyncio.timeout(min(left, recheck)):
-                await rung.wait()
-        except TimeoutError:
-            return
-        finally:
-            self.waiting -= 1
-
-
-def reasons(models: Sequence[asyncpg.Record], offer: Capabilities) -> list[Reason]:
-    """Sort the PENDING runs by what keeps a runner that offers `offer` from them."""
-    too_big = [m for m in models if m["need_gb"] > offer.vram_gb]
-    unsupported = [
-        m
-        for m in models
-        if m["need_gb"] <= offer.vram_gb and m["quantization"] not in offer.quantizations
-    ]
-    fitting = [
-        m
-        for m in models
-        if m["need_gb"] <= offer.vram_gb and m["quantization"] in offer.quantizations
-    ]
-    deferred = [m for m in fitting if m["deferred"]]
-    found = []
-    if not models:
-        found.append(Reason("queue_empty", 0, "No run is PENDING.", None))
-    if too_big:
-        nearest = min(too_big, key=lambda m: m["need_gb"])
-        detail = f"needs {nearest['need_gb']} GB, you offer {offer.vram_gb}"
-        found.append(Reason("vram", _runs(too_big), detail, _name(nearest)))
-    if unsupported:
-        names = sorted({m["quantization"] for m in unsupported})
-        detail = f"needs {' or '.join(names)}, you offer {', '.join(offer.quantizations)}"
-        found.append(Reason("quantization", _runs(unsupported), detail, _name(unsupported[0])))
-    if deferred:
-        nearest = min(deferred, key=lambda m: m["next_retry"])
-        detail = f"not before {nearest['next_retry']:%Y-%m-%dT%H:%M:%SZ}"
-        count = sum(m["deferred"] for m in deferred)
-        found.append(Reason("retry_after", count, detail, _name(nearest)))
-    return found
-
-
-def _runs(models: Sequence[asyncpg.Record]) -> int:
-    return sum(m["runs"] for m in models)
-
-
-def _name(model: asyncpg.Record) -> str:
-    return f"{model['model_name']} {model['quantization']}"

@@ -10,6 +10,7 @@ from auth import admin_tokens
 from auth.errors import InvalidToken, ScopeRequired
 from auth.revocation import Revocations, Revoked
 from auth.tokens import RunnerClaims, Tokens
+from broker.coalesce import Coalescer
 from broker.errors import KeyRevoked
 from db import admin, runner_keys
 
@@ -34,10 +35,14 @@ class PostgresAuthority:
         self._pool = pool
         self._token_ttl = token_ttl
 
-    async def is_revoked(self, claims: RunnerClaims) -> bool:
-        """Return whether the key is not good (any more), or the token is revoked."""
-        found = await runner_keys.revoked_among(self._pool, [claims.fingerprint], [claims.jti])
-        return bool(found)
+    async def revoked_among(self, asked: Sequence[RunnerClaims]) -> Sequence[bool]:
+        """Return of each whether its key is not good (any more), or its token is revoked."""
+        fingerprints = [claims.fingerprint for claims in asked]
+        rows = await runner_keys.revoked_among(
+            self._pool, fingerprints, [claims.jti for claims in asked]
+        )
+        bad = {row["fingerprint"] or row["jti"] for row in rows}
+        return [claims.fingerprint in bad or claims.jti in bad for claims in asked]
 
     async def all_revocations(self) -> Sequence[Revoked]:
         """Return every revocation that a living token could meet."""
@@ -52,16 +57,25 @@ class Credentials:
         self._pool = pool
         self._tokens = tokens
         self._revocations = revocations
+        # One look for all requests that wait together.
+        self._desk: Coalescer[RunnerClaims, bool] = Coalescer(revocations.revoked_among)
 
     async def runner(self, token: str) -> RunnerClaims:
         """Return the runner of a token. Raises InvalidToken, TokenExpired or KeyRevoked."""
         claims = self._tokens.read(token)
-        if await self._revocations.is_revoked(claims):
+        revoked = self._revocations.remembered(claims)
+        if revoked is None:
+            revoked = await self._desk.ask(claims)
+        if revoked:
             key = await runner_keys.find(self._pool, claims.fingerprint)
             if key is None or key["revoked_at"] is not None:
                 raise KeyRevoked
             raise InvalidToken("The token has been revoked: register again.")
         return claims
+
+    async def settle(self) -> None:
+        """Wait until Redis knows all revocations again, where it had forgotten them."""
+        await self._revocations.settle()
 
     async def admin(self, token: str, scope: str) -> Admin:
         """Return the admin of a token. Raises InvalidToken, or ScopeRequired without `scope`."""

@@ -59,6 +59,8 @@ class Sweep:
     async def run_once(self, noticed_by: Literal["bell", "interval"] = "interval") -> int:
         """End all overdue leases; return how many there were, 0 while the breaker holds.
 
+        Deferred runs whose time has come take their place in the queue's order on the way.
+
         `noticed_by` is what brought this pass, for the counters.
         """
         live, overdue = await run_queue.overdue_share(self._pool)
@@ -81,8 +83,11 @@ class Sweep:
             self._keys.drop(LeaseKey(row["queue_id"], row["lease_seq"]) for row in rows)
             ended += len(rows)
             if len(rows) < BATCH:
-                self._telemetry.sweep_success.set_to_current_time()
-                return ended
+                break
+        while await run_queue.ripen(self._pool, BATCH) == BATCH:
+            pass
+        self._telemetry.sweep_success.set_to_current_time()
+        return ended
 
     async def run(self) -> None:
         """Sweep on every ring and at every interval, for ever."""

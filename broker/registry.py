@@ -18,7 +18,7 @@ from auth.errors import BadSignature, InvalidKey
 from auth.keys import RunnerKey, digest_of
 from auth.revocation import Revocations, Revoked
 from auth.tokens import RunnerClaims, Tokens
-from broker.claims import Capabilities
+from broker.coalesce import Coalescer
 from broker.errors import (
     ClockSkew,
     InvalidRequest,
@@ -28,12 +28,14 @@ from broker.errors import (
     UnknownQuantization,
     Violation,
 )
+from broker.fitting import Capabilities
 from broker.times import parse_time
 from config.settings import Settings
 from db import models, run_queue, runner_keys, runners
 from db.pool import Executor
 
 REMEMBERED_S = 1.0
+REMEMBERED_MAX = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,8 @@ class Registry:
         self._tokens = tokens
         self._revocations = revocations
         self._standings: dict[str, tuple[float, asyncpg.Record]] = {}
+        # One look for all claims that wait together.
+        self._desk: Coalescer[str, asyncpg.Record | None] = Coalescer(self._look)
         self._quantizations: tuple[str, ...] = ()
 
     async def register(self, registration: dict[str, Any], sig: dict[str, str]) -> SignOn:
@@ -138,11 +142,18 @@ class Registry:
         remembered = self._standings.get(fingerprint)
         if remembered is not None and time.monotonic() - remembered[0] < REMEMBERED_S:
             return remembered[1]
-        standing = await runners.standing(self._pool, fingerprint)
+        standing = await self._desk.ask(fingerprint)
         if standing is None:
             raise KeyNotAllowed("This runner key has never registered here: register first.")
+        if len(self._standings) >= REMEMBERED_MAX:
+            self._standings.clear()
         self._standings[fingerprint] = (time.monotonic(), standing)
         return standing
+
+    async def _look(self, fingerprints: Sequence[str]) -> list[asyncpg.Record | None]:
+        rows = await runners.standings(self._pool, fingerprints)
+        found = {row["fingerprint"]: row for row in rows}
+        return [found.get(fingerprint) for fingerprint in fingerprints]
 
     def _check_clock(self, signed_at: datetime) -> None:
         skew_s = (signed_at - datetime.now(UTC)).total_seconds()

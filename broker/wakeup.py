@@ -1,11 +1,11 @@
 """Rings the claims' bell when Postgres says that a run became claimable, in any process."""
 
 import asyncio
+from collections.abc import Callable
 
 import asyncpg
 import structlog
 
-from broker.doorbell import Doorbell
 from db.pool import SESSION
 from db.run_queue import CHANNEL
 
@@ -21,9 +21,10 @@ class Wakeup:
     nothing, and the claims' slow re-check is all that is left.
     """
 
-    def __init__(self, dsn: str, bell: Doorbell) -> None:
+    def __init__(self, dsn: str, ring: Callable[[], None]) -> None:
+        """Listen at `dsn`, and call `ring` for all that is heard."""
         self._dsn = dsn
-        self._bell = bell
+        self._ring = ring
 
     async def run(self) -> None:
         """Listen until cancelled."""
@@ -39,8 +40,8 @@ class Wakeup:
         lost = asyncio.Event()
         connection.add_termination_listener(lambda _: lost.set())
         try:
-            await connection.add_listener(CHANNEL, lambda *_: self._bell.ring())
-            self._bell.ring()  # what was enqueued before we listened was not heard
+            await connection.add_listener(CHANNEL, lambda *_: self._ring())
+            self._ring()  # what was enqueued before we listened was not heard
             await lost.wait()
         finally:
             await connection.close(timeout=2)

@@ -46,6 +46,11 @@ class Settings(BaseSettings):
         SecretStr("postgres://localhost/bakeoff"),
         description="PostgreSQL 15-18, the authority. Form: postgres://user:password@host/name",
     )
+    database_listen_url: SecretStr | None = Field(
+        None,
+        description="Where to LISTEN, if not at database_url: PostgreSQL itself. Through PgBouncer"
+        " in transaction mode nothing is ever heard, and waiting claims find new runs late.",
+    )
     redis_lease_url: str = Field(
         "redis://localhost:6379/1",
         repr=False,  # it may hold a password
@@ -100,7 +105,7 @@ class Settings(BaseSettings):
         1, gt=0, description="Between sweeps while Redis gives no expiry events."
     )
     claim_recheck_s: float = Field(
-        5, gt=0, description="A parked claim looks again after this, in case a NOTIFY was lost."
+        5, gt=0, description="Parked claims look again after this, in case a NOTIFY was lost."
     )
     trusted_root: Path | None = Field(
         None, description="Sigstore trusted_root.json; none means Sigstore's production root."

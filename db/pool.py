@@ -28,6 +28,9 @@ SESSION = {
     "statement_timeout": "5s",
     "lock_timeout": "2s",
     "idle_in_transaction_session_timeout": "5s",
+    # Planned once per connection: to plan a claim anew takes longer than to run it.
+    "plan_cache_mode": "force_generic_plan",
+    "jit": "off",
 }
 
 
@@ -56,6 +59,13 @@ async def _prepare(connection: asyncpg.Connection) -> None:
     await connection.set_type_codec(
         "jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads
     )
+
+
+async def _keep(connection: asyncpg.Connection) -> None:
+    """Leave a connection as it is: nobody changes its session, and to reset it is a round trip.
+
+    asyncpg has rolled back by now what was left open.
+    """
 
 
 class BoundedPool(asyncpg.Pool):
@@ -132,7 +142,7 @@ async def open_pool(dsn: str, max_size: int) -> AsyncIterator[asyncpg.Pool]:
         connect=None,
         setup=None,
         init=_prepare,
-        reset=None,
+        reset=_keep,
         loop=None,
         server_settings=SESSION,
         timeout=CONNECT_S,

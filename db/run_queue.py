@@ -95,14 +95,14 @@ async def held_by(pool: Executor, runner_id: str) -> list[asyncpg.Record]:
     return await pool.fetch(SQL["held_by"], runner_id)
 
 
-async def next_retry(pool: Executor, vram_gb: int, quantizations: Sequence[str]) -> datetime | None:
-    """Return when the earliest deferred run that fits becomes claimable."""
-    return await pool.fetchval(SQL["next_retry"], vram_gb, list(quantizations))
+async def offers(pool: Executor, count_to: int) -> list[asyncpg.Record]:
+    """Return what the queue has by model, its runs counted up to `count_to`."""
+    return await pool.fetch(SQL["offers"], count_to)
 
 
-async def explain_claim(pool: Executor) -> list[asyncpg.Record]:
-    """Return the PENDING runs by model, with what each needs."""
-    return await pool.fetch(SQL["explain_claim"])
+async def ripen(pool: Executor, limit: int) -> int:
+    """Put up to `limit` deferred runs that have come due into the queue; return how many."""
+    return int((await pool.execute(SQL["ripen"], limit)).split()[-1])
 
 
 async def beat(

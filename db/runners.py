@@ -64,9 +64,9 @@ async def find(pool: Executor, runner_id: str) -> asyncpg.Record | None:
     return await pool.fetchrow(SQL["find"], runner_id)
 
 
-async def standing(pool: Executor, fingerprint: str) -> asyncpg.Record | None:
-    """Return a registered runner's row beside its key's; None before it has registered."""
-    return await pool.fetchrow(SQL["standing"], fingerprint)
+async def standings(pool: Executor, fingerprints: Sequence[str]) -> list[asyncpg.Record]:
+    """Return the runners that registered with these keys, beside the allowlist's word on each."""
+    return await pool.fetch(SQL["standings"], list(fingerprints))
 
 
 async def sign_off(pool: Executor, runner_id: str) -> None:

@@ -151,11 +151,17 @@ class Handler(RequestHandler):
             raise MissingToken
         return token
 
-    def answer(self, status: int, body: dict[str, Any]) -> None:
-        """Send JSON, with the server's time in it."""
+    def answer(self, status: int, body: dict[str, Any], members: str | None = None) -> None:
+        """Send JSON, with the server's time in it.
+
+        `members` is the text of a JSON object, whose members join the body's without being read.
+        """
         self.set_status(status)
         self.set_header("Content-Type", "application/json")
-        self.finish(to_json({**body, "server_time": datetime.now(UTC)}))
+        text = to_json({**body, "server_time": datetime.now(UTC)})
+        if members is not None:
+            text = text[:-1] + b"," + members.encode()[1:]
+        self.finish(text)
 
     def compute_etag(self) -> str | None:
         """No ETag: nothing here may be cached, and `If-None-Match: *` must not empty an answer."""

@@ -11,8 +11,8 @@ from tornado.http1connection import HTTP1Connection
 from tornado.web import URLSpec
 
 from broker.bundles import CAPS
-from broker.claims import Capabilities
 from broker.errors import BrokerError, InvalidRequest, Violation, code_of
+from broker.fitting import Capabilities
 from broker.handbacks import Failure
 from broker.heartbeats import Renewal
 from broker.services import Services
@@ -62,7 +62,7 @@ class ClaimHandler(RunnerHandler):
         if isinstance(connection, HTTP1Connection) and connection.stream.closed():
             await self.services.claims.undo(row)
             return
-        self.answer(200, handed_out(row, self.services))
+        self.answer(200, handed_out(row, self.services), members=row["job"])
 
     async def _explain(self, offer: Capabilities) -> None:
         reasons = await self.services.claims.explain(self.runner.runner_id, offer)
@@ -153,7 +153,7 @@ def idempotency_key(handler: Handler) -> str | None:
 
 
 def handed_out(row: asyncpg.Record, services: Services) -> dict[str, Any]:
-    """Return the job a claim hands out."""
+    """Return what a claim hands out, but for the members of the job itself."""
     settings = services.settings
     signer = None
     if row["signer_identity"] is not None:
@@ -170,7 +170,6 @@ def handed_out(row: asyncpg.Record, services: Services) -> dict[str, Any]:
         "heartbeat_interval_s": settings.heartbeat_interval_s,
         "max_runtime_s": row["max_runtime_s"],
         "model": {"name": row["model_name"], **{name: row[name] for name in model}},
-        **row["job"],
         "upload": {
             "max_result_bytes": CAPS["result.json"],
             "max_dashboard_bytes": CAPS["dashboard.html"],

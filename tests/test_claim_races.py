@@ -13,7 +13,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from broker import wakeup
-from broker.claims import Capabilities, Claims
+from broker.fitting import Capabilities
+from broker.waiting_room import WaitingRoom
 from config.settings import Settings
 from db import run_queue, runner_keys
 from db.run_queue import Claimant, LeaseGuard
@@ -31,15 +32,15 @@ Parked = asyncio.Queue[asyncio.Task[Any]]
 def parked(monkeypatch: pytest.MonkeyPatch) -> Parked:
     """Each claim that parks puts its task here."""
     seen: Parked = asyncio.Queue()
-    park = Claims._park
+    wait = WaitingRoom.wait
 
-    async def spy(self: Claims, rung: asyncio.Event, left: float) -> None:
+    async def spy(self: WaitingRoom, *arguments: Any) -> bool:
         task = asyncio.current_task()
         assert task is not None
         seen.put_nowait(task)
-        await park(self, rung, left)
+        return await wait(self, *arguments)
 
-    monkeypatch.setattr(Claims, "_park", spy)
+    monkeypatch.setattr(WaitingRoom, "wait", spy)
     return seen
 
 
@@ -182,14 +183,47 @@ async def test_a_parked_claim_is_woken_after_the_bells_connection_was_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(wakeup, "RETRY_S", 0.01)
+    rings: asyncio.Queue[None] = asyncio.Queue()
+    ring = WaitingRoom.ring
+    monkeypatch.setattr(WaitingRoom, "ring", lambda self: (ring(self), rings.put_nowait(None))[0])
     async with open_fleet(make_settings(claim_recheck_s=NEVER_S), sigstore) as fleet:
+        await rings.get()  # it listens
         runner = await fleet.sign_on()
         waiting = asyncio.create_task(runner.claim(wait_s=50))
         await parked.get()
         await fleet.cut_database()
-        await parked.get()  # it looked again: what was enqueued meanwhile was not heard
+        await rings.get()  # it listens again: what was enqueued meanwhile was not heard
         run_id = await fleet.enqueue()
         assert (await waiting).json()["run_id"] == run_id
+
+
+@pytest.mark.gen_test
+async def test_the_run_of_a_parked_claim_that_is_refused_goes_to_the_next_in_line(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, parked: Parked
+) -> None:
+    async with open_fleet(make_settings(claim_recheck_s=NEVER_S), sigstore) as fleet:
+        first, second = await fleet.sign_on(), await fleet.sign_on("runner-b")
+        waiting = []
+        for runner in (first, second):
+            waiting.append(asyncio.create_task(runner.claim(wait_s=50)))
+            await parked.get()
+        await fleet.pool.execute(
+            "UPDATE runners SET paused_at = now() WHERE runner_id = 'runner-a'"
+        )
+        run_id = await fleet.enqueue()  # wakes the first, as there is one run
+        assert code_of(await waiting[0]) == (403, "runner_paused")
+        assert (await waiting[1]).json()["run_id"] == run_id
+
+
+@pytest.mark.gen_test
+async def test_a_draining_runner_is_not_parked_where_it_would_be_woken_before_others(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(claim_recheck_s=NEVER_S), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        await fleet.admin("POST", "/runners/runner-a/drain", json={})
+        await fleet.enqueue()
+        assert (await runner.claim(wait_s=50)).status_code == 204
 
 
 @pytest.mark.gen_test

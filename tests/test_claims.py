@@ -186,6 +186,28 @@ async def test_a_deferred_run_waits_for_its_time_and_says_when(
 
 
 @pytest.mark.gen_test
+async def test_runs_that_have_come_due_take_their_place_in_the_queues_order(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    """More of them than one claim looks at, and the best of them due last."""
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        await enqueue_all(fleet, *(run_of(not_before=in_s(9)) for _ in range(30)))
+        best = await fleet.enqueue(not_before=in_s(9), priority=1)
+        later = await fleet.enqueue(not_before=in_s(900), priority=1)
+        await fleet.pool.execute(
+            "UPDATE run_queue SET retry_after = now() - interval '1 hour' * random()"
+            " WHERE run_id NOT IN ($1, $2)",
+            best,
+            later,
+        )
+        await fleet.pool.execute("UPDATE run_queue SET retry_after = now() WHERE run_id = $1", best)
+        await fleet.sweep()
+        assert (await runner.take())["run_id"] == best
+        assert (await fleet.row(later))["retry_after"] is not None
+
+
+@pytest.mark.gen_test
 async def test_retry_after_is_never_earlier_than_the_run(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:

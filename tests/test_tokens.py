@@ -1,8 +1,9 @@
 """Runner tokens: which ones are ours, and that none outlives its revocation."""
 
+import asyncio
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -221,6 +222,7 @@ async def test_a_flushed_redis_does_not_unrevoke(
         for _ in range(2):
             assert code_of(await me(gone, f"Bearer {gone.token}")) == (401, "invalid_token")
             assert code_of(await me(revoked, f"Bearer {revoked.token}")) == (403, "key_revoked")
+            await fleet.services.credentials.settle()
             assert 0 < await client.ttl(f"revoked:jti:{jti}") <= settings.token_ttl_s
             assert await client.ttl(f"revoked:key:{revoked.fingerprint}") > 0
             await client.flushall()
@@ -262,14 +264,14 @@ async def test_without_redis_postgres_says_who_is_revoked(
 
 @pytest.mark.gen_test
 async def test_an_answer_is_remembered_for_a_second_at_most(
-    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[UUID] = []
+    seen: list[UUID] = []
 
     class Authority:
-        async def is_revoked(self, claims: RunnerClaims) -> bool:
-            asked.append(claims.jti)
-            return False
+        async def revoked_among(self, asked: Sequence[RunnerClaims]) -> list[bool]:
+            seen.extend(claims.jti for claims in asked)
+            return [False] * len(asked)
 
         async def all_revocations(self) -> list[revocation.Revoked]:
             return []
@@ -279,9 +281,56 @@ async def test_an_answer_is_remembered_for_a_second_at_most(
             server.kill()
             revocations = revocation.Revocations(client, Authority())
             claims = RunnerClaims("a", "f" * 64, uuid4(), datetime.now(UTC))
-            assert not await revocations.is_revoked(claims)
-            assert not await revocations.is_revoked(claims)
-            assert asked == [claims.jti]
+            assert revocations.remembered(claims) is None
+            assert await revocations.revoked_among([claims]) == [False]
+            assert revocations.remembered(claims) is False
             await revocations.write([])  # whoever revokes here forgets at once
-            assert not await revocations.is_revoked(claims)
-            assert asked == [claims.jti] * 2
+            assert revocations.remembered(claims) is None
+            await revocations.revoked_among([claims])
+            monkeypatch.setattr(revocation, "REMEMBERED_S", 0)
+            assert revocations.remembered(claims) is None
+            assert seen == [claims.jti] * 2
+            await revocations.close()
+
+
+@pytest.mark.gen_test
+async def test_a_redis_that_hangs_is_left_alone_until_it_answers_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only the first look waits for it; a slow Redis must not slow every heartbeat."""
+    monkeypatch.setattr(revocation, "AWAY_S", 0.01)
+    looks: asyncio.Queue[int] = asyncio.Queue()
+    back = asyncio.Event()
+
+    class Spy(revocation.Revocations):
+        async def _look(self, asked: Sequence[RunnerClaims]) -> tuple[bool, list[bool]]:
+            looks.put_nowait(len(asked))
+            return await super()._look(asked)
+
+        async def _watch(self) -> None:
+            await super()._watch()
+            back.set()
+
+    class Authority:
+        async def revoked_among(self, asked: Sequence[RunnerClaims]) -> list[bool]:
+            return [True] * len(asked)  # Redis would say: False
+
+        async def all_revocations(self) -> list[revocation.Revoked]:
+            return []
+
+    claims = [RunnerClaims("a", "f" * 64, uuid4(), datetime.now(UTC)) for _ in range(3)]
+    with servers.redis() as server:
+        async with redis.asyncio.from_url(server.url(2)) as client:
+            await client.set("revoked:loaded", 1)
+            revocations = Spy(client, Authority())
+            assert await revocations.revoked_among(claims) == [False] * 3
+            assert looks.get_nowait() == 3
+            server.pause()
+            assert await revocations.revoked_among(claims[:2]) == [True] * 2
+            assert looks.get_nowait() == 2
+            assert await revocations.revoked_among(claims[:1]) == [True]
+            assert await looks.get() == 0  # behind the answers, with nothing to ask
+            server.resume()
+            await back.wait()
+            assert await revocations.revoked_among(claims[:1]) == [False]
+            await revocations.close()

@@ -2,7 +2,7 @@
 -- Hand runs to a group of requests that declare the same capabilities ($1 VRAM in GB,
 -- $2 quantizations), one run each, in one statement. Returns a row per request, in order, whether
 -- it got a run or not. Round trips: one, for all that wait together.
-WITH RECURSIVE requests AS (
+WITH requests AS (
     SELECT *
     FROM unnest($3::text [], $4::text [], $5::text [], $6::text [])
         WITH ORDINALITY AS r (runner_id, fingerprint, claim_key, claim_digest, place)
@@ -51,25 +51,9 @@ entitled AS MATERIALIZED (
     WHERE r.place NOT IN (SELECT place FROM replayed)
 ),
 
--- The models that have PENDING runs: one index probe each, however long their queues are.
-waiting (model_id) AS (
-    (
-        SELECT model_id FROM run_queue
-        WHERE status = 'PENDING' AND job IS NOT NULL
-        ORDER BY model_id LIMIT 1
-    )
-    UNION ALL
-    SELECT (
-        SELECT q.model_id FROM run_queue AS q
-        WHERE q.status = 'PENDING' AND q.job IS NOT NULL AND q.model_id > w.model_id
-        ORDER BY q.model_id LIMIT 1
-    )
-    FROM waiting AS w WHERE w.model_id IS NOT NULL
-),
-
 fitting AS (
     SELECT m.model_id
-    FROM waiting AS w
+    FROM waiting_models() AS w
     INNER JOIN models AS m ON w.model_id = m.model_id
     INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
     WHERE
@@ -77,23 +61,38 @@ fitting AS (
         AND vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) <= $1
 ),
 
--- The head of each fitting model's queue, a few rows longer than what is asked for: rows that
--- another process locks at this moment are passed over below.
+-- More than is asked for: rows that another process locks at this moment are passed over below.
+wanted AS MATERIALIZED (SELECT 2 * count(*) + 16 AS rows FROM entitled),
+
+-- The head of each fitting model's queue, and what has come due of its deferred runs. The time is
+-- the statement's: one that moves on (clock_timestamp) could not be looked up in an index.
 heads AS MATERIALIZED (
     SELECT h.*
     FROM fitting AS f
     CROSS JOIN LATERAL (
-        SELECT q.queue_id, q.priority, q.created_at
-        FROM run_queue AS q
-        WHERE
-            q.model_id = f.model_id AND q.status = 'PENDING' AND q.job IS NOT NULL
-            AND (q.retry_after IS NULL OR q.retry_after <= clock_timestamp())
-        ORDER BY q.priority, q.created_at, q.queue_id
-        LIMIT (SELECT count(*) + 8 FROM entitled)
+        (
+            SELECT q.queue_id, q.priority, q.created_at
+            FROM run_queue AS q
+            WHERE
+                q.model_id = f.model_id AND q.status = 'PENDING' AND q.job IS NOT NULL
+                AND q.retry_after IS NULL
+            ORDER BY q.priority, q.created_at, q.queue_id
+            LIMIT (SELECT rows FROM wanted)
+        )
+        UNION ALL
+        (
+            SELECT q.queue_id, q.priority, q.created_at
+            FROM run_queue AS q
+            WHERE
+                q.model_id = f.model_id AND q.status = 'PENDING' AND q.job IS NOT NULL
+                AND q.retry_after <= statement_timestamp()
+            ORDER BY q.retry_after
+            LIMIT (SELECT rows FROM wanted)
+        )
     ) AS h
     WHERE EXISTS (SELECT FROM entitled)
     ORDER BY h.priority, h.created_at, h.queue_id
-    LIMIT (SELECT count(*) + 8 FROM entitled)
+    LIMIT (SELECT rows FROM wanted)
 ),
 
 -- The candidates are a CTE of their own, materialized, with the LIMIT inside it: as a subquery of
@@ -174,7 +173,8 @@ SELECT
     (SELECT count(*) FROM candidates)
     < least((SELECT count(*) FROM entitled), (SELECT count(*) FROM heads))
     OR (SELECT count(*) FROM given_again) < (SELECT count(*) FROM replayed) AS contended,
-    g.queue_id, g.run_id, g.lease_seq, g.lease_id, g.lease_expires_at, g.claim_digest, g.job,
+    g.queue_id, g.run_id, g.lease_seq, g.lease_id, g.lease_expires_at, g.claim_digest,
+    g.job::text AS job, -- as text: it is handed on, and nobody here reads it
     g.granted_at, -- null when the lease was given before
     g.claimed_by AS holder, g.lease_key AS holder_key,
     g.lease_expires_at - clock_timestamp() AS remaining,
@@ -218,34 +218,61 @@ FROM run_queue
 WHERE claimed_by = $1 AND status IN ('CLAIMED', 'IN_PROGRESS') AND job IS NOT NULL
 ORDER BY claimed_at
 
--- name: next_retry
--- When the earliest deferred run that fits ($1 VRAM in GB, $2 quantizations) becomes claimable;
--- null when there is none.
-SELECT min(q.retry_after)
-FROM run_queue AS q
-INNER JOIN models AS m ON q.model_id = m.model_id
-INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
-WHERE
-    q.status = 'PENDING' AND q.job IS NOT NULL AND q.retry_after > clock_timestamp()
-    AND x.name = any($2)
-    AND vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) <= $1
+-- name: ripen
+-- Deferred runs whose time has come take their place in the queue's order, up to $1 of them. Until
+-- then a claim finds them all the same, the earliest due first.
+UPDATE run_queue SET retry_after = NULL
+WHERE queue_id IN (
+    SELECT queue_id FROM run_queue
+    WHERE
+        status = 'PENDING' AND job IS NOT NULL AND retry_after <= statement_timestamp()
+    LIMIT $1
+    FOR UPDATE SKIP LOCKED
+)
 
--- name: explain_claim
--- Why a runner ($1 VRAM in GB, $2 quantizations) gets nothing: the PENDING runs by model, with
--- what each needs and when the first of them may start.
+-- name: offers
+-- What the queue has, by model: its need, and how many of its runs may be claimed now or only
+-- later, each counted up to $1: what this costs does not grow with the queue.
 SELECT
     m.name AS model_name,
     x.name AS quantization,
     vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) AS need_gb,
-    count(*) AS runs,
-    count(*) FILTER (WHERE q.retry_after > clock_timestamp()) AS deferred,
-    min(q.retry_after) FILTER (WHERE q.retry_after > clock_timestamp()) AS next_retry
-FROM run_queue AS q
-INNER JOIN models AS m ON q.model_id = m.model_id
+    r.runs + d.runs AS claimable,
+    l.runs AS deferred,
+    l.next_retry,
+    l.next_retry - statement_timestamp() AS due_in
+FROM waiting_models() AS w
+INNER JOIN models AS m ON w.model_id = m.model_id
 INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
-WHERE q.status = 'PENDING' AND q.job IS NOT NULL
-GROUP BY m.model_id, m.name, x.name, need_gb
-ORDER BY need_gb, m.name
+CROSS JOIN LATERAL (
+    SELECT count(*) AS runs FROM (
+        SELECT FROM run_queue AS q
+        WHERE
+            q.model_id = m.model_id AND q.status = 'PENDING' AND q.job IS NOT NULL
+            AND q.retry_after IS NULL
+        LIMIT $1
+    ) AS ready
+) AS r
+CROSS JOIN LATERAL (
+    SELECT count(*) AS runs FROM (
+        SELECT FROM run_queue AS q
+        WHERE
+            q.model_id = m.model_id AND q.status = 'PENDING' AND q.job IS NOT NULL
+            AND q.retry_after <= statement_timestamp()
+        LIMIT $1
+    ) AS due
+) AS d
+CROSS JOIN LATERAL (
+    SELECT count(*) AS runs, min(later.retry_after) AS next_retry FROM (
+        SELECT q.retry_after FROM run_queue AS q
+        WHERE
+            q.model_id = m.model_id AND q.status = 'PENDING' AND q.job IS NOT NULL
+            AND q.retry_after > statement_timestamp()
+        ORDER BY q.retry_after
+        LIMIT $1
+    ) AS later
+) AS l
+ORDER BY need_gb, m.name, x.name
 
 -- name: beat
 -- Renew the leases of all heartbeats that wait together; the first one of a lease starts the run.

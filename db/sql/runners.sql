@@ -24,14 +24,14 @@ RETURNING runner_id, (xmax = 0) AS created
 -- name: find
 SELECT * FROM runners WHERE runner_id = $1
 
--- name: standing
--- A runner that has registered, beside what the allowlist says of its key.
+-- name: standings
+-- Runners that have registered, by their keys ($1), beside what the allowlist says of each key.
 SELECT
-    r.capabilities, is_paused(r.paused_at, r.paused_until) AS paused, r.pause_reason,
+    k.fingerprint, r.capabilities, is_paused(r.paused_at, r.paused_until) AS paused, r.pause_reason,
     k.capability_caps, k.max_leases
 FROM runner_keys AS k
 INNER JOIN runners AS r ON k.runner_id = r.runner_id
-WHERE k.fingerprint = $1 AND r.capabilities IS NOT NULL
+WHERE k.fingerprint = any($1::text []) AND r.capabilities IS NOT NULL
 
 -- name: is_draining
 SELECT drain_requested_at IS NOT NULL FROM runners WHERE runner_id = $1

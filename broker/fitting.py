@@ -1,0 +1,92 @@
+"""What fits whom: a runner's capabilities against what the queue has, model by model."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Self
+
+import asyncpg
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a runner can run: whole GB of VRAM, and quantizations in a fixed order."""
+
+    vram_gb: int
+    quantizations: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The PENDING runs of one model, counted up to a bound, and what it takes to run them."""
+
+    model_name: str
+    quantization: str
+    need_gb: int
+    claimable: int
+    deferred: int
+    next_retry: datetime | None  # of the first deferred run
+    due_in: timedelta | None  # the same, as it was from the database's clock
+
+    @classmethod
+    def from_row(cls, row: asyncpg.Record) -> Self:
+        """Return the offer of a row of `offers` of run_queue.sql."""
+        return cls(**dict(row.items()))
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return f"{self.model_name} {self.quantization}"
+
+    @property
+    def runs(self) -> int:
+        """How many there are."""
+        return self.claimable + self.deferred
+
+    def fits(self, runner: Capabilities) -> bool:
+        """Return whether the runner can run it: the VRAM rule and the quantization."""
+        return self.need_gb <= runner.vram_gb and self.quantization in runner.quantizations
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a runner gets none of `count` PENDING runs; `nearest` names the one closest to it."""
+
+    code: str
+    count: int
+    detail: str
+    nearest: str | None
+
+
+def due_in(offers: Iterable[Offer], runner: Capabilities | None = None) -> timedelta | None:
+    """Return how long until the first deferred run, that fits `runner` if given, comes due."""
+    waits = (offer.due_in for offer in offers if runner is None or offer.fits(runner))
+    return min((wait for wait in waits if wait is not None), default=None)
+
+
+def reasons(offers: Sequence[Offer], runner: Capabilities) -> list[Reason]:
+    """Sort the PENDING runs by what keeps this runner from them."""
+    found = []
+    if not offers:
+        found.append(Reason("queue_empty", 0, "No run is PENDING.", None))
+    if too_big := [offer for offer in offers if offer.need_gb > runner.vram_gb]:
+        nearest = min(too_big, key=lambda offer: offer.need_gb)
+        detail = f"needs {nearest.need_gb} GB, you offer {runner.vram_gb}"
+        found.append(Reason("vram", count(too_big), detail, nearest.name))
+    small = [offer for offer in offers if offer.need_gb <= runner.vram_gb]
+    if unsupported := [o for o in small if o.quantization not in runner.quantizations]:
+        names = " or ".join(sorted({offer.quantization for offer in unsupported}))
+        detail = f"needs {names}, you offer {', '.join(runner.quantizations)}"
+        found.append(Reason("quantization", count(unsupported), detail, unsupported[0].name))
+    later = [(offer.next_retry, offer) for offer in offers if offer.fits(runner)]
+    if deferred := [(due, offer) for due, offer in later if due is not None]:
+        due, nearest = min(deferred, key=lambda each: each[0])
+        runs = sum(offer.deferred for _, offer in deferred)
+        found.append(Reason("retry_after", runs, f"not before {due:%Y-%m-%dT%H:%M:%SZ}",
+                            nearest.name))  # fmt: skip
+    return found
+
+
+def count(offers: Iterable[Offer]) -> int:
+    """Return how many runs these are."""
+    return sum(offer.runs for offer in offers)

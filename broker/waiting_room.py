@@ -1,0 +1,121 @@
+"""Claims that wait for a run: in memory, in the order they came, without a database connection.
+
+A ring (NOTIFY: something became claimable) brings one look at what the queue has, for all who wait;
+then as many are woken as there are runs for, the longest waiting first, each only for a run that
+fits it. One new run wakes one claim, not a thousand. The room also looks by itself when a deferred
+run comes due, and every few seconds, for what no ring told of.
+"""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from broker.fitting import Capabilities, Offer, due_in
+
+# Runs counted per model for one look; whoever is left waits for the next one.
+LOOK_MAX = 1000
+# After the moment a run comes due: the database's clock and ours drift apart a little meanwhile.
+DUE_GRACE_S = 0.02
+
+log = structlog.get_logger()
+
+
+@dataclass(eq=False, slots=True)
+class Waiter:
+    """A claim that waits."""
+
+    capabilities: Capabilities
+    woken: "asyncio.Future[bool]"
+
+
+class WaitingRoom:
+    """Parks claims; `run()` wakes them."""
+
+    def __init__(self, look: Callable[[int], Awaitable[Sequence[Offer]]], recheck_s: float) -> None:
+        """Look with `look`, which counts each model's runs up to its argument."""
+        self._look = look
+        self._recheck_s = recheck_s
+        self._waiters: dict[int, Waiter] = {}
+        self._due = asyncio.Event()
+        self.rings = 0
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._waiters)
+
+    def ring(self) -> None:
+        """Look soon: something may have become claimable."""
+        self.rings += 1
+        self._due.set()
+
+    async def wait(self, place: int, runner: Capabilities, heard: int, left_s: float) -> bool:
+        """Wait for a run that may fit; return whether there is one, False after `left_s` seconds.
+
+        `place` says who came first. `heard` are the `rings` before the caller last looked for a
+        run itself: one that rang since is not lost.
+        """
+        if self.rings != heard:
+            self._due.set()
+        waiter = Waiter(runner, asyncio.get_running_loop().create_future())
+        self._waiters[place] = waiter
+        try:
+            async with asyncio.timeout(left_s):
+                return await waiter.woken
+        except TimeoutError:
+            return False
+        finally:
+            self._waiters.pop(place, None)
+
+    def empty(self) -> None:
+        """Tell everybody that there is nothing."""
+        for waiter in self._waiters.values():
+            _tell(waiter, False)
+
+    async def run(self) -> None:
+        """Wake who can be given something, for ever."""
+        pause_s = self._pause_s()
+        while True:
+            try:
+                async with asyncio.timeout(pause_s):
+                    await self._due.wait()
+            except TimeoutError:
+                pass
+            self._due.clear()
+            pause_s = self._pause_s()
+            if not self._waiters:
+                continue
+            try:
+                offers = await self._look(min(len(self._waiters), LOOK_MAX))
+            except Exception as error:  # the database is away: the next look goes on
+                log.warning("waiting_room.blind", error=type(error).__name__)
+                continue
+            self._wake(offers)
+            if (due := due_in(offers)) is not None:
+                pause_s = min(pause_s, max(0.0, due.total_seconds()) + DUE_GRACE_S)
+
+    def _pause_s(self) -> float:
+        return self._recheck_s * random.uniform(0.8, 1.2)  # noqa: S311 (jitter)
+
+    def _wake(self, offers: Sequence[Offer]) -> None:
+        """Wake the longest waiting for whom there is a run, as many as there are runs."""
+        left = [offer.claimable for offer in offers]
+        fitting: dict[Capabilities, Iterator[int]] = {}
+        current: dict[Capabilities, int | None] = {}
+        for _, waiter in sorted(self._waiters.items()):
+            runner = waiter.capabilities
+            if runner not in fitting:
+                fitting[runner] = iter([i for i, o in enumerate(offers) if o.fits(runner)])
+                current[runner] = next(fitting[runner], None)
+            while (i := current[runner]) is not None and not left[i]:
+                current[runner] = next(fitting[runner], None)
+            if i is not None:
+                left[i] -= 1
+                _tell(waiter, True)
+
+
+def _tell(waiter: Waiter, there_is_one: bool) -> None:
+    if not waiter.woken.done():
+        waiter.woken.set_result(there_is_one)
