@@ -134,10 +134,10 @@ class Revocations:
         Not MGET: in a Cluster the keys lie on different nodes (CROSSSLOT).
         """
         async with self._client.pipeline(transaction=False) as pipeline:
-            pipeline.get(LOADED)
+            pipeline.execute_command("GET", LOADED)
             for claims in asked:
-                pipeline.get(key_name(claims.fingerprint))
-                pipeline.get(token_name(claims.jti))
+                pipeline.execute_command("GET", key_name(claims.fingerprint))
+                pipeline.execute_command("GET", token_name(claims.jti))
             loaded, *found = await pipeline.execute()
         by_key, by_token = found[::2], found[1::2]
         return loaded is not None, [

@@ -75,12 +75,12 @@ class LeaseKeys:
         try:
             async with self._client.pipeline(transaction=False) as pipeline:
                 for name, milliseconds in changes.items():
+                    # Not .set() and .unlink(): the first looks at twelve options each time, and of
+                    # the second a Cluster's pipeline makes a coroutine, which would never run.
                     if milliseconds is None:
-                        # Not .unlink(): a Cluster's pipeline has a coroutine there, which would
-                        # never run.
                         pipeline.execute_command("UNLINK", name)
                     else:
-                        pipeline.set(name, 1, px=milliseconds)
+                        pipeline.execute_command("SET", name, 1, "PX", milliseconds)
                 await pipeline.execute()
         except Exception as error:  # a Cluster's client raises more than RedisError
             log.warning("lease_keys.lost", keys=len(changes), error=type(error).__name__)
