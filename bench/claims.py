@@ -26,7 +26,7 @@ from auth.keys import RunnerKey
 from config.settings import PREFIX
 from db import migrate, run_queue
 from db.pool import open_pool
-from db.run_queue import Claimant
+from db.run_queue import Capabilities, Claimant
 from sandbox import servers
 from sandbox.runner_identity import Identity, public_key_text
 
@@ -141,9 +141,15 @@ async def statement_ms(pool: asyncpg.Pool) -> float:
             started = time.perf_counter()
             rows = await run_queue.claim(
                 connection,
-                [Claimant(runner["runner_id"], runner["key_fingerprint"], f"key-{number}", "x")],
-                vram_gb=24,
-                quantizations=["q8_0"],
+                [
+                    Claimant(
+                        runner["runner_id"],
+                        runner["key_fingerprint"],
+                        f"key-{number}",
+                        "x",
+                        Capabilities(24, ("q8_0",)),
+                    )
+                ],
                 ttl=timedelta(minutes=5),
                 max_leases=64,
                 max_runtime_s=3600,

@@ -1,10 +1,10 @@
 """Claims: a runner asks for the next run that fits its hardware.
 
-The way of a claim: `claim()` looks; requests that declare the same capabilities and wait together
-are served by one statement (`db/sql/run_queue.sql`, `claim`), which checks the key, gives back the
-lease of a claim that is sent again, holds each runner to its lease limit and hands out the runs in
-the queue's order. Nothing there and time to wait: the request waits in the waiting room, in memory,
-until there is something that fits it.
+The way of a claim: `claim()` looks; requests that wait together are served by one statement
+(`db/sql/run_queue.sql`, `claim`), which checks the keys, gives back the lease of a claim that is
+sent again, holds each runner to its lease limit and hands out the runs in the queue's order.
+Nothing there and time to wait: the request waits in the waiting room, in memory, until there is
+something that fits it.
 """
 
 import asyncio
@@ -55,16 +55,16 @@ class Claims:
         self._settings = settings
         self._keys = keys
         self._telemetry = telemetry
-        self._desks: dict[Capabilities, Coalescer[Claimant, asyncpg.Record]] = {}
+        self._desk: Coalescer[Claimant, asyncpg.Record] = Coalescer(
+            self._serve, undelivered=self._undelivered
+        )
         self._offers: Coalescer[int, list[Offer]] = Coalescer(self._look_around)
         self._places = itertools.count()
         self._releases: set[asyncio.Task[None]] = set()
         self._draining = False
         self.room = WaitingRoom(self._offers.ask, settings.claim_recheck_s)
 
-    async def claim(
-        self, claimant: Claimant, capabilities: Capabilities, wait_s: float
-    ) -> asyncpg.Record | None:
+    async def claim(self, claimant: Claimant, wait_s: float) -> asyncpg.Record | None:
         """Return the run for `claimant`, as `claim` of run_queue.sql has it, or None.
 
         Waits up to `wait_s` seconds for one. Raises KeyNotAllowed, KeyRevoked, RunnerPaused,
@@ -73,16 +73,14 @@ class Claims:
         """
         outcomes = self._telemetry.claims
         with failures_counted(outcomes):
-            row = await self._claim(claimant, capabilities, wait_s)
+            row = await self._claim(claimant, wait_s)
         if row is None:
             outcomes.labels("empty").inc()
         else:
             outcomes.labels("granted" if row["granted_at"] else "given_again").inc()
         return row
 
-    async def _claim(
-        self, claimant: Claimant, capabilities: Capabilities, wait_s: float
-    ) -> asyncpg.Record | None:
+    async def _claim(self, claimant: Claimant, wait_s: float) -> asyncpg.Record | None:
         if self._draining:
             raise Draining
         loop = asyncio.get_running_loop()
@@ -90,7 +88,7 @@ class Claims:
         while True:
             heard = self.room.rings  # before the look: what rings meanwhile is not lost
             try:
-                row = await self._look(claimant, capabilities)
+                row = await self._desk.ask(claimant)
                 await self._refuse(claimant, row)
             except BaseException:
                 if woken:
@@ -102,7 +100,7 @@ class Claims:
             # A draining runner gets nothing: in the room it would be woken before all others.
             if left_s <= 0 or row["draining"] or self._draining:
                 return None
-            woken = await self.room.wait(place, capabilities, heard, left_s)
+            woken = await self.room.wait(place, claimant.capabilities, heard, left_s)
 
     async def retry_after_s(self, capabilities: Capabilities) -> int:
         """Return the seconds until a deferred run that fits comes due; 30 when there is none."""
@@ -145,28 +143,12 @@ class Claims:
         """Wait for the releases of undelivered claims."""
         await asyncio.gather(*self._releases)
 
-    async def _look(self, claimant: Claimant, capabilities: Capabilities) -> asyncpg.Record:
-        desk = self._desks.get(capabilities)
-        if desk is None:
-
-            async def serve(claimants: Sequence[Claimant]) -> list[asyncpg.Record]:
-                return await self._serve(capabilities, claimants)
-
-            desk = self._desks[capabilities] = Coalescer(serve, undelivered=self._undelivered)
-        try:
-            return await desk.ask(claimant)
-        finally:
-            if desk.idle and self._desks.get(capabilities) is desk:
-                del self._desks[capabilities]
-
     async def _look_around(self, bounds: Sequence[int]) -> list[list[Offer]]:
         """One look at what the queue has, for all who ask together, by the largest bound."""
         rows = await run_queue.offers(self._pool, max(bounds))
         return [[Offer.from_row(row) for row in rows]] * len(bounds)
 
-    async def _serve(
-        self, capabilities: Capabilities, claimants: Sequence[Claimant]
-    ) -> list[asyncpg.Record]:
+    async def _serve(self, claimants: Sequence[Claimant]) -> list[asyncpg.Record]:
         """Serve those that wait together: one statement, or more if one runner asks twice.
 
         One statement never holds two requests of a runner: both would be given the same lease slot.
@@ -176,13 +158,11 @@ class Claims:
         while waiting:
             firsts = {c.runner_id: i for i, c in reversed(waiting.items())}
             turn = {i: waiting.pop(i) for i in sorted(firsts.values())}
-            rows = await self._claim_runs(capabilities, list(turn.values()))
+            rows = await self._claim_runs(list(turn.values()))
             answers.update(zip(turn, rows, strict=True))
         return [answers[i] for i in range(len(claimants))]
 
-    async def _claim_runs(
-        self, capabilities: Capabilities, claimants: list[Claimant]
-    ) -> list[asyncpg.Record]:
+    async def _claim_runs(self, claimants: list[Claimant]) -> list[asyncpg.Record]:
         rows: dict[int, asyncpg.Record] = {}
         waiting = dict(enumerate(claimants))
         for _ in range(RACES_MAX):
@@ -192,8 +172,6 @@ class Claims:
                     found = await run_queue.claim(
                         self._pool,
                         list(waiting.values()),
-                        vram_gb=capabilities.vram_gb,
-                        quantizations=capabilities.quantizations,
                         ttl=timedelta(seconds=self._settings.lease_ttl_s),
                         max_leases=self._settings.max_leases,
                         max_runtime_s=self._settings.max_runtime_s,

@@ -7,13 +7,7 @@ from typing import Self
 
 import asyncpg
 
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """What a runner can run: whole GB of VRAM, and quantizations in a fixed order."""
-
-    vram_gb: int
-    quantizations: tuple[str, ...]
+from db.run_queue import Capabilities
 
 
 @dataclass(frozen=True, slots=True)

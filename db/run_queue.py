@@ -17,13 +17,22 @@ CHANNEL = "bakeoff_queue"
 
 
 @dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a runner can run: whole GB of VRAM, and quantizations in a fixed order."""
+
+    vram_gb: int
+    quantizations: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Claimant:
-    """One request of a claim statement: who asks, and under which Idempotency-Key."""
+    """One request of a claim statement: who asks, for what, and under which Idempotency-Key."""
 
     runner_id: str
     fingerprint: str
     claim_key: str
     claim_digest: str
+    capabilities: Capabilities
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +75,6 @@ async def claim(
     pool: Executor,
     claimants: Sequence[Claimant],
     *,
-    vram_gb: int,
-    quantizations: Sequence[str],
     ttl: timedelta,
     max_leases: int,
     max_runtime_s: int,
@@ -76,14 +83,18 @@ async def claim(
 
     Raises asyncpg.UniqueViolationError when two claims of one runner raced: claim again.
     """
+    kinds: dict[Capabilities, int] = {}
+    for claimant in claimants:
+        kinds.setdefault(claimant.capabilities, len(kinds) + 1)
     return await pool.fetch(
         SQL["claim"],
-        vram_gb,
-        list(quantizations),
+        [kind.vram_gb for kind in kinds],
+        [",".join(kind.quantizations) for kind in kinds],
         [c.runner_id for c in claimants],
         [c.fingerprint for c in claimants],
         [c.claim_key for c in claimants],
         [c.claim_digest for c in claimants],
+        [kinds[c.capabilities] for c in claimants],
         ttl,
         max_leases,
         max_runtime_s,

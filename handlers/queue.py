@@ -35,9 +35,9 @@ class ClaimHandler(RunnerHandler):
         settings, runner = self.services.settings, self.runner
         offer = await self.services.registry.capabilities(runner, body.get("capabilities"))
         digest = hashlib.sha256(self._body).hexdigest()
-        claimant = Claimant(runner.runner_id, runner.fingerprint, key, digest)
+        claimant = Claimant(runner.runner_id, runner.fingerprint, key, digest, offer)
         wait_s = min(body.get("wait_s", 0), settings.claim_wait_max_s)
-        self._claiming = asyncio.create_task(self.services.claims.claim(claimant, offer, wait_s))
+        self._claiming = asyncio.create_task(self.services.claims.claim(claimant, wait_s))
         try:
             row = await self._claiming
         except asyncio.CancelledError:

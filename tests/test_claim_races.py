@@ -13,13 +13,12 @@ import pytest
 from structlog.testing import capture_logs
 
 from broker import wakeup
-from broker.fitting import Capabilities
 from broker.waiting_room import WaitingRoom
 from config.settings import Settings
 from db import run_queue, runner_keys
-from db.run_queue import Claimant, LeaseGuard
+from db.run_queue import Capabilities, Claimant, LeaseGuard
 from sandbox.sigstore_instance import ThrowawaySigstore
-from tests.fleet import code_of, open_fleet, run_of
+from tests.fleet import code_of, model_of, open_fleet, run_of
 
 MakeSettings = Callable[..., Settings]
 # A parked claim looks again after this: never, so that only the bell can wake it.
@@ -133,6 +132,33 @@ async def test_twenty_runners_of_two_processes_share_ten_runs_one_each(
         assert len(given) == 10
         assert await fleet.pool.fetchval("SELECT count(*) FROM attempts") == 10
         assert await fleet.pool.fetchval("SELECT max(lease_seq) FROM run_queue") == 1
+
+
+@pytest.mark.gen_test
+async def test_runners_of_many_kinds_are_served_together_and_no_run_goes_to_two(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    """One statement: each kind takes what fits it of what those before it have left."""
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        big = await fleet.enqueue(model=model_of(20), priority=300)
+        small = [await fleet.enqueue() for _ in range(3)]
+        other = await fleet.enqueue(model=model_of(1, "q4_k_m"), priority=1)
+        asked = {"a": (24, "q8_0"), "b": (24, "q8_0"), "c": (80, "q8_0", "fp16"),
+                 "d": (80, "fp16"), "e": (8, "q8_0", "q4_k_m"), "f": (8, "q4_k_m")}  # fmt: skip
+        runners = {name: await fleet.sign_on(f"runner-{name}") for name in asked}
+        claimants = [
+            Claimant(f"runner-{name}", runners[name].fingerprint, name, "d",
+                     Capabilities(vram_gb, tuple(quantizations)))
+            for name, (vram_gb, *quantizations) in asked.items()
+        ]  # fmt: skip
+        rows = await run_queue.claim(
+            fleet.pool, claimants, ttl=timedelta(seconds=300), max_leases=1, max_runtime_s=900
+        )
+        given = dict(
+            zip(asked, (row["run_id"] and str(row["run_id"]) for row in rows), strict=True)
+        )
+    assert given == {"a": small[0], "b": small[1], "c": small[2], "d": big, "e": other, "f": None}
+    assert not any(row["contended"] for row in rows)
 
 
 @pytest.mark.gen_test
@@ -277,7 +303,7 @@ async def test_an_undo_leaves_a_lease_that_another_answer_has_delivered(
 
         async def claim(key: str) -> asyncpg.Record:
             row = await claims.claim(
-                Claimant(runner.runner_id, runner.fingerprint, key, digest), offer, 0
+                Claimant(runner.runner_id, runner.fingerprint, key, digest, offer), 0
             )
             assert row is not None
             return row
@@ -396,9 +422,7 @@ async def test_a_revocation_waits_for_a_claim_in_flight_and_ends_its_lease(
         async with fleet.transaction() as connection:
             (claimed,) = await run_queue.claim(
                 connection,
-                [run_queue.Claimant("runner-a", runner.fingerprint, "k", "d")],
-                vram_gb=24,
-                quantizations=["q8_0"],
+                [Claimant("runner-a", runner.fingerprint, "k", "d", Capabilities(24, ("q8_0",)))],
                 ttl=timedelta(seconds=300),
                 max_leases=1,
                 max_runtime_s=86_400,

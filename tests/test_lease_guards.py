@@ -18,13 +18,14 @@ import pytest
 
 from config.settings import Settings
 from db import run_queue
-from db.run_queue import Beat, Claimant, LeaseGuard
+from db.run_queue import Beat, Capabilities, Claimant, LeaseGuard
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, code_of, open_fleet, quiet_sweep
 
 MakeSettings = Callable[..., Settings]
 Verb = Callable[[Any, LeaseGuard], Awaitable[Any]]
 TTL = timedelta(seconds=300)
+OFFER = Capabilities(24, ("q8_0",))
 
 
 async def beat(connection: Any, guard: LeaseGuard) -> list[asyncpg.Record]:
@@ -182,9 +183,9 @@ async def end(fleet: Fleet, guard: LeaseGuard, how: str) -> None:
 async def claimed_again(fleet: Fleet, guard: LeaseGuard) -> LeaseGuard:
     """Claim the run once more for the same runner; return the new lease's guard."""
     await fleet.pool.execute("UPDATE run_queue SET retry_after = NULL")
-    claimant = Claimant(guard.runner_id, guard.fingerprint, str(uuid.uuid4()), "digest")
+    claimant = Claimant(guard.runner_id, guard.fingerprint, str(uuid.uuid4()), "digest", OFFER)
     (row,) = await run_queue.claim(
-        fleet.pool, [claimant], vram_gb=24, quantizations=["q8_0"], ttl=TTL,
+        fleet.pool, [claimant], ttl=TTL,
         max_leases=1, max_runtime_s=86_400,
     )  # fmt: skip
     return replace(guard, lease_id=row["lease_id"])
@@ -201,8 +202,8 @@ async def test_a_run_that_was_claimed_while_this_claim_waited_is_not_claimed_aga
         async with fleet.transaction() as connection:
             await connection.execute("UPDATE runner_keys SET description = 'locked'")
             (row,) = await run_queue.claim(
-                connection, [Claimant("runner-a", first.fingerprint, "k", "d")], vram_gb=24,
-                quantizations=["q8_0"], ttl=TTL, max_leases=1, max_runtime_s=86_400,
+                connection, [Claimant("runner-a", first.fingerprint, "k", "d", OFFER)],
+                ttl=TTL, max_leases=1, max_runtime_s=86_400,
             )  # fmt: skip
             waiting = asyncio.create_task(second.claim())
             await fleet.until_blocked()
@@ -248,9 +249,7 @@ async def test_two_claims_of_one_key_cannot_both_be_committed(
         async with fleet.transaction() as beside:
             (row,) = await run_queue.claim(
                 beside,
-                [Claimant(runner.runner_id, runner.fingerprint, "k", digest)],
-                vram_gb=24,
-                quantizations=["q8_0"],
+                [Claimant(runner.runner_id, runner.fingerprint, "k", digest, OFFER)],
                 ttl=TTL,
                 max_leases=1,
                 max_runtime_s=86_400,

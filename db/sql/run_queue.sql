@@ -1,11 +1,11 @@
 -- name: claim
--- Hand runs to a group of requests that declare the same capabilities ($1 VRAM in GB,
--- $2 quantizations), one run each, in one statement. Returns a row per request, in order, whether
--- it got a run or not. Round trips: one, for all that wait together.
-WITH requests AS (
+-- Hand runs to all requests that wait together, one run each, in one statement: requests of equal
+-- capabilities are a kind ($1 VRAM in GB, $2 quantizations, a comma between them), and each request
+-- names its kind ($7, from 1). Returns a row per request, in order, whether it got a run or not.
+WITH RECURSIVE requests AS (
     SELECT *
-    FROM unnest($3::text [], $4::text [], $5::text [], $6::text [])
-        WITH ORDINALITY AS r (runner_id, fingerprint, claim_key, claim_digest, place)
+    FROM unnest($3::text [], $4::text [], $5::text [], $6::text [], $7::int [])
+        WITH ORDINALITY AS r (runner_id, fingerprint, claim_key, claim_digest, kind, place)
 ),
 
 -- The key rows are locked so that no claim slips past a revocation that commits at the same time:
@@ -13,7 +13,7 @@ WITH requests AS (
 -- version. Without the lock this statement's snapshot would still show the key as good, and the
 -- revocation would not see the lease.
 admitted AS MATERIALIZED (
-    SELECT fingerprint, coalesce(max_leases, $8) AS max_leases
+    SELECT fingerprint, coalesce(max_leases, $9) AS max_leases
     FROM runner_keys
     WHERE
         fingerprint = any($4) AND revoked_at IS NULL
@@ -33,7 +33,7 @@ replayed AS (
 -- A runner's lowest free lease slot. Two claims of one runner in two processes may see the same
 -- free slot; the unique index lets one of them through and the other looks again.
 entitled AS MATERIALIZED (
-    SELECT r.*, s.slot, row_number() OVER (ORDER BY r.place) AS turn
+    SELECT r.*, s.slot, row_number() OVER (PARTITION BY r.kind ORDER BY r.place) AS turn
     FROM requests AS r
     INNER JOIN admitted AS a ON r.fingerprint = a.fingerprint
     INNER JOIN runners AS u
@@ -51,70 +51,90 @@ entitled AS MATERIALIZED (
     WHERE r.place NOT IN (SELECT place FROM replayed)
 ),
 
-fitting AS (
-    SELECT m.model_id
+-- The kinds that are entitled to something, the one that came first first.
+kinds AS MATERIALIZED (
+    SELECT
+        e.kind, k.vram_gb, string_to_array(k.quantizations, ',') AS quantizations,
+        count(*) AS asked, row_number() OVER (ORDER BY min(e.place)) AS step
+    FROM entitled AS e
+    INNER JOIN unnest($1::int [], $2::text []) WITH ORDINALITY AS k (vram_gb, quantizations, kind)
+        ON e.kind = k.kind
+    GROUP BY e.kind, k.vram_gb, k.quantizations
+),
+
+queues AS MATERIALIZED (
+    SELECT
+        m.model_id, x.name AS quantization,
+        vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) AS need_gb
     FROM waiting_models() AS w
     INNER JOIN models AS m ON w.model_id = m.model_id
     INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
-    WHERE
-        x.name = any($2)
-        AND vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) <= $1
+    WHERE EXISTS (SELECT FROM kinds)
 ),
 
--- More than is asked for: rows that another process locks at this moment are passed over below.
-wanted AS MATERIALIZED (SELECT 2 * count(*) + 16 AS rows FROM entitled),
-
--- The head of each fitting model's queue, and what has come due of its deferred runs. The time is
--- the statement's: one that moves on (clock_timestamp) could not be looked up in an index.
-heads AS MATERIALIZED (
-    SELECT h.*
-    FROM fitting AS f
+-- One kind after the other, each from what those before it have left.
+rounds (step, kind, found, chosen, taken) AS (
+    SELECT 0::bigint, NULL::int, 0, '{}'::uuid [], '{}'::uuid []
+    UNION ALL
+    SELECT k.step, k.kind, cardinality(h.heads), c.chosen, r.taken || c.chosen
+    FROM rounds AS r
+    INNER JOIN kinds AS k ON k.step = r.step + 1
+    -- The head of each fitting model's queue, and what has come due of its deferred runs; more than
+    -- is asked for, as rows that another process locks at this moment are passed over below. The
+    -- time is the statement's: one that moves on (clock_timestamp) has no place in an index.
     CROSS JOIN LATERAL (
-        (
-            SELECT q.queue_id, q.priority, q.created_at
-            FROM run_queue AS q
-            WHERE
-                q.model_id = f.model_id AND q.status = 'PENDING' AND q.job IS NOT NULL
-                AND q.retry_after IS NULL
-            ORDER BY q.priority, q.created_at, q.queue_id
-            LIMIT (SELECT rows FROM wanted)
-        )
-        UNION ALL
-        (
-            SELECT q.queue_id, q.priority, q.created_at
-            FROM run_queue AS q
-            WHERE
-                q.model_id = f.model_id AND q.status = 'PENDING' AND q.job IS NOT NULL
-                AND q.retry_after <= statement_timestamp()
-            ORDER BY q.retry_after
-            LIMIT (SELECT rows FROM wanted)
-        )
+        SELECT ARRAY(
+            SELECT h.queue_id
+            FROM queues AS f
+            CROSS JOIN LATERAL (
+                (
+                    SELECT q.queue_id, q.priority, q.created_at
+                    FROM run_queue AS q
+                    WHERE
+                        q.model_id = f.model_id AND q.status = 'PENDING' AND q.job IS NOT NULL
+                        AND q.retry_after IS NULL AND q.queue_id <> all(r.taken)
+                    ORDER BY q.priority, q.created_at, q.queue_id
+                    LIMIT 2 * k.asked + 16
+                )
+                UNION ALL
+                (
+                    SELECT q.queue_id, q.priority, q.created_at
+                    FROM run_queue AS q
+                    WHERE
+                        q.model_id = f.model_id AND q.status = 'PENDING' AND q.job IS NOT NULL
+                        AND q.retry_after <= statement_timestamp() AND q.queue_id <> all(r.taken)
+                    ORDER BY q.retry_after
+                    LIMIT 2 * k.asked + 16
+                )
+            ) AS h
+            WHERE f.need_gb <= k.vram_gb AND f.quantization = any(k.quantizations)
+            ORDER BY h.priority, h.created_at, h.queue_id
+            LIMIT 2 * k.asked + 16
+        ) AS heads
+        OFFSET 0 -- looked up once, and not at each place that names it
     ) AS h
-    WHERE EXISTS (SELECT FROM entitled)
-    ORDER BY h.priority, h.created_at, h.queue_id
-    LIMIT (SELECT rows FROM wanted)
-),
-
--- The candidates are a CTE of their own, materialized, with the LIMIT inside it: as a subquery of
--- the UPDATE (WHERE queue_id IN (SELECT ... LIMIT n FOR UPDATE SKIP LOCKED)) the planner may run it
--- more than once and update more than n rows.
-candidates AS MATERIALIZED (
-    SELECT q.queue_id, h.priority, h.created_at
-    FROM heads AS h
-    INNER JOIN run_queue AS q ON h.queue_id = q.queue_id
-    WHERE q.status = 'PENDING'
-    ORDER BY h.priority, h.created_at, h.queue_id
-    LIMIT (SELECT count(*) FROM entitled)
-    FOR UPDATE OF q SKIP LOCKED
+    -- Locked with the LIMIT inside, before anything is updated: as a subquery of the UPDATE
+    -- (WHERE queue_id IN (SELECT ... LIMIT n FOR UPDATE SKIP LOCKED)) the planner may run it more
+    -- than once and update more than n rows.
+    CROSS JOIN LATERAL (
+        SELECT ARRAY(
+            SELECT q.queue_id
+            FROM unnest(h.heads) WITH ORDINALITY AS i (queue_id, place)
+            INNER JOIN run_queue AS q ON i.queue_id = q.queue_id
+            WHERE q.status = 'PENDING'
+            ORDER BY i.place
+            LIMIT k.asked
+            FOR UPDATE OF q SKIP LOCKED
+        ) AS chosen
+        OFFSET 0
+    ) AS c
 ),
 
 assigned AS (
     SELECT e.*, c.queue_id
-    FROM entitled AS e
-    INNER JOIN (
-        SELECT queue_id, row_number() OVER (ORDER BY priority, created_at, queue_id) AS turn
-        FROM candidates
-    ) AS c ON e.turn = c.turn
+    FROM rounds AS r
+    CROSS JOIN LATERAL unnest(r.chosen) WITH ORDINALITY AS c (queue_id, turn)
+    INNER JOIN entitled AS e ON r.kind = e.kind AND c.turn = e.turn
 ),
 
 taken AS (
@@ -127,7 +147,7 @@ taken AS (
         lease_id = gen_random_uuid(),
         lease_key = a.fingerprint,
         lease_expires_at = clock_timestamp()
-            + least($7::interval, coalesce(q.max_runtime_s, $9) * interval '1 second'),
+            + least($8::interval, coalesce(q.max_runtime_s, $10) * interval '1 second'),
         lease_slot = a.slot,
         last_heartbeat = NULL,
         progress = NULL,
@@ -170,8 +190,10 @@ SELECT
     e.place IS NOT NULL AS entitled,
     -- Fewer than were there and asked for: others held the rows, or just ended a lease that was to
     -- be given again, so look again.
-    (SELECT count(*) FROM candidates)
-    < least((SELECT count(*) FROM entitled), (SELECT count(*) FROM heads))
+    EXISTS (
+        SELECT FROM rounds AS c INNER JOIN kinds AS k ON c.kind = k.kind
+        WHERE cardinality(c.chosen) < least(k.asked, c.found)
+    )
     OR (SELECT count(*) FROM given_again) < (SELECT count(*) FROM replayed) AS contended,
     g.queue_id, g.run_id, g.lease_seq, g.lease_id, g.lease_expires_at, g.claim_digest,
     g.job::text AS job, -- as text: it is handed on, and nobody here reads it
@@ -179,7 +201,7 @@ SELECT
     g.claimed_by AS holder, g.lease_key AS holder_key,
     g.lease_expires_at - clock_timestamp() AS remaining,
     g.config_hash,
-    coalesce(g.max_runtime_s, $9) AS max_runtime_s,
+    coalesce(g.max_runtime_s, $10) AS max_runtime_s,
     m.model_id, m.name AS model_name, x.name AS quantization, m.parameter_count_b,
     coalesce(m.active_parameter_count_b, m.parameter_count_b) AS active_parameter_count_b,
     c.name AS architecture, f.name AS file_format, m.model_hash,
