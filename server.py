@@ -33,12 +33,14 @@ from broker.heartbeats import Heartbeats
 from broker.in_flight import InFlight
 from broker.lease_keys import LeaseKeys
 from broker.liveness import Liveness
+from broker.moderation import Moderation
 from broker.queue_tally import QueueTally
 from broker.queue_view import QueueView
 from broker.receipts import Receipts
 from broker.redis_topology import RedisUrlRefused, Topology, open_topology
 from broker.registry import Registry
 from broker.reload import ReadSettings, Reload
+from broker.results import Results
 from broker.runner_care import RunnerCare
 from broker.services import Services
 from broker.submissions import Submissions
@@ -49,7 +51,16 @@ from config.logging import configure_logging
 from config.settings import PREFIX, Settings, SettingsRefused, load_settings
 from db.migrate import newest_version
 from db.pool import DatabaseUnready, check_migrated, describe, open_pool
-from handlers import admin, admin_runners, health, public, queue, runners, submit
+from handlers import (
+    admin,
+    admin_results,
+    admin_runners,
+    health,
+    public,
+    queue,
+    runners,
+    submit,
+)
 from handlers.base import NoSuchPath, log_request
 
 # More than the largest bundle: the caps are the handlers' own, with answers that say so.
@@ -133,6 +144,8 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
             allowlist=Allowlist(pool, settings, revocations, keys),
             enqueue=Enqueue(pool, settings),
             queue=QueueView(pool),
+            results=Results(pool),
+            moderation=Moderation(pool),
             in_flight=in_flight,
             liveness=liveness,
             runner_care=RunnerCare(pool, settings),
@@ -148,7 +161,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
 
 def make_app(services: Services) -> Application:
     """Return the application: every address of every module."""
-    modules = (runners, queue, submit, admin, admin_runners, health, public)
+    modules = (runners, queue, submit, admin, admin_runners, admin_results, health, public)
     return Application(
         [route for module in modules for route in module.routes(services)],
         default_handler_class=NoSuchPath,

@@ -1,10 +1,7 @@
 """The queue as admins and runners see it, and the cancel of a run."""
 
-import base64
-import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -13,13 +10,13 @@ import asyncpg
 from auth.tokens import RunnerClaims
 from broker.credentials import Admin
 from broker.diagnosis import FINISHED
-from broker.errors import Conflict, InvalidRequest, NotFound, RunFinished, Violation
+from broker.errors import Conflict, NotFound, RunFinished
+from broker.moderation import told_state
+from broker.paging import bad_query, check_limit, read_cursor, write_cursor
 from db import admin, attempts, run_queue, submissions
 from db.pool import retries
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 STATUSES = ("PENDING", "CLAIMED", "IN_PROGRESS", "COMPLETE", "FAILED", "CANCELLED")
-PAGE_MAX = 1000
 # What a run's page shows of its row; lease_id stays inside, and the job has a place of its own.
 _ROW = (
     "run_id", "queue_id", "status", "priority", "attempt_count", "max_attempts", "claimed_by",
@@ -52,15 +49,14 @@ class QueueView:
     async def page(self, status: str | None, cursor: str | None, limit: int) -> Page:
         """Return `limit` runs after `cursor`, oldest first. Raises InvalidRequest."""
         if status is not None and status not in STATUSES:
-            raise _bad("/status", f"must be one of {', '.join(STATUSES)}")
-        if not 1 <= limit <= PAGE_MAX:
-            raise _bad("/limit", f"must be between 1 and {PAGE_MAX}")
-        after = _read_cursor(cursor) if cursor else None
+            raise bad_query("/status", f"must be one of {', '.join(STATUSES)}")
+        check_limit(limit)
+        after = read_cursor(cursor) if cursor else None
         rows = await run_queue.list_page(self._pool, status=status, after=after, limit=limit + 1)
         shown, more = rows[:limit], len(rows) > limit
         return Page(
             [{**_pick(row, _LISTED), "model": row["model_name"]} for row in shown],
-            _write_cursor(shown[-1]) if more else None,
+            write_cursor(shown[-1]["created_at"], shown[-1]["run_id"]) if more else None,
         )
 
     async def run(self, run_id: UUID) -> dict[str, Any]:
@@ -73,6 +69,7 @@ class QueueView:
             "job": row["job"],
             "attempts": ledger(await attempts.of_run(self._pool, run_id)),
             "receipt": submission["receipt"] if submission else None,
+            "result": told_state(submission) if submission else None,
         }
 
     async def own_run(self, claims: RunnerClaims, run_id: UUID) -> dict[str, Any]:
@@ -102,6 +99,7 @@ class QueueView:
             "lease": lease if holds else None,
             "attempts": ledger(mine),
             "receipt": submission["receipt"] if submission and own else None,
+            "result": told_state(submission) if submission and own else None,
         }
 
     @retries
@@ -167,24 +165,3 @@ def _pick(row: asyncpg.Record, names: Sequence[str]) -> dict[str, Any]:
 
 def _without(row: asyncpg.Record, name: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != name}
-
-
-def _write_cursor(row: asyncpg.Record) -> str:
-    # Whole numbers only: a microsecond early, and the next page would begin with this one's rows.
-    microseconds = (row["created_at"] - _EPOCH) // timedelta(microseconds=1)
-    return base64.urlsafe_b64encode(f"{microseconds}:{row['run_id']}".encode()).decode()
-
-
-def _read_cursor(cursor: str) -> tuple[datetime, UUID]:
-    try:
-        text = base64.b64decode(cursor.encode("ascii"), altchars=b"-_", validate=True).decode()
-        microseconds, _, run_id = text.partition(":")
-        return _EPOCH + timedelta(microseconds=int(microseconds)), UUID(run_id)
-    except (ValueError, OverflowError, binascii.Error):
-        raise _bad(
-            "/cursor", "is not a cursor this queue gave: start from the first page"
-        ) from None
-
-
-def _bad(at: str, detail: str) -> InvalidRequest:
-    return InvalidRequest(f"{at.strip('/')} {detail}.", (Violation(at, detail),))

@@ -11,11 +11,13 @@ from broker.health import Health
 from broker.heartbeats import Heartbeats
 from broker.in_flight import InFlight
 from broker.liveness import Liveness
+from broker.moderation import Moderation
 from broker.queue_tally import QueueTally
 from broker.queue_view import QueueView
 from broker.receipts import Receipts
 from broker.registry import Registry
 from broker.reload import Reload
+from broker.results import Results
 from broker.runner_care import RunnerCare
 from broker.submissions import Submissions
 from broker.telemetry import Telemetry
@@ -36,6 +38,8 @@ class Services:
     allowlist: Allowlist
     enqueue: Enqueue
     queue: QueueView
+    results: Results
+    moderation: Moderation
     health: Health
     in_flight: InFlight
     liveness: Liveness

@@ -22,6 +22,7 @@ TOKEN_VARIABLE = "BAKEOFF_QUEUE_TOKEN"  # noqa: S105 - the variable's name, not 
 TIMEOUT = httpx.Timeout(60, connect=5)  # s; a full batch of 1000 runs is one long transaction
 RETRY_PAUSES_S = (0.5, 1.0)
 PAGE = 100
+BYTES = "application/octet-stream"
 
 Url = Annotated[
     str, typer.Option("--url", envvar=URL_VARIABLE, help="Address of the service.", metavar="URL")
@@ -121,6 +122,15 @@ class AdminClient:
             if not cursor:
                 return
 
+    def download(self, path: str) -> bytes:
+        """Return the bytes at `path` as they are."""
+        request = self._request("GET", path)
+        response = self._answer(request)
+        if response.is_success and response.headers.get("Content-Type") == BYTES:
+            return response.content
+        _read(response)
+        raise _not_ours(response)
+
     def post(self, path: str, body: Mapping[str, Any]) -> Answer:
         """Send a change once. A lost answer is not retried: it may have been carried out."""
         return self._send(self._request("POST", path, body=body))
@@ -160,8 +170,11 @@ class AdminClient:
                 return _read(self.http.send(request))
             except httpx.RequestError:
                 time.sleep(pause_s)
+        return _read(self._answer(request))
+
+    def _answer(self, request: httpx.Request) -> httpx.Response:
         try:
-            return _read(self.http.send(request))
+            return self.http.send(request)
         except httpx.RequestError as error:
             raise CommandFailed(
                 f"{self.http.base_url} cannot be reached ({error or type(error).__name__}):"

@@ -107,7 +107,7 @@ def rm(
 ) -> None:
     """Revoke a key: its runner's leases end at once and their runs are free for others."""
     with connect(url, token) as admin:
-        key = _find(admin, fingerprint)
+        key = find_key(admin, fingerprint)
         if not yes:
             raise _preview(key, _held(admin, str(key.get("runner_id"))))
         answer = admin.delete(f"{KEYS}/{key['fingerprint']}", {"reason": reason})
@@ -146,7 +146,8 @@ def _state(key: dict[str, Any]) -> str:
     return f"until {key['not_after']}" if key.get("not_after") else "admitted"
 
 
-def _find(admin: AdminClient, fingerprint: str) -> dict[str, Any]:
+def find_key(admin: AdminClient, fingerprint: str) -> dict[str, Any]:
+    """Return the key of the allowlist whose fingerprint begins so. Raises CommandFailed."""
     if not re.fullmatch(f"[0-9a-f]{{{MIN_PREFIX},64}}", fingerprint):
         raise usage_error(
             f"FINGERPRINT: {MIN_PREFIX} to 64 digits of 0-9a-f; `bakeoff-queue keys ls` shows them"

@@ -12,7 +12,7 @@ from importlib.metadata import version as installed_version
 import typer
 from typer.main import get_command
 
-from cli import config, db, demo, dev, keys, queue, receipts, runners, serve, tokens
+from cli import config, db, demo, dev, keys, queue, receipts, results, runners, serve, tokens
 from cli.output import CommandFailed, ExitCode, note, print_failure
 
 PROGRAM = "bakeoff-queue"
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.add_typer(keys.app, name="keys")
 app.add_typer(queue.app, name="queue")
 app.add_typer(runners.app, name="runners")
+app.add_typer(results.app, name="results")
 app.add_typer(receipts.app, name="receipts")
 app.add_typer(tokens.app, name="tokens")
 app.add_typer(db.app, name="db")

@@ -7,16 +7,18 @@ moves the operator's cursor.
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import IntEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+Item = TypeVar("Item")
 MAX_DETAILS = 20  # lines under an error; more would push the error itself off the screen
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -64,6 +66,12 @@ def moment(option: str, text: str) -> str:
     if at is None or at.tzinfo is None:
         raise usage_error(f"{option} {text}: not a moment like 2027-12-31T00:00:00Z")
     return at.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def tracked(items: Sequence[Item], what: str) -> Iterator[Item]:
+    """Yield the items one by one; show on a terminal's stderr how far it is."""
+    console = Console(stderr=True)
+    yield from track(items, what, console=console, transient=True, disable=not console.is_terminal)
 
 
 def print_failure(failure: CommandFailed) -> None:

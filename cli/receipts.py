@@ -36,10 +36,10 @@ def verify(
     from auth.errors import AuthError
     from auth.receipts import verify_receipt
 
-    document = _read(file)
-    published = _read(keys) if keys else _fetch(url)
+    document = read_object(file)
+    published = read_object(keys) if keys else _fetch(url)
     try:
-        signed = verify_receipt(document.get("receipt") or document, _public_keys(published))
+        signed = verify_receipt(document.get("receipt") or document, public_keys(published))
     except AuthError as error:
         raise CommandFailed(f"{file} proves nothing: {error}") from None
     if signed.get("public_url") != published.get("public_url"):
@@ -55,7 +55,13 @@ def _fetch(url: str) -> dict[str, Any]:
         return api.get(WELL_KNOWN)
 
 
-def _public_keys(published: Mapping[str, Any]) -> dict[str, str]:
+def _fetch(url: str) -> dict[str, Any]:
+    with connect_openly(url) as api:
+        return api.get(WELL_KNOWN)
+
+
+def public_keys(published: Mapping[str, Any]) -> dict[str, str]:
+    """Return the keys that a well-known document lists, by kid. Raises CommandFailed."""
     try:
         return {str(key["kid"]): str(key["public_key"]) for key in published["keys"]}
     except (LookupError, TypeError):
@@ -69,7 +75,8 @@ def _digest(path: Path) -> str:
         raise usage_error(f"cannot read {path}: {error.strerror}") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file. Raises CommandFailed (exit 2)."""
     try:
         document = json.loads(path.read_bytes())
     except OSError as error:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
+import asyncpg
+
 from db.pool import Executor
 from db.queries import load
 
@@ -77,3 +79,18 @@ async def add_hardware_metrics(connection: Executor, run_id: UUID, of: HardwareM
         of.power_limit_w,
         of.measured_tflops,
     )
+
+
+async def model_metrics_of(pool: Executor, run_id: UUID) -> list[asyncpg.Record]:
+    """Return the cells of a run as they are stored, with the digest of each one's texts."""
+    return await pool.fetch(SQL["model_metrics_of"], run_id)
+
+
+async def hardware_metrics_of(pool: Executor, run_id: UUID) -> asyncpg.Record | None:
+    """Return a run's hardware row with what it points to, by the names of `HardwareMetrics`."""
+    return await pool.fetchrow(SQL["hardware_metrics_of"], run_id)
+
+
+async def run_of(pool: Executor, run_id: UUID) -> asyncpg.Record | None:
+    """Return a run as the leaderboard reads it."""
+    return await pool.fetchrow(SQL["run_of"], run_id)

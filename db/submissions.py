@@ -35,6 +35,17 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which submissions a listing is of; None is any."""
+
+    state: str | None = None
+    runner_id: str | None = None
+    fingerprint: str | None = None
+    trust: str | None = None
+    since: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StoredFile:
     """One file of a bundle as it was received."""
 
@@ -120,3 +131,50 @@ async def accepted_of_key(connection: Executor, fingerprint: str) -> list[UUID]:
 async def add_runs(connection: Executor, run_ids: Sequence[UUID]) -> set[UUID]:
     """Make `runs` rows and return the ids that were new."""
     return {row["run_id"] for row in await connection.fetch(SQL["add_runs"], list(run_ids))}
+
+
+async def list_page(
+    pool: Executor, wanted: Wanted, *, after: tuple[datetime, UUID] | None, limit: int
+) -> list[asyncpg.Record]:
+    """Return one page of the submissions that are wanted, oldest first, after the cursor."""
+    of = (wanted.state, wanted.runner_id, wanted.fingerprint, wanted.trust, wanted.since)
+    return await pool.fetch(SQL["list_page"], *of, *(after or (None, None)), limit)
+
+
+async def show(pool: Executor, run_id: UUID) -> asyncpg.Record | None:
+    """Return a run's submission with its publisher, its model and the key that brought it."""
+    return await pool.fetchrow(SQL["show"], run_id)
+
+
+async def files(pool: Executor, run_id: UUID) -> list[asyncpg.Record]:
+    """Return name, digest and size of each stored file."""
+    return await pool.fetch(SQL["files"], run_id)
+
+
+async def file_size(pool: Executor, run_id: UUID, name: str) -> int | None:
+    """Return how many bytes a stored file has; None when there is no such file."""
+    return await pool.fetchval(SQL["file_size"], run_id, name)
+
+
+async def file_piece(
+    pool: Executor, run_id: UUID, name: str, start: int, size: int
+) -> bytes | None:
+    """Return up to `size` bytes of a stored file; None when it is gone."""
+    return await pool.fetchval(SQL["file_piece"], run_id, name, start, size)
+
+
+async def history(pool: Executor, run_id: UUID) -> list[asyncpg.Record]:
+    """Return the decisions about a result, oldest first."""
+    return await pool.fetch(SQL["history"], run_id)
+
+
+async def find_state(connection: Executor, run_id: UUID) -> str | None:
+    """Return the state of a run's result; None when it has none."""
+    return await connection.fetchval(SQL["find_state"], run_id)
+
+
+async def moderate(
+    connection: Executor, run_id: UUID, former: str, state: str, reason: str, by: str
+) -> asyncpg.Record | None:
+    """Change a result's state; None when its state is not `former` any more."""
+    return await connection.fetchrow(SQL["moderate"], run_id, former, state, reason, by)

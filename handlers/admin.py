@@ -2,6 +2,7 @@
 
 import base64
 from typing import Any, ClassVar
+from urllib.parse import urlencode
 from uuid import UUID
 
 import asyncpg
@@ -30,6 +31,21 @@ class AdminHandler(Handler):
         """Learn which admin sends this, and whether they may."""
         scope = self.scopes[self.request.method or ""]
         self.admin = await self.services.credentials.admin(self.bearer_token(), scope)
+
+    def page_size(self, asked: dict[str, str]) -> int:
+        """Return the query's limit. Raises InvalidRequest for what is no number."""
+        limit = asked.get("limit", PAGE_DEFAULT)
+        if not (limit.isascii() and limit.isdecimal() and len(limit) <= 4):
+            raise InvalidRequest(
+                "limit must be a whole number.", (Violation("/limit", "must be a whole number"),)
+            )
+        return int(limit)
+
+    def link_next(self, asked: dict[str, str], cursor: str | None) -> None:
+        """Say where the next page is, by the same query, unless this was the last one."""
+        if cursor is not None:
+            query = urlencode({**asked, "cursor": cursor})
+            self.set_header("Link", f'<{self.request.path}?{query}>; rel="next"')
 
 
 class RunnerKeysHandler(AdminHandler):
@@ -83,14 +99,9 @@ class QueueHandler(AdminHandler):
     async def get(self) -> None:
         """List runs, oldest first, a page at a time."""
         asked = self.query("status", "cursor", "limit")
-        limit = asked.get("limit", PAGE_DEFAULT)
-        if not (limit.isascii() and limit.isdecimal() and len(limit) <= 4):
-            raise InvalidRequest(
-                "limit must be a whole number.", (Violation("/limit", "must be a whole number"),)
-            )
-        page = await self.services.queue.page(asked.get("status"), asked.get("cursor"), int(limit))
-        if page.next_cursor is not None:
-            self.set_header("Link", self._next(asked, page.next_cursor))
+        limit = self.page_size(asked)
+        page = await self.services.queue.page(asked.get("status"), asked.get("cursor"), limit)
+        self.link_next(asked, page.next_cursor)
         self.answer(200, {"runs": page.runs, "next_cursor": page.next_cursor})
 
     async def post(self) -> None:
@@ -98,11 +109,6 @@ class QueueHandler(AdminHandler):
         runs = self.read_json("enqueue")["runs"]
         added = await self.services.enqueue.add(self.admin, runs, idempotency_key(self))
         self.answer(201, {"runs": added})
-
-    def _next(self, asked: dict[str, str], cursor: str) -> str:
-        kept = [f"{name}={asked[name]}" for name in ("status", "limit") if name in asked]
-        query = "&".join([*kept, f"cursor={cursor.replace('=', '%3D')}"])
-        return f'<{self.request.path}?{query}>; rel="next"'
 
 
 class RunHandler(AdminHandler):

@@ -204,7 +204,11 @@ class Handler(RequestHandler):
         """
         if self.services.in_flight.draining:
             self.set_header("Connection", "close")
-        written = super().finish(chunk)
+        try:
+            written = super().finish(chunk)
+        except Exception:
+            self._leave()  # it ended short of its length: Tornado has closed the connection
+            raise
         written.add_done_callback(lambda _: self._leave())
         return written
 

@@ -80,3 +80,26 @@ INSERT INTO run_hardware_metrics (
     run_id, system_hardware_id, system_software_id, gpu_hardware_id, peak_vram_mb, power_limit_w,
     measured_tflops
 ) VALUES ($1, $2, $3, $4, $5, $6, $7)
+
+-- name: model_metrics_of
+-- The cells of a run, each with the digest of its texts.
+SELECT
+    p.content_sha256, c.score, c.pass_fail, c.failure_reason, c.failure_detail, c.gflops_per_token
+FROM run_model_metrics AS c
+INNER JOIN prompts AS p ON c.prompt_id = p.prompt_id
+WHERE c.run_id = $1
+ORDER BY c.prompt_id, c.model_id
+
+-- name: hardware_metrics_of
+SELECT
+    g.gpu_model, g.vram_mb, h.power_limit_w, s.cpu_model, s.cpu_cores, s.ram_gb, o.os_name,
+    o.os_version, o.driver_version, h.peak_vram_mb, h.measured_tflops
+FROM run_hardware_metrics AS h
+LEFT JOIN system_hardware AS s ON h.system_hardware_id = s.system_hardware_id
+LEFT JOIN system_software AS o ON h.system_software_id = o.system_software_id
+LEFT JOIN gpu_hardware AS g ON h.gpu_hardware_id = g.gpu_hardware_id
+WHERE h.run_id = $1
+
+-- name: run_of
+SELECT run_status, publisher_id, runner_id, submitted_at, runner_version, prompt_git_hash
+FROM runs WHERE run_id = $1

@@ -1,0 +1,41 @@
+"""Listings a page at a time: the cursor is where the last row of a page stands, by time and id."""
+
+import base64
+import binascii
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+from broker.errors import InvalidRequest, Violation
+
+PAGE_MAX = 1000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def check_limit(limit: int) -> None:
+    """Raise InvalidRequest unless a page may have so many rows."""
+    if not 1 <= limit <= PAGE_MAX:
+        raise bad_query("/limit", f"must be between 1 and {PAGE_MAX}")
+
+
+def write_cursor(at: datetime, run_id: UUID) -> str:
+    """Return the cursor of the row that stands here."""
+    # Whole numbers only: a microsecond early, and the next page would begin with this one's rows.
+    microseconds = (at - _EPOCH) // timedelta(microseconds=1)
+    return base64.urlsafe_b64encode(f"{microseconds}:{run_id}".encode()).decode()
+
+
+def read_cursor(cursor: str) -> tuple[datetime, UUID]:
+    """Return where the page after it begins. Raises InvalidRequest for what we did not give."""
+    try:
+        text = base64.b64decode(cursor.encode("ascii"), altchars=b"-_", validate=True).decode()
+        microseconds, _, run_id = text.partition(":")
+        return _EPOCH + timedelta(microseconds=int(microseconds)), UUID(run_id)
+    except (ValueError, OverflowError, binascii.Error):
+        raise bad_query(
+            "/cursor", "is not a cursor this queue gave: start from the first page"
+        ) from None
+
+
+def bad_query(at: str, detail: str) -> InvalidRequest:
+    """Return the refusal of a member of the query."""
+    return InvalidRequest(f"{at.strip('/')} {detail}.", (Violation(at, detail),))

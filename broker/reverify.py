@@ -1,0 +1,176 @@
+"""An accepted result verified again, years later, from its bytes: each check and what it found.
+
+Nothing is believed because a submit believed it: the files are checked against each other as in the
+plan of a submit (broker/bundles.py), then against what was recorded. The certificate has expired
+within minutes of signing; Sigstore's verifier asks whether it was valid when the log saw it.
+
+A check that fails does not hide the next one, and one that could not be done says why.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from auth.errors import AuthError
+from auth.signers import SignerEvidence
+from broker import bundles
+from broker.errors import BrokerError, RunMismatch
+from broker.jobs import Job
+from broker.signatures import Signature
+from broker.stored_result import (
+    TOLD,
+    Differs,
+    Stored,
+    check_digests,
+    check_evidence,
+    check_receipt,
+    check_rows,
+)
+
+Value = TypeVar("Value")
+Files = Mapping[str, bytes]
+OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check: its name, ok, failed or not checked, and what was found."""
+
+    check: str
+    outcome: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The findings of one result."""
+
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def verified(self) -> bool:
+        """Whether nothing failed, and the signature was checked."""
+        signed = any(f.check == "signature" and f.outcome == OK for f in self.findings)
+        return signed and all(f.outcome != FAILED for f in self.findings)
+
+    def check(
+        self, name: str, work: Callable[[], Value], told: Callable[[Value], str] = lambda _: ""
+    ) -> Value | None:
+        """Do a check and record what it found; return its value, None when it failed."""
+        try:
+            value = work()
+        except (AuthError, BrokerError, Differs) as error:
+            self.findings.append(Finding(name, FAILED, _reason(error)))
+            return None
+        self.findings.append(Finding(name, OK, told(value)))
+        return value
+
+    def skip(self, name: str, why: str) -> None:
+        """Record that a check could not be done."""
+        self.findings.append(Finding(name, NOT_CHECKED, why))
+
+
+def reverify(
+    files: Files, run_id: str, signature: Signature | None, stored: Stored | None
+) -> Report:
+    """Verify a bundle's files, and what is stored of them unless there is no server to ask.
+
+    `signature` says who must have signed, and how; None when nobody said so.
+    """
+    report = Report()
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    if stored is not None:
+        report.check("stored bytes", lambda: check_digests(digests, stored.record))
+    file = signature.file if signature else _signature_file(files)
+    report.check(
+        "files", lambda: bundles.check_names(list(files), file), lambda _: f"{len(files)} files"
+    )
+    report.check(
+        "manifest",
+        lambda: bundles.check_manifest(files.get(bundles.MANIFEST, b""), digests, run_id),
+        lambda _: "every digest is the manifest's",
+    )
+    text = files.get(bundles.RESULT, b"")
+    evidence = _check_signature(report, signature, text, files.get(file, b""))
+    result = report.check(
+        "result",
+        lambda: _read_result(text, run_id),
+        lambda of: f"{of['run_status']}, {len(of['records'])} records",
+    )
+    if stored is not None:
+        _check_stored(report, stored, result, evidence)
+    return report
+
+
+def _read_result(text: bytes, run_id: str) -> dict[str, Any]:
+    result = bundles.parse_result(text)
+    if result["run_id"] != run_id:
+        raise RunMismatch(f"result.json is not of run {run_id}.")
+    return result
+
+
+def _check_signature(
+    report: Report, signature: Signature | None, result: bytes, signed: bytes
+) -> SignerEvidence | None:
+    if signature is None:
+        report.skip("signature", "nobody said whose key must have signed")
+        return None
+    return report.check("signature", lambda: signature.verify(result, signed), _told_evidence)
+
+
+def _check_stored(
+    report: Report,
+    stored: Stored,
+    result: dict[str, Any] | None,
+    evidence: SignerEvidence | None,
+) -> None:
+    record = stored.record
+    if evidence is not None:
+        report.check("record", lambda: check_evidence(evidence, record))
+    if result is None or stored.job is None:
+        why = (
+            "the run has left the queue, and its job with it" if result else "no result to compare"
+        )
+        report.skip("binding", why)
+        report.skip("rows", why)
+    else:
+        _check_binding(report, stored, result, Job.from_payload(record["run_id"], {**stored.job}))
+    if "sig" in record["receipt"]:
+        report.check("receipt", lambda: check_receipt(stored), lambda kid: f"signed with key {kid}")
+    else:
+        report.skip("receipt", "it was given before receipts were signed")
+
+
+def _check_binding(report: Report, stored: Stored, result: dict[str, Any], job: Job) -> None:
+    def bound() -> bool:
+        bundles.check_binding(result, job)
+        return True
+
+    if report.check("binding", bound, lambda _: "every cell is of the job"):
+        report.check(
+            "rows",
+            lambda: check_rows(result, job, stored),
+            lambda count: f"{count} metric rows say what the result says",
+        )
+    else:
+        report.skip("rows", "the result is not of this job")
+
+
+def _signature_file(files: Files) -> str:
+    return bundles.ENVELOPE if bundles.ENVELOPE in files else bundles.SIGNATURE
+
+
+def _told_evidence(evidence: SignerEvidence) -> str:
+    if evidence.integrated_at is None:
+        return f"by {evidence.identity}"
+    return (
+        f"by {evidence.identity} of {evidence.issuer}, log index {evidence.log_index},"
+        f" {evidence.integrated_at:%Y-%m-%dT%H:%M:%SZ}"
+    )
+
+
+def _reason(error: Exception) -> str:
+    violations = getattr(error, "violations", ())
+    told = [f"{v.pointer or '(whole file)'} {v.detail}" for v in violations[:TOLD]]
+    return "; ".join([str(error), *told])

@@ -1,0 +1,74 @@
+"""Whose signatures a verification believes: by the record, or by what the command says instead."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from auth.errors import InvalidKey, PolicyRefused
+from auth.keys import RunnerKey
+from auth.signers import BundleVerifier, Signer, SignerPolicy, load_policy
+from broker import bundles
+from broker.errors import InvalidBundle
+from broker.signatures import RunnerKeySignature, Signature, SigstoreSignature
+from cli.output import CommandFailed, usage_error
+from cli.settings import read_settings
+
+
+@dataclass(frozen=True, slots=True)
+class Believed:
+    """A trust root and signers: as the options name them, and else as the settings do."""
+
+    trusted_root: Path | None
+    identity: str | None
+    issuer: str | None
+    signers: Path | None
+    public_key: str | None
+    _verifiers: dict[Signer | None, BundleVerifier] = field(default_factory=dict)
+
+    def recorded(self, record: Mapping[str, Any]) -> Signature:
+        """Return how a stored result must be signed: as was recorded of it, or by --identity."""
+        if record["trust"] == "runner-key":
+            return RunnerKeySignature(_key(record["public_key"]), record["runner_id"])
+        signer = record["signer"]
+        return self._sigstore(self._named() or Signer(signer["identity"], signer["issuer"]))
+
+    def of_folder(self, files: Mapping[str, bytes]) -> Signature | None:
+        """Return how an exported result must be signed; None when no key was given for it."""
+        if bundles.ENVELOPE not in files:
+            return self._sigstore(self._named())
+        if self.public_key is None:
+            return None
+        return RunnerKeySignature(_key(self.public_key), _runner_id(files[bundles.ENVELOPE]))
+
+    def _named(self) -> Signer | None:
+        return Signer(self.identity, self.issuer) if self.identity and self.issuer else None
+
+    def _sigstore(self, signer: Signer | None) -> Signature:
+        """Return a verification by this signer, or by any of the policy's."""
+        if signer not in self._verifiers:
+            root = self.trusted_root or read_settings().trusted_root
+            try:
+                policy = SignerPolicy((signer,)) if signer else load_policy(self._policy_file())
+                self._verifiers[signer] = BundleVerifier(root, policy)
+            except PolicyRefused as error:
+                raise CommandFailed(str(error)) from None
+        return SigstoreSignature(self._verifiers[signer], signer)
+
+    def _policy_file(self) -> Path:
+        return self.signers or read_settings().signers_file
+
+
+def _key(text: str) -> RunnerKey:
+    try:
+        return RunnerKey.parse(text)
+    except InvalidKey as error:
+        raise usage_error(f"the runner key: {error}") from None
+
+
+def _runner_id(envelope: bytes) -> str:
+    """Return whose envelope it says it is. No signature covers that: the key alone says who."""
+    try:
+        return bundles.parse_envelope(envelope)["sig"]["runner_id"]
+    except InvalidBundle:
+        return ""  # the check of the signature will say what is wrong with it
