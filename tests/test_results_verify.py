@@ -1,0 +1,320 @@
+"""`results verify`: what is stored, or was exported, is verified again; what is not, is named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.main import main
+from config.settings import Settings
+from sandbox.runner_identity import public_key_text
+from sandbox.sigstore_instance import ThrowawaySigstore
+from tests.cli_admin import Outcome
+from tests.fleet import SIGNER, Fleet, Runner
+from tests.result_factory import failed_record, result_for
+from tests.test_admin_results import decide, hand_in
+from tests.test_cli_runners import operating
+from tests.test_receipts import WELL_KNOWN
+from tests.test_runner_key_policy import bundle as enveloped
+from tests.test_runner_key_policy import signed as envelope
+from tests.test_submit import listed
+
+MakeSettings = Callable[..., Settings]
+CHECKS = ["stored bytes", "files", "manifest", "signature", "result", "record", "binding", "rows",
+          "receipt"]  # fmt: skip
+WHO = ("--identity", SIGNER.identity, "--issuer", SIGNER.issuer)
+# The throwaway CA is a year old; its certificates are good for ten minutes.
+AGES_AGO = datetime.now(UTC).replace(microsecond=0) - timedelta(days=300)
+
+
+async def hand_in_old(fleet: Fleet, runner: Runner, at: datetime, **changes: Any) -> str:
+    """Hand in a result whose certificate expired ten minutes after `at`; return the run_id."""
+    await fleet.enqueue()
+    job = await runner.take()
+    result = result_for(job["run_id"], job, **changes)
+    text = json.dumps(result, indent=1).encode()
+    signature = fleet.sigstore.sign(text, SIGNER, issued_at=at)
+    files = {"result.json": text, "summary.md": b"#", "signature.sigstore.json": signature}
+    answer = await runner.submit(job, listed(result, {**files, "dashboard.html": b"<p>"}))
+    assert answer.status_code == 201, answer.text
+    return job["run_id"]
+
+
+async def hand_in_enveloped(fleet: Fleet, runner: Runner) -> str:
+    """Hand in a result that the runner key itself has signed; return the run_id."""
+    await fleet.enqueue()
+    job = await runner.take()
+    result = result_for(job["run_id"], job)
+    answer = await runner.submit(job, enveloped(result, envelope(result, runner.key)))
+    assert answer.status_code == 201, answer.text
+    return job["run_id"]
+
+
+def outcomes(outcome: Outcome) -> list[dict[str, str]]:
+    """Return the outcome of each check, by its name, of each result of a command."""
+    return [
+        {check["check"]: check["outcome"] for check in result["checks"]}
+        for result in outcome.json["results"]
+    ]
+
+
+@pytest.mark.gen_test
+async def test_a_result_verifies_long_after_its_certificate_has_expired(
+    make_settings: MakeSettings,
+    sigstore: ThrowawaySigstore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    async with operating(make_settings(), sigstore, monkeypatch, capsys) as (fleet, desk):
+        runner = await fleet.sign_on()
+        run_id = await hand_in_old(fleet, runner, AGES_AGO)
+        trust = ("--trusted-root", sigstore.trusted_root)
+        verified = await desk("results", "verify", run_id, *trust, "--json")
+        (result,) = verified.json["results"]
+        assert (verified.code, result["verified"], result["state"]) == (0, True, "accepted")
+        assert outcomes(verified) == [dict.fromkeys(CHECKS, "ok")]
+        (signature,) = [of["detail"] for of in result["checks"] if of["check"] == "signature"]
+        logged = f"{AGES_AGO + timedelta(minutes=1):%Y-%m-%dT%H:%M:%SZ}"
+        assert (SIGNER.identity in signature, logged in signature) == (True, True)
+        printed = await desk("results", "verify", run_id, *trust)
+        assert printed.err == ["1 of 1 result(s) verified"]
+        assert [line.split()[0] for line in printed.out.splitlines()[2:]] == [
+            check.split()[0] for check in CHECKS[1:]
+        ]
+
+        # A kept copy of the keys stands in for the server's, and a moderated result says so.
+        kept = tmp_path / "keys.json"
+        kept.write_bytes((await fleet.http.get(WELL_KNOWN)).content)
+        await decide(fleet, run_id, "revoked")
+        verified = await desk("results", "verify", run_id, *trust, "--keys", kept)
+        assert (verified.code, "is revoked" in verified.err[1]) == (0, True)
+        kept.write_text(json.dumps({"keys": [], "public_url": "http://queue.test"}))
+        doubtful = await desk("results", "verify", run_id, *trust, "--keys", kept, "--json")
+        assert (doubtful.code, outcomes(doubtful)[0]["receipt"]) == (1, "failed")
+
+        # The trust root and the signer that are named here count, not those of the record.
+        foreign = ThrowawaySigstore.create(tmp_path / "foreign").trusted_root
+        unknown = await desk("results", "verify", run_id, "--trusted-root", foreign, "--json")
+        assert (unknown.code, outcomes(unknown)[0]["signature"]) == (1, "failed")
+        other = ("--identity", "other@bakeoff.test", "--issuer", SIGNER.issuer)
+        refused = await desk("results", "verify", run_id, *trust, *other, "--json")
+        assert (refused.code, outcomes(refused)[0]["signature"]) == (1, "failed")
+
+
+# What was changed in the database, and the checks that notice.
+CHANGES = {
+    "a byte of the summary": (
+        "UPDATE submission_files SET content = 'x'::bytea WHERE name = 'summary.md' AND {}",
+        {"stored bytes", "manifest"},
+    ),
+    "the result, and its digests": (
+        (
+            "WITH f AS (UPDATE submission_files SET content = content || ' '::bytea,"
+            " sha256 = encode(sha256(content || ' '::bytea), 'hex')"
+            " WHERE name = 'result.json' AND {} RETURNING run_id, sha256)"
+            " UPDATE submissions AS s SET result_sha256 = f.sha256 FROM f WHERE s.run_id = f.run_id"
+        ),
+        {"manifest", "signature", "receipt"},
+    ),
+    "a file that is gone": (
+        "DELETE FROM submission_files WHERE name = 'signature.sigstore.json' AND {}",
+        {"files", "manifest", "signature"},
+    ),
+    "a score": (
+        "UPDATE run_model_metrics SET score = 0.5 WHERE failure_reason IS NULL AND {}",
+        {"rows"},
+    ),
+    "a failure made good": (
+        (
+            "UPDATE run_model_metrics SET score = 1, failure_reason = NULL"
+            " WHERE failure_reason IS NOT NULL AND {}"
+        ),
+        {"rows"},
+    ),
+    "a row that is gone": (
+        "DELETE FROM run_model_metrics WHERE failure_reason IS NOT NULL AND {}",
+        {"rows"},
+    ),
+    "a row too many": (
+        (
+            "INSERT INTO run_model_metrics (run_id, prompt_id, model_id, score)"
+            " SELECT DISTINCT run_id, (SELECT prompt_id FROM prompts WHERE file_path = 'upstream'),"
+            " model_id, 1.0"
+            " FROM run_model_metrics WHERE {}"
+        ),
+        {"rows"},
+    ),
+    "the hardware": ("UPDATE run_hardware_metrics SET peak_vram_mb = 1 WHERE {}", {"rows"}),
+    "the outcome": ("UPDATE runs SET run_status = 'failed' WHERE {}", {"rows"}),
+    "the publisher": ("UPDATE runs SET publisher_id = 'other' WHERE {}", {"rows"}),
+    "the signer": (
+        "UPDATE submissions SET signer_identity = 'other@bakeoff.test' WHERE {}",
+        {"signature", "receipt"},
+    ),
+    "the log index": ("UPDATE submissions SET log_index = 7 WHERE {}", {"record", "receipt"}),
+    "the time of signing": ("UPDATE submissions SET logged_at = now() WHERE {}", {"record"}),
+    "the time of acceptance": (
+        "UPDATE submissions SET accepted_at = accepted_at + interval '1 day' WHERE {}",
+        {"receipt"},
+    ),
+    "the receipt": (
+        "UPDATE submissions SET receipt = jsonb_set(receipt, '{{runner_id}}', '\"me\"') WHERE {}",
+        {"receipt"},
+    ),
+    "the job": (
+        "UPDATE run_queue SET job = jsonb_set(job, '{{tasks,0,id}}', '\"t\"') WHERE {}",
+        {"binding"},
+    ),
+}
+
+
+@pytest.mark.gen_test
+async def test_what_was_changed_in_the_database_is_noticed_by_its_check(
+    make_settings: MakeSettings,
+    sigstore: ThrowawaySigstore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with operating(make_settings(), sigstore, monkeypatch, capsys) as (fleet, desk):
+        runner = await fleet.sign_on()
+        names = {}
+        for name, (statement, _) in CHANGES.items():
+            await fleet.enqueue()
+            job = await runner.take()
+            records = result_for(job["run_id"], job)["records"]
+            model = records[0]["model_id"]
+            records[2] = failed_record(job["tasks"][1], "plain", model, "oom")
+            assert (await runner.submit(job, runner.bundle(job, records=records))).is_success
+            names[job["run_id"]] = name
+            if name == "a row too many":
+                await fleet.pool.execute(
+                    "INSERT INTO prompts (task_id, file_path, git_commit_hash, content_sha256,"
+                    " content_length_bytes, version)"
+                    " SELECT max(task_id), 'upstream', '', 'ab', 1, '1' FROM tasks"
+                )
+            changed = await fleet.pool.execute(statement.format(f"run_id = '{job['run_id']}'"))
+            assert not changed.endswith(" 0"), name
+        untouched = await hand_in(fleet, runner)
+        verified = await desk(
+            "results", "verify", "--since", "2020-01-01T00:00:00Z",
+            "--trusted-root", sigstore.trusted_root, "--json",
+        )  # fmt: skip
+        assert verified.code == 1
+        assert verified.err[0] == f"error: 1 of {len(CHANGES) + 1} result(s) verified"
+        for result, found in zip(verified.json["results"], outcomes(verified), strict=True):
+            failed = {check for check, outcome in found.items() if outcome == "failed"}
+            if result["result"] == untouched:
+                assert (result["verified"], failed) == (True, set())
+            else:
+                name = names[result["result"]]
+                assert failed == CHANGES[name][1], (name, result)
+                assert not result["verified"]
+
+
+@pytest.mark.gen_test
+async def test_a_result_of_a_runner_key_verifies_under_that_key_only(
+    make_settings: MakeSettings,
+    sigstore: ThrowawaySigstore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    async with operating(make_settings(), sigstore, monkeypatch, capsys) as (fleet, desk):
+        runner = await fleet.sign_on(signature_policy="runner-key")
+        other = await fleet.sign_on("runner-b")
+        run_id = await hand_in_enveloped(fleet, runner)
+        await fleet.revoke(runner)
+        verified = await desk("results", "verify", run_id, "--json")
+        assert (verified.code, outcomes(verified)) == (0, [dict.fromkeys(CHECKS, "ok")])
+
+        skipped = await desk("results", "export", run_id, tmp_path)
+        assert (skipped.code, skipped.err) == (0, ["0 written, 0 there, 1 skipped, 0 refused"])
+        assert (await desk("results", "export", run_id, tmp_path, "--runner-key")).code == 0
+        offline = ("results", "verify", "--dir", tmp_path, "--json")
+        own = await desk(*offline, "--public-key", public_key_text(runner.key))
+        assert (own.code, outcomes(own)[0]["signature"]) == (0, "ok")
+        theirs = await desk(*offline, "--public-key", public_key_text(other.key))
+        assert (theirs.code, outcomes(theirs)[0]["signature"]) == (1, "failed")
+        nobodys = await desk(*offline)
+        assert (nobodys.code, outcomes(nobodys)[0]["signature"]) == (1, "not checked")
+        assert (await desk(*offline, "--public-key", "AAAA")).code == 2
+
+        await fleet.pool.execute(
+            "UPDATE runner_keys SET public_key = $1 WHERE runner_id = 'runner-a'",
+            bytes(range(32)),
+        )
+        assert (await desk("results", "verify", run_id)).code != 0
+
+
+# Without a server
+
+
+@pytest.mark.gen_test
+async def test_an_exported_folder_verifies_without_a_server_by_who_should_have_signed(
+    make_settings: MakeSettings,
+    sigstore: ThrowawaySigstore,
+    signers_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    async with operating(make_settings(), sigstore, monkeypatch, capsys) as (fleet, desk):
+        runner = await fleet.sign_on()
+        runs = [await hand_in_old(fleet, runner, AGES_AGO + timedelta(n)) for n in range(2)]
+        assert (await desk("results", "export", *runs, tmp_path)).code == 0
+    monkeypatch.setenv("BAKEOFF_QUEUE_URL", "http://127.0.0.1:1")
+    monkeypatch.delenv("BAKEOFF_QUEUE_TOKEN")
+
+    def verify(folder: Path, *who: object) -> Outcome:
+        capsys.readouterr()
+        trust = ("--trusted-root", sigstore.trusted_root)
+        command = ("results", "verify", "--dir", folder, "--json", *(trust if who else ()), *who)
+        code = main([str(word) for word in command])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err.splitlines())
+
+    both = verify(tmp_path, *WHO)
+    assert (both.code, both.err) == (0, ["2 of 2 result(s) verified"])
+    offline = dict.fromkeys(["files", "manifest", "signature", "result"], "ok")
+    assert outcomes(both) == [offline, offline]
+    bundle = tmp_path / "submissions" / "runner-a" / runs[0]
+    assert verify(bundle, "--signers", signers_file).code == 0
+    monkeypatch.setenv("BAKEOFF_QUEUE_SIGNERS_FILE", str(signers_file))
+    monkeypatch.setenv("BAKEOFF_QUEUE_TRUSTED_ROOT", str(sigstore.trusted_root))
+    monkeypatch.delenv("BAKEOFF_QUEUE_URL")
+    assert verify(bundle).code == 0, "by the settings"
+
+    other = verify(bundle, "--identity", "other@bakeoff.test", "--issuer", SIGNER.issuer)
+    assert (other.code, outcomes(other)[0]["signature"]) == (1, "failed")
+    assert verify(bundle, "--identity", SIGNER.identity).code == 2
+    assert verify(bundle, "--identity", "*@bakeoff.test", "--issuer", SIGNER.issuer).code == 1
+    assert verify(tmp_path / "submissions" / "nobody", *WHO).code == 2
+    (tmp_path / "empty").mkdir()
+    assert verify(tmp_path / "empty", *WHO).code == 3
+
+    def broken(change: Callable[[Path], object]) -> dict[str, str]:
+        copy = tmp_path / "copy" / runs[0]
+        shutil.copytree(bundle, copy)
+        change(copy)
+        outcome = verify(copy, *WHO)
+        shutil.rmtree(copy)
+        assert outcome.code == 1
+        return outcomes(outcome)[0]
+
+    def appended(name: str) -> Callable[[Path], object]:
+        return lambda copy: (copy / name).write_bytes((copy / name).read_bytes() + b" ")
+
+    found = broken(appended("result.json"))
+    assert (found["manifest"], found["signature"]) == ("failed", "failed")
+    assert broken(appended("dashboard.html"))["manifest"] == "failed"
+    assert broken(lambda copy: (copy / "notes.txt").touch())["files"] == "failed"
+    assert broken(lambda copy: (copy / "sub").mkdir())["files"] == "failed"
+    assert broken(lambda copy: (copy / "summary.md").unlink())["files"] == "failed"
+    moved = bundle.rename(bundle.with_name(runs[1].replace(runs[1][:8], "0" * 8)))
+    found = outcomes(verify(moved, *WHO))[0]
+    assert (found["manifest"], found["result"]) == ("failed", "failed")
