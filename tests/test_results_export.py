@@ -147,11 +147,13 @@ def test_an_export_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
 
     digest = hashlib.sha256(b"{}").hexdigest()
     files = [{"name": name, "sha256": digest} for name in ("result.json", "summary.md")]
-    with httpx.Client(base_url="http://queue.test", transport=httpx.MockTransport(get)) as http:
-        with pytest.raises(KeyboardInterrupt):
-            results_export._write(
-                AdminClient(http), {"run_id": "r", "files": files}, tmp_path, tmp_path / "place"
-            )
+    record = {"run_id": "r", "files": files}
+    transport = httpx.MockTransport(get)
+    with (
+        httpx.Client(base_url="http://queue.test", transport=transport) as http,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        results_export._write(AdminClient(http), record, tmp_path, tmp_path / "place")
     assert list(tmp_path.iterdir()) == []
 
 

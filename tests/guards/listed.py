@@ -960,4 +960,139 @@ SERVER = (
     ),
 )
 
-ALL = CLAIM + ENDS + SWEEP + ADMIN + BELL + SERVER
+RESULTS_SQL = "db/sql/submissions.sql"
+ADMIN_RESULTS = "tests/test_admin_results.py"
+ROWS = "tests/test_result_rows.py"
+VERIFY = "tests/test_results_verify.py"
+EXPORT = "tests/test_results_export.py"
+
+RESULTS = (
+    Guard(
+        "moderate: the state is the one the admin saw",
+        f"{RESULTS_SQL}:moderate",
+        " AND state = $2\n",
+        "\n",
+        f"{ADMIN_RESULTS}::test_of_two_admins_who_saw_the_same_state_the_second_changes_nothing",
+    ),
+    Guard(
+        "moderate: along the legal edges",
+        "broker/moderation.py",
+        "            check_edge(seen, state)\n",
+        "",
+        f"{ADMIN_RESULTS}::test_only_the_legal_decisions_can_be_taken",
+    ),
+    Guard(
+        "results: the next page begins after the last row",
+        f"{RESULTS_SQL}:list_page",
+        "(s.accepted_at, s.run_id) > ($6, $7::uuid)",
+        "(s.accepted_at, s.run_id) >= ($6, $7::uuid)",
+        f"{ADMIN_RESULTS}::test_the_list_is_of_what_was_asked_for_page_by_page_in_the_order_of_acceptance",
+    ),
+    Guard(
+        "results: of one key",
+        f"{RESULTS_SQL}:list_page",
+        "    AND ($3::text IS NULL OR s.key_fingerprint = $3)\n",
+        "    AND ($3::text IS NULL OR true)\n",
+        ADMIN_RESULTS,
+    ),
+    Guard(
+        "revocation: lists what still counts",
+        f"{RESULTS_SQL}:accepted_of_key",
+        " AND state = 'accepted'",
+        "",
+        f"{ADMIN_RESULTS}::test_a_revoked_key_and_the_list_name_the_same_results",
+    ),
+    Guard(
+        "accepted_results: nothing that is moderated",
+        "db/migrations/20261124000005_moderation.sql",
+        "FROM submissions\nWHERE state = 'accepted';\n",
+        "FROM submissions;\n",
+        f"{ADMIN_RESULTS}::test_readers_of_the_metrics_join_the_view_and_see_what_counts",
+    ),
+    Guard(
+        "http: an answer that ends short is answered",
+        "handlers/base.py",
+        "            self._leave()  # it ended short",
+        "            pass  # it ended short",
+        f"{ADMIN_RESULTS}::test_a_file_that_goes_away_while_it_is_sent_ends_short_and_counts_as_answered",
+    ),
+    Guard(
+        "hardware: one writer at a time",
+        "db/sql/metrics.sql:lock_hardware",
+        "SELECT pg_advisory_xact_lock(hashtext('bakeoff_queue.hardware'))",
+        "SELECT 1",
+        f"{SUBMIT}::test_submits_at_once_from_the_same_machine_share_one_row_of_each_part {ROWS}",
+    ),
+    Guard(
+        "hardware: what is unknown is equal",
+        "db/sql/metrics.sql:get_or_add_system_hardware",
+        "h.cpu_model IS NOT DISTINCT FROM w.cpu_model",
+        "h.cpu_model = w.cpu_model",
+        ROWS,
+    ),
+    Guard(
+        "software: what is unknown is equal",
+        "db/sql/metrics.sql:get_or_add_system_software",
+        "s.os_name IS NOT DISTINCT FROM w.os_name",
+        "s.os_name = w.os_name",
+        ROWS,
+    ),
+    Guard(
+        "gpu: what is unknown is equal",
+        "db/sql/metrics.sql:get_or_add_gpu_hardware",
+        "g.vram_mb IS NOT DISTINCT FROM w.vram_mb",
+        "g.vram_mb = w.vram_mb",
+        ROWS,
+    ),
+    Guard(
+        "reverify: the stored bytes are those accepted",
+        "broker/reverify.py",
+        '        report.check("stored bytes", lambda: check_digests(digests, stored.record))\n',
+        "        pass\n",
+        VERIFY,
+    ),
+    Guard(
+        "reverify: the evidence is the record's",
+        "broker/reverify.py",
+        '        report.check("record", lambda: check_evidence(evidence, record))\n',
+        "        pass\n",
+        VERIFY,
+    ),
+    Guard(
+        "reverify: a signature that was not checked verifies nothing",
+        "broker/reverify.py",
+        "        return signed and all(",
+        "        return all(",
+        VERIFY,
+    ),
+    Guard(
+        "export: what came is what was accepted",
+        "cli/results_export.py",
+        "            if hashlib.sha256(content).hexdigest() != wanted[name]:\n",
+        "            if False:\n",
+        EXPORT,
+    ),
+    Guard(
+        "export: nothing is overwritten",
+        "cli/results_export.py",
+        "        if path.is_symlink() or hashlib",
+        "        if False and hashlib",
+        EXPORT,
+    ),
+    Guard(
+        "export: a publisher is a folder's name",
+        "cli/results_export.py",
+        "    if not PUBLISHER.fullmatch(publisher) or DEVICE.fullmatch(publisher):\n",
+        "    if False:\n",
+        EXPORT,
+    ),
+    Guard(
+        "export: no link leads elsewhere",
+        "cli/results_export.py",
+        "        if part.is_symlink() or (",
+        "        if False or (",
+        EXPORT,
+    ),
+)
+
+ALL = CLAIM + ENDS + SWEEP + ADMIN + BELL + SERVER + RESULTS
