@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from auth.errors import AuthError
 from auth.signers import SignerEvidence
 from broker import bundles
-from broker.errors import BrokerError, RunMismatch
+from broker.documents import load_schema
+from broker.errors import BrokerError, InvalidBundle, RunMismatch
 from broker.jobs import Job
 from broker.signatures import Signature
 from broker.stored_result import (
@@ -30,6 +31,7 @@ from broker.stored_result import (
 
 Value = TypeVar("Value")
 Files = Mapping[str, bytes]
+LEGACY = "a result of before, without records"
 OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
 
 
@@ -81,7 +83,11 @@ def reverify(
     report = Report()
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     if stored is not None:
-        report.check("stored bytes", lambda: check_digests(digests, stored.record))
+        report.check(
+            "stored bytes",
+            lambda: check_digests(digests, stored.record),
+            lambda _: "every digest is the one recorded at acceptance",
+        )
     file = signature.file if signature else _signature_file(files)
     report.check(
         "files", lambda: bundles.check_names(list(files), file), lambda _: f"{len(files)} files"
@@ -95,16 +101,23 @@ def reverify(
     evidence = _check_signature(report, signature, text, files.get(file, b""))
     result = report.check(
         "result",
-        lambda: _read_result(text, run_id),
-        lambda of: f"{of['run_status']}, {len(of['records'])} records",
+        lambda: _read_result(text, run_id, archived=stored is None),
+        lambda of: (
+            f"{of['run_status']}, {len(of['records'])} records" if "records" in of else LEGACY
+        ),
     )
     if stored is not None:
         _check_stored(report, stored, result, evidence)
     return report
 
 
-def _read_result(text: bytes, run_id: str) -> dict[str, Any]:
-    result = bundles.parse_result(text)
+def _read_result(text: bytes, run_id: str, *, archived: bool) -> dict[str, Any]:
+    """Read what a submit takes, and from the archive also the smaller results of before."""
+    document = bundles.parse_strictly(text)
+    if archived and isinstance(document, dict) and "records" not in document:
+        result = load_schema("result_legacy").read(text, InvalidBundle)
+    else:
+        result = bundles.parse_result(text)
     if result["run_id"] != run_id:
         raise RunMismatch(f"result.json is not of run {run_id}.")
     return result
@@ -127,7 +140,11 @@ def _check_stored(
 ) -> None:
     record = stored.record
     if evidence is not None:
-        report.check("record", lambda: check_evidence(evidence, record))
+        report.check(
+            "record",
+            lambda: check_evidence(evidence, record),
+            lambda _: "signer, log index and time are the recorded ones",
+        )
     if result is None or stored.job is None:
         why = (
             "the run has left the queue, and its job with it" if result else "no result to compare"

@@ -113,7 +113,7 @@ def check_receipt(stored: Stored) -> str:
 
 def _differences(of: str, said: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
     return [
-        f"{of}: {name} should be {value!r}, and {kept.get(name)!r} is stored"
+        f"{of}: {name} should be {value!r:.80}, and {kept.get(name)!r:.80} is stored"
         for name, value in said.items()
         if kept.get(name) != value
     ]

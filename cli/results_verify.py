@@ -200,4 +200,4 @@ def _failure(result: _Verified) -> str:
     findings = result.report.findings
     failed = [f for f in findings if f.outcome == "failed"]
     first = failed[0] if failed else next(f for f in findings if f.check == "signature")
-    return f"{result.name}: {first.check} {first.outcome}: {first.detail}"
+    return f"{first.check} {first.outcome}: {first.detail}"

@@ -13,9 +13,9 @@ from cli.main import main
 from config.settings import Settings
 from sandbox.runner_identity import public_key_text
 from sandbox.sigstore_instance import ThrowawaySigstore
-from tests.cli_admin import Outcome
+from tests.cli_admin import Outcome, Shell
 from tests.fleet import SIGNER, Fleet, Runner
-from tests.result_factory import failed_record, result_for
+from tests.result_factory import digests, failed_record, result_for
 from tests.test_admin_results import decide, hand_in
 from tests.test_cli_runners import operating
 from tests.test_receipts import WELL_KNOWN
@@ -318,3 +318,40 @@ async def test_an_exported_folder_verifies_without_a_server_by_who_should_have_s
     moved = bundle.rename(bundle.with_name(runs[1].replace(runs[1][:8], "0" * 8)))
     found = outcomes(verify(moved, *WHO))[0]
     assert (found["manifest"], found["result"]) == ("failed", "failed")
+
+
+def test_a_bundle_of_before_verifies_too(
+    sigstore: ThrowawaySigstore, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run_id, at = "6d1c7f0e-3b1a-4b62-9a43-6f2f3d1d0a01", "2025-01-02T03:04:05"
+    folder = tmp_path / run_id
+    folder.mkdir()
+
+    def verify(result: dict[str, Any]) -> Outcome:
+        """A smaller result, and a manifest that nests its run and names a signer."""
+        text = json.dumps(result).encode()
+        files = {
+            "result.json": text,
+            "summary.md": b"",
+            "signature.sigstore.json": sigstore.sign(text, SIGNER),
+        }
+        manifest = {
+            "schema_version": "bakeoff-results/v1",
+            "created_at": at,
+            "bundle": {"run_id": run_id, "timestamp": at},
+            "files": digests(files),
+            "signer": {"identity": "me"},
+        }
+        for name, content in {**files, "manifest.json": json.dumps(manifest).encode()}.items():
+            (folder / name).write_bytes(content)
+        trust = ("--trusted-root", sigstore.trusted_root)
+        return Shell(capsys)("results", "verify", "--dir", folder, "--json", *trust, *WHO)
+
+    small = {"run_id": run_id, "timestamp": at, "models": [], "hardware": {}, "judge_mode": "off",
+             "provenance": {"git": {"sha": "ab"}}}  # fmt: skip
+    good = verify(small)
+    assert (good.code, good.json["results"][0]["verified"]) == (0, True)
+    for broken in ({**small, "run_id": run_id.replace("6", "7")}, {**small, "provenance": 7},
+                   {**small, "records": []}):  # fmt: skip
+        bad = verify(broken)
+        assert (bad.code, outcomes(bad)[0]["result"]) == (1, "failed")
