@@ -262,6 +262,7 @@ async def test_a_parked_claim_whose_runner_hung_up_takes_no_run(
         claiming = await parked.get()
         call.cancel()
         await asyncio.wait([claiming])
+        assert claiming.cancelled()  # it did not wait until its time was up
         run_id = await fleet.enqueue()
         job = await other.take()
         assert (job["run_id"], job["attempt"]) == (run_id, 1)
@@ -410,6 +411,18 @@ async def test_a_claim_sent_again_beside_a_revocation_does_not_get_the_dead_leas
             claiming = asyncio.create_task(runner.claim(key="k"))
             await fleet.until_blocked()
         assert code_of(await claiming) == (403, "key_revoked")
+
+
+@pytest.mark.gen_test
+async def test_a_claim_sent_again_by_a_key_whose_time_is_over_does_not_get_its_lease(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        await fleet.enqueue()
+        assert (await runner.claim(key="k")).status_code == 200
+        await fleet.pool.execute("UPDATE runner_keys SET not_after = clock_timestamp()")
+        assert code_of(await runner.claim(key="k")) == (403, "key_revoked")
 
 
 @pytest.mark.gen_test

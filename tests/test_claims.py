@@ -145,6 +145,23 @@ async def test_lower_priority_numbers_go_first_and_then_the_oldest_run_of_any_mo
 
 
 @pytest.mark.gen_test
+async def test_the_best_of_many_runs_goes_first_wherever_it_lies(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    """More runs of one model than a claim looks at, and the best has the last id of all."""
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        await enqueue_all(fleet, *(run_of() for _ in range(20)))
+        best = await fleet.enqueue(priority=1)
+        await fleet.pool.execute(
+            "UPDATE run_queue SET queue_id = 'ffffffff-ffff-ffff-ffff-ffffffffffff'"
+            " WHERE run_id = $1",
+            best,
+        )
+        assert (await runner.take())["run_id"] == best
+
+
+@pytest.mark.gen_test
 async def test_runs_that_have_ended_do_not_stand_in_the_way_of_those_that_wait(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:

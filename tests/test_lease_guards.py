@@ -258,3 +258,42 @@ async def test_two_claims_of_one_key_cannot_both_be_committed(
             claiming = asyncio.create_task(runner.claim(key="k"))
             await fleet.until_blocked()
         assert (await claiming).json()["lease_id"] == str(row["lease_id"])
+
+
+@pytest.mark.gen_test
+async def test_the_loser_of_a_race_for_a_lease_slot_looks_again_and_is_at_the_limit(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    """`max_leases` holds in two processes: the second sees the slot free, and must not take it."""
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        run_ids = [await fleet.enqueue(), await fleet.enqueue()]
+        async with fleet.transaction() as beside:
+            (row,) = await run_queue.claim(
+                beside,
+                [Claimant(runner.runner_id, runner.fingerprint, "k", "digest", OFFER)],
+                ttl=TTL,
+                max_leases=1,
+                max_runtime_s=86_400,
+            )
+            assert str(row["run_id"]) == run_ids[0]
+            claiming = asyncio.create_task(runner.claim())
+            await fleet.until_blocked()
+        refused = await claiming
+        assert code_of(refused) == (409, "lease_limit")
+        assert refused.json()["held_run_ids"] == run_ids[:1]
+        assert (await fleet.row(run_ids[1]))["status"] == "PENDING"
+
+
+@pytest.mark.gen_test
+async def test_a_run_that_another_holds_for_a_moment_is_not_said_to_be_none(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    """204 would send the runner away for half a minute."""
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        run_id = await fleet.enqueue()
+        async with fleet.transaction() as beside:
+            await beside.execute("SELECT FROM run_queue WHERE run_id = $1 FOR UPDATE", run_id)
+            assert code_of(await runner.claim()) == (503, "busy")
+        assert (await runner.take())["run_id"] == run_id

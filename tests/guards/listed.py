@@ -85,7 +85,7 @@ CLAIM = (
         f"{QUEUE}:claim",
         "    INNER JOIN admitted AS a ON r.fingerprint = a.fingerprint\n    INNER JOIN run_queue",
         "    INNER JOIN run_queue",
-        f"{RACES}::test_a_claim_sent_again_beside_a_revocation_does_not_get_the_dead_lease",
+        f"{RACES}::test_a_claim_sent_again_by_a_key_whose_time_is_over_does_not_get_its_lease",
     ),
     Guard(
         "claim: a lease is given again to its holder only",
@@ -290,8 +290,7 @@ CLAIM = (
         f"{QUEUE}:claim",
         "        ORDER BY q.priority, q.created_at, q.queue_id\n",
         "        ORDER BY q.queue_id\n",
-        f"{CLAIMS}::test_lower_priority_numbers_go_first_and_then_the_oldest_run_of_any_model"
-        f" {CLAIMS}::test_runs_of_one_request_are_handed_out_in_the_order_they_were_given",
+        f"{CLAIMS}::test_the_best_of_many_runs_goes_first_wherever_it_lies",
     ),
     Guard(
         "claim: raises the fence",
@@ -320,8 +319,7 @@ CLAIM = (
         f"{QUEUE}:claim",
         "WHERE cardinality(c.chosen) < least(k.asked, c.found)",
         "WHERE false",
-        f"{RACES}::test_twenty_runners_of_two_processes_share_ten_runs_one_each"
-        f" {RACES}::test_a_run_that_another_claim_takes_at_this_moment_is_passed_over",
+        f"{GUARDS}::test_a_run_that_another_holds_for_a_moment_is_not_said_to_be_none",
     ),
     Guard(
         "claim: one key, one lease, in two processes",
@@ -335,14 +333,14 @@ CLAIM = (
         TABLES,
         "CREATE UNIQUE INDEX run_queue_lease_slot",
         "CREATE INDEX run_queue_lease_slot",
-        f"{RACES}::test_two_claims_of_one_runner_at_once_are_one_lease_and_one_refusal",
+        f"{GUARDS}::test_the_loser_of_a_race_for_a_lease_slot_looks_again_and_is_at_the_limit",
     ),
     Guard(
         "claim: the loser of a race for a slot looks again",
         "broker/claims.py",
         "            except asyncpg.UniqueViolationError:\n                continue\n",
         "            except asyncpg.UniqueViolationError:\n                raise\n",
-        f"{RACES}::test_two_claims_of_one_runner_at_once_are_one_lease_and_one_refusal",
+        f"{GUARDS}::test_the_loser_of_a_race_for_a_lease_slot_looks_again_and_is_at_the_limit",
     ),
     Guard(
         "claim: another body under the same key is a conflict",
