@@ -1,8 +1,13 @@
 """One call for all that wait together: items that arrive during a call share the next one."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
+
+# So many go in one call. Of more, half go first: all of them at once would be answered at once and
+# come back at once, with this process idle during each call, and the server called idle after it.
+WHOLE = 16
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -29,11 +34,6 @@ class Coalescer(Generic[Item, Answer]):
         self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
         self._running: asyncio.Task[None] | None = None
 
-    @property
-    def idle(self) -> bool:
-        """Whether nobody waits and nothing is in flight."""
-        return not self._waiting and self._running is None
-
     async def ask(self, item: Item) -> Answer:
         """Return the answer to `item`, from a call shared with those that wait beside it."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -52,9 +52,10 @@ class Coalescer(Generic[Item, Answer]):
             self._running = None
 
     def _take(self) -> list[tuple[Item, "asyncio.Future[Answer]"]]:
-        batch = [(item, future) for item, future in self._waiting if not future.done()]
-        self._waiting = batch[self._limit :]
-        return batch[: self._limit]
+        waiting = [(item, future) for item, future in self._waiting if not future.done()]
+        size = min(self._limit, max(WHOLE, math.ceil(len(waiting) / 2)))
+        self._waiting = waiting[size:]
+        return waiting[:size]
 
     async def _serve_batch(self, batch: list[tuple[Item, "asyncio.Future[Answer]"]]) -> None:
         try:

@@ -20,6 +20,13 @@ from db.run_queue import Beat, Claimant
 from handlers.base import UUID_PATH, Handler
 from handlers.runner_base import RunnerHandler
 
+UPLOAD = {
+    "max_result_bytes": CAPS["result.json"],
+    "max_dashboard_bytes": CAPS["dashboard.html"],
+    "max_summary_bytes": CAPS["summary.md"],
+    "max_manifest_bytes": CAPS["manifest.json"],
+    "max_signature_bytes": CAPS["signature.sigstore.json"],
+}
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")
 
 
@@ -62,7 +69,7 @@ class ClaimHandler(RunnerHandler):
         if isinstance(connection, HTTP1Connection) and connection.stream.closed():
             await self.services.claims.undo(row)
             return
-        self.answer(200, handed_out(row, self.services), members=row["job"])
+        self.answer(200, handed_out(row, self.services), members=row["members"])
 
     async def _explain(self, offer: Capabilities) -> None:
         reasons = await self.services.claims.explain(self.runner.runner_id, offer)
@@ -153,13 +160,8 @@ def idempotency_key(handler: Handler) -> str | None:
 
 
 def handed_out(row: asyncpg.Record, services: Services) -> dict[str, Any]:
-    """Return what a claim hands out, but for the members of the job itself."""
+    """Return what a claim hands out beside `members`: the lease, and our limits."""
     settings = services.settings
-    signer = None
-    if row["signer_identity"] is not None:
-        signer = {"identity": row["signer_identity"], "issuer": row["signer_issuer"]}
-    model = ("model_id", "quantization", "parameter_count_b", "active_parameter_count_b",
-             "architecture", "file_format", "model_hash", "sources")  # fmt: skip
     return {
         "queue_id": row["queue_id"],
         "run_id": row["run_id"],
@@ -168,18 +170,7 @@ def handed_out(row: asyncpg.Record, services: Services) -> dict[str, Any]:
         "lease_expires_at": row["lease_expires_at"],
         "lease_ttl_s": settings.lease_ttl_s,
         "heartbeat_interval_s": settings.heartbeat_interval_s,
-        "max_runtime_s": row["max_runtime_s"],
-        "model": {"name": row["model_name"], **{name: row[name] for name in model}},
-        "upload": {
-            "max_result_bytes": CAPS["result.json"],
-            "max_dashboard_bytes": CAPS["dashboard.html"],
-            "max_summary_bytes": CAPS["summary.md"],
-            "max_manifest_bytes": CAPS["manifest.json"],
-            "max_signature_bytes": CAPS["signature.sigstore.json"],
-        },
-        "signature_policy": row["signature_policy"],
-        "expected_signer": signer,
-        "previous_attempts": row["previous_attempts"] or [],
+        "upload": UPLOAD,
     }
 
 

@@ -178,6 +178,34 @@ granted AS (
     SELECT t.*, t.updated_at AS granted_at FROM taken AS t
     UNION ALL
     SELECT a.*, NULL FROM given_again AS a
+),
+
+described AS (
+    SELECT
+        m.model_id,
+        jsonb_build_object(
+            'name', m.name,
+            'model_id', m.model_id,
+            'quantization', x.name,
+            'parameter_count_b', m.parameter_count_b,
+            'active_parameter_count_b', coalesce(m.active_parameter_count_b, m.parameter_count_b),
+            'architecture', c.name,
+            'file_format', f.name,
+            'model_hash', m.model_hash,
+            'sources', (
+                SELECT coalesce(jsonb_agg(
+                    jsonb_build_object('source_type', y.name, 'url', s.url) ORDER BY s.source_id
+                ), '[]')
+                FROM model_sources AS s
+                INNER JOIN source_types AS y ON s.source_type_id = y.source_type_id
+                WHERE s.model_id = m.model_id
+            )
+        ) AS model
+    FROM (SELECT DISTINCT model_id FROM granted) AS g
+    INNER JOIN models AS m ON g.model_id = m.model_id
+    INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
+    LEFT JOIN model_architectures AS c ON m.architecture_id = c.architecture_id
+    LEFT JOIN model_file_formats AS f ON m.file_format_id = f.file_format_id
 )
 
 SELECT
@@ -196,41 +224,36 @@ SELECT
     )
     OR (SELECT count(*) FROM given_again) < (SELECT count(*) FROM replayed) AS contended,
     g.queue_id, g.run_id, g.lease_seq, g.lease_id, g.lease_expires_at, g.claim_digest,
-    g.job::text AS job, -- as text: it is handed on, and nobody here reads it
     g.granted_at, -- null when the lease was given before
     g.claimed_by AS holder, g.lease_key AS holder_key,
     g.lease_expires_at - clock_timestamp() AS remaining,
-    g.config_hash,
-    coalesce(g.max_runtime_s, $10) AS max_runtime_s,
-    m.model_id, m.name AS model_name, x.name AS quantization, m.parameter_count_b,
-    coalesce(m.active_parameter_count_b, m.parameter_count_b) AS active_parameter_count_b,
-    c.name AS architecture, f.name AS file_format, m.model_hash,
+    -- The rest of the answer as text: it is handed on, and nobody on the way reads it.
     CASE WHEN g.queue_id IS NOT NULL THEN (
-        SELECT coalesce(jsonb_agg(
-            jsonb_build_object('source_type', y.name, 'url', s.url) ORDER BY s.source_id
-        ), '[]')
-        FROM model_sources AS s
-        INNER JOIN source_types AS y ON s.source_type_id = y.source_type_id
-        WHERE s.model_id = m.model_id
-    ) END AS sources,
-    CASE WHEN g.lease_seq > 1 THEN (
-        SELECT jsonb_agg(
-            jsonb_build_object('ended', p.ended_at, 'how', p.how, 'progress', p.progress)
-            ORDER BY p.lease_seq
+        g.job || jsonb_build_object(
+            'max_runtime_s', coalesce(g.max_runtime_s, $10),
+            'model', d.model,
+            'signature_policy', k.signature_policy,
+            'expected_signer', CASE WHEN k.signer_identity IS NOT NULL THEN
+                jsonb_build_object('identity', k.signer_identity, 'issuer', k.signer_issuer)
+            END,
+            'previous_attempts', CASE WHEN g.lease_seq = 1 THEN '[]' ELSE (
+                SELECT coalesce(jsonb_agg(
+                    jsonb_build_object(
+                        'ended', to_char(p.ended_at, 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+                        'how', p.how, 'progress', p.progress
+                    ) ORDER BY p.lease_seq
+                ), '[]')
+                FROM attempts AS p WHERE p.run_id = g.run_id AND p.lease_seq < g.lease_seq
+            ) END
         )
-        FROM attempts AS p WHERE p.run_id = g.run_id AND p.lease_seq < g.lease_seq
-    ) END AS previous_attempts,
-    k.signature_policy, k.signer_identity, k.signer_issuer
+    )::text END AS members
 FROM requests AS r
 LEFT JOIN runner_keys AS k ON r.fingerprint = k.fingerprint
 LEFT JOIN admitted AS a ON r.fingerprint = a.fingerprint
 LEFT JOIN runners AS u ON r.runner_id = u.runner_id
 LEFT JOIN entitled AS e ON r.place = e.place
 LEFT JOIN granted AS g ON r.place = g.place
-LEFT JOIN models AS m ON g.model_id = m.model_id
-LEFT JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
-LEFT JOIN model_architectures AS c ON m.architecture_id = c.architecture_id
-LEFT JOIN model_file_formats AS f ON m.file_format_id = f.file_format_id
+LEFT JOIN described AS d ON g.model_id = d.model_id
 ORDER BY r.place
 
 -- name: held_by
