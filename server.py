@@ -21,6 +21,7 @@ from auth.revocation import Revocations
 from auth.signers import BundleVerifier, load_policy
 from auth.tokens import Tokens
 from broker.allowlist import Allowlist
+from broker.archiver import Archiver
 from broker.claims import Claims
 from broker.credentials import Credentials, PostgresAuthority
 from broker.endings import cancel
@@ -128,6 +129,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
             wakeup.run(),
             claims.room.run(),
             telemetry.watch_loop(),
+            Archiver(pool, settings).run(),
         )
         for task in loops:
             stack.push_async_callback(cancel, asyncio.create_task(task))

@@ -235,6 +235,9 @@ def _refuse_conflicts(
         if run_id in new:
             continue
         if before is None:
-            raise Conflict(f"The run {run_id} exists, and this queue did not make it.")
+            raise Conflict(
+                f"The run {run_id} exists, and this queue did not make it, or has forgotten it:"
+                " draw a new run_id."
+            )
         if before["job"] != each.row.job or before["model_id"] != each.row.model_id:
             raise Conflict(f"The run {run_id} is queued with another job or model.")

@@ -13,7 +13,7 @@ from broker.diagnosis import FINISHED
 from broker.errors import Conflict, NotFound, RunFinished
 from broker.moderation import told_state
 from broker.paging import bad_query, check_limit, read_cursor, write_cursor
-from db import admin, attempts, run_queue, submissions
+from db import admin, archive, attempts, run_queue, submissions
 from db.pool import retries
 
 STATUSES = ("PENDING", "CLAIMED", "IN_PROGRESS", "COMPLETE", "FAILED", "CANCELLED")
@@ -83,7 +83,10 @@ class QueueView:
             for attempt in await attempts.of_run(self._pool, run_id)
             if attempt["runner_id"] == claims.runner_id
         ]
-        if not mine:
+        submission = await submissions.find(self._pool, run_id)
+        own = submission is not None and submission["runner_id"] == claims.runner_id
+        # The ledger of an accepted result may have been pruned; the result is still this runner's.
+        if not mine and not own:
             raise NotFound(f"There is no run {run_id} of yours.")
         holds = row["claimed_by"] == claims.runner_id and row["lease_expires_at"] is not None
         lease = {
@@ -91,8 +94,6 @@ class QueueView:
             "lease_expires_at": row["lease_expires_at"],
             "attempt": row["lease_seq"],
         }
-        submission = await submissions.find(self._pool, run_id)
-        own = submission is not None and submission["runner_id"] == claims.runner_id
         return {
             "run_id": run_id,
             "status": row["status"],
@@ -128,10 +129,12 @@ class QueueView:
         """Put a FAILED or CANCELLED run back into the queue; return its state.
 
         Raises NotFound; RunFinished for a COMPLETE run; Conflict for one that somebody works on.
-        A run that is PENDING already stays as it is.
+        A run that is PENDING already stays as it is; an archived one comes back.
         """
         async with self._pool.acquire() as connection, connection.transaction():
             status = await run_queue.requeue(connection, run_id)
+            if status is None and await archive.bring_back(connection, run_id):
+                status = await run_queue.requeue(connection, run_id)
             if status is not None:
                 await admin.audit(
                     connection, by.actor, "queue.requeue", run_id=run_id, reason=reason

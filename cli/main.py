@@ -12,7 +12,20 @@ from importlib.metadata import version as installed_version
 import typer
 from typer.main import get_command
 
-from cli import config, db, demo, dev, keys, queue, receipts, results, runners, serve, tokens
+from cli import (
+    config,
+    db,
+    demo,
+    dev,
+    keys,
+    prune,
+    queue,
+    receipts,
+    results,
+    runners,
+    serve,
+    tokens,
+)
 from cli.output import CommandFailed, ExitCode, note, print_failure
 
 PROGRAM = "bakeoff-queue"
@@ -34,6 +47,7 @@ app.command()(demo.demo)
 app.command()(dev.dev)
 app.command()(serve.serve)
 app.command()(serve.healthcheck)
+app.command()(prune.prune)
 
 
 @app.command()

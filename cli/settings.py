@@ -30,7 +30,7 @@ def in_database(work: Callable[[Any], Awaitable[Result]]) -> Result:
     """Run `work` on a pool of the settings' database. Raises CommandFailed when it is away."""
     import asyncpg
 
-    from db.pool import DatabaseUnready, NotMigrated, open_pool
+    from db.pool import DatabaseUnready, NotMigrated, describe, open_pool
 
     dsn = read_settings().database_url.get_secret_value()
 
@@ -47,4 +47,9 @@ def in_database(work: Callable[[Any], Awaitable[Result]]) -> Result:
     except asyncpg.UndefinedTableError:
         raise CommandFailed(
             "the database has not been migrated: run `bakeoff-queue db migrate`"
+        ) from None
+    except (OSError, asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError) as error:
+        # Lost in the middle of the work, or (TimeoutError is an OSError) no answer in time.
+        raise CommandFailed(
+            f"PostgreSQL was lost: {describe(error)}", code=ExitCode.UNREACHABLE
         ) from None

@@ -23,6 +23,9 @@ CONFIG_VARIABLE = f"{PREFIX}CONFIG"
 CLIENT_VARIABLES = {f"{PREFIX}URL", f"{PREFIX}TOKEN"}
 MIN_SECRET_BYTES = 32
 SEED_BYTES = 32
+DAY_S = 86_400
+# PostgreSQL's intervals and Python's timedelta hold it; who wants to keep things for ever says so.
+MAX_RETENTION_S = 1000 * 365 * DAY_S
 NO_TOKEN_KEYS = (
     f"{PREFIX}TOKEN_KEYS is not set: give all processes the same key ring,"
     ' for instance "2026-01:$(openssl rand -hex 32)"'
@@ -130,6 +133,41 @@ class Settings(BaseSettings):
         ge=0,
         description="How long /readyz answers 503 before we stop listening, so that the"
         " balancer has seen it; 0 suits a process without a balancer.",
+    )
+    archive_after_s: int = Field(
+        7 * DAY_S,
+        ge=3600,
+        le=MAX_RETENTION_S,
+        description="A run that ended this long ago moves out of the queue's table, with its"
+        " ledger. Requests that come late come within hours; more than a week of finished runs"
+        " would only make the table large.",
+    )
+    keep_failed_s: int = Field(
+        180 * DAY_S,
+        ge=3600,
+        le=MAX_RETENTION_S,
+        description="`prune` deletes archived FAILED and CANCELLED runs that ended longer ago:"
+        " after half a year nobody asks why one failed, nor puts it back.",
+    )
+    keep_ledgers_s: int = Field(
+        365 * DAY_S,
+        ge=3600,
+        le=MAX_RETENTION_S,
+        description="`prune` deletes the attempts of COMPLETE runs that ended longer ago; the"
+        " result names its runner, key and lease by itself.",
+    )
+    keep_refusals_s: int = Field(
+        90 * DAY_S,
+        ge=3600,
+        le=MAX_RETENTION_S,
+        description="`prune` deletes records of refused bundles that are older.",
+    )
+    keep_answers_s: int = Field(
+        30 * DAY_S,
+        ge=3600,
+        le=MAX_RETENTION_S,
+        description="`prune` deletes the remembered answers of admins' POSTs that are older: the"
+        " same Idempotency-Key is then a new request, so it must outlast every client's retries.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = Field(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -14,6 +14,8 @@ from db.queries import load
 SQL = load("run_queue")
 # What NOTIFY is sent on when a run becomes claimable.
 CHANNEL = "bakeoff_queue"
+# A cursor before every run.
+FIRST_PAGE = (datetime(1, 1, 1, tzinfo=UTC), UUID(int=0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +228,7 @@ async def list_page(
     limit: int,
 ) -> list[asyncpg.Record]:
     """Return one page of the queue, oldest first, after the cursor."""
-    created_at, run_id = after or (None, None)
+    created_at, run_id = after or FIRST_PAGE
     return await pool.fetch(SQL["list_page"], status, created_at, run_id, limit)
 
 

@@ -470,16 +470,33 @@ WHERE status IN ('CLAIMED', 'IN_PROGRESS') AND job IS NOT NULL
 
 -- name: tally
 -- How many runs are in each state, and for how long the oldest one that could be claimed has waited,
--- in seconds (0 in the other states). One pass over the table: the callers remember it.
+-- in seconds (0 in the other states). Each part has an index of its own rows, and the archived runs
+-- are counted already, so that it costs what is in the queue, and not what ever was.
 SELECT
     status,
     count(*) AS runs,
     coalesce(extract(EPOCH FROM clock_timestamp() - min(created_at) FILTER (
-        WHERE status = 'PENDING' AND (retry_after IS NULL OR retry_after <= clock_timestamp())
+        WHERE retry_after IS NULL OR retry_after <= clock_timestamp()
     )), 0)::float8 AS oldest_s
 FROM run_queue
-WHERE job IS NOT NULL
+WHERE status = 'PENDING' AND job IS NOT NULL
 GROUP BY status
+UNION ALL
+SELECT status, count(*), 0
+FROM run_queue
+WHERE status IN ('CLAIMED', 'IN_PROGRESS') AND job IS NOT NULL
+GROUP BY status
+UNION ALL
+SELECT f.status, sum(f.runs)::bigint, 0
+FROM (
+    SELECT status, count(*) AS runs
+    FROM run_queue
+    WHERE status IN ('COMPLETE', 'FAILED', 'CANCELLED') AND job IS NOT NULL
+    GROUP BY status
+    UNION ALL
+    SELECT status, runs FROM run_archive_changes
+) AS f
+GROUP BY f.status
 
 -- name: lapse
 -- End up to $1 leases whose deadline has passed: the sweep. Every process runs it; SKIP LOCKED
@@ -626,7 +643,7 @@ UPDATE attempts SET
 WHERE run_id = $1 AND lease_seq = $2
 
 -- name: find
--- One run of ours, with its model: what a submit and a GET need to know.
+-- One run of ours, archived or not, with its model: what a submit and a GET need to know.
 SELECT
     q.*,
     m.name AS model_name, x.name AS quantization,
@@ -635,7 +652,7 @@ SELECT
         k.revoked_at IS NULL AND (k.not_after IS NULL OR k.not_after > clock_timestamp())
     ) AS key_good,
     k.signature_policy, k.public_key, k.signer_identity, k.signer_issuer
-FROM run_queue AS q
+FROM every_run AS q
 LEFT JOIN models AS m ON q.model_id = m.model_id
 LEFT JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
 LEFT JOIN runner_keys AS k ON k.fingerprint = $2
@@ -661,8 +678,8 @@ FROM unnest(
 ON CONFLICT (run_id) WHERE job IS NOT NULL DO NOTHING
 
 -- name: enqueued
--- What is queued under these run_ids.
-SELECT queue_id, run_id, status, model_id, job FROM run_queue
+-- What is queued, or was and is archived, under these run_ids.
+SELECT queue_id, run_id, status, model_id, job FROM every_run
 WHERE run_id = any($1::uuid []) AND job IS NOT NULL
 
 -- name: announce
@@ -670,20 +687,21 @@ WHERE run_id = any($1::uuid []) AND job IS NOT NULL
 SELECT pg_notify('bakeoff_queue', '')
 
 -- name: list_page
--- One page of the admin's list, oldest first, after the cursor ($2, $3).
+-- One page of the admin's list, oldest first, after the cursor ($2, $3); archived runs have their
+-- place in it. The cursor is one comparison, without an OR: each table's index begins there.
 SELECT
     q.run_id, q.queue_id, q.status, q.priority, q.attempt_count, q.max_attempts, q.claimed_by,
     q.claimed_at, q.created_at, q.completed_at, q.retry_after, q.error_detail, q.batch_id,
     q.progress, q.cancel_requested_at, q.lease_expires_at,
     m.name AS model_name, x.name AS quantization,
     vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) AS need_gb
-FROM run_queue AS q
+FROM every_run AS q
 INNER JOIN models AS m ON q.model_id = m.model_id
 INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
 WHERE
     q.job IS NOT NULL
     AND ($1::text IS NULL OR q.status = $1)
-    AND ($2::timestamptz IS NULL OR (q.created_at, q.run_id) > ($2, $3::uuid))
+    AND (q.created_at, q.run_id) > ($2::timestamptz, $3::uuid)
 ORDER BY q.created_at, q.run_id
 LIMIT $4
 
