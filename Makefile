@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev serve test lint history guards bench-claims bench-expiry rolling requirements clean
+.PHONY: help demo dev serve test lint history guards bench-claims bench-expiry bench-finished rolling requirements clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench-claims: $(VENV)/.test  ## claims/s against a no-op, and against the queue'
 
 bench-expiry: $(VENV)/.test  ## from a runner's silence to a claimable run, with Redis and without
 	@$(BIN)/python -m bench.expiry_lag
+
+bench-finished: $(VENV)/.test  ## what finished runs cost the hot statements, archived or not: RUNS=100000
+	@$(BIN)/python -m bench.finished_runs $(if $(RUNS),--runs $(RUNS))
 
 rolling: $(VENV)/.test  ## replace three servers behind nginx, twice, with runners at work
 	@$(BIN)/python -m bench.rolling_restart

@@ -12,6 +12,8 @@ QUEUE = "db/sql/run_queue.sql"
 KEYS = "db/sql/runner_keys.sql"
 RUNNERS = "db/sql/runners.sql"
 TABLES = "db/migrations/20261123000002_queue.sql"
+ARCHIVE = "db/sql/archive.sql"
+PRUNE = "db/sql/prune.sql"
 
 CLAIMS = "tests/test_claims.py"
 RACES = "tests/test_claim_races.py"
@@ -19,6 +21,8 @@ GUARDS = "tests/test_lease_guards.py"
 EXPIRY = "tests/test_expiry.py"
 STEERING = "tests/test_steering.py"
 SUBMIT = "tests/test_submit.py"
+ARCHIVED = "tests/test_archive.py"
+PRUNED = "tests/test_prune.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1093,4 +1097,126 @@ RESULTS = (
     ),
 )
 
-ALL = CLAIM + ENDS + SWEEP + ADMIN + BELL + SERVER + RESULTS
+ARCHIVING = (
+    Guard(
+        "archive: only what is finished",
+        f"{ARCHIVE}:archive",
+        "q.status IN ('COMPLETE', 'FAILED', 'CANCELLED') AND q.job IS NOT NULL",
+        "q.job IS NOT NULL",
+        f"{ARCHIVED}::test_a_live_run_stays_whatever_its_row_says",
+    ),
+    Guard(
+        "archive: bakeoff's own rows stay",
+        f"{ARCHIVE}:archive",
+        " AND q.job IS NOT NULL\n",
+        "\n",
+        f"{ARCHIVED}::test_rows_of_bakeoffs_own_runner_stay",
+    ),
+    Guard(
+        "archive: only what ended long enough ago",
+        f"{ARCHIVE}:archive",
+        "        AND q.completed_at < clock_timestamp() - $1::interval\n",
+        "        AND $1::interval IS NOT NULL\n",
+        f"{ARCHIVED}::test_only_what_ended_long_enough_ago_is_archived_and_with_its_ledger",
+    ),
+    Guard(
+        "archive: a run with an open attempt stays",
+        f"{ARCHIVE}:archive",
+        "a.ended_at IS NULL\n                    OR 3 >",
+        "3 >",
+        f"{ARCHIVED}::test_a_run_with_an_open_attempt_stays",
+    ),
+    Guard(
+        "archive: a runner's last three leases stay",
+        f"{ARCHIVE}:archive",
+        "OR 3 > (",
+        "OR 0 > (",
+        f"{ARCHIVED}::test_lapses_of_last_week_still_pause_a_runner",
+    ),
+    Guard(
+        "archive: what somebody holds is passed over",
+        f"{ARCHIVE}:archive",
+        "    FOR UPDATE SKIP LOCKED\n",
+        "    FOR UPDATE NOWAIT\n",
+        f"{ARCHIVED}::test_a_run_that_is_being_requeued_is_passed_over",
+    ),
+    Guard(
+        "archive: a requeue brings a run without a result back only",
+        f"{ARCHIVE}:bring_back",
+        " AND status IN ('FAILED', 'CANCELLED')",
+        "",
+        f"{ARCHIVED}::test_a_completed_run_that_is_archived_is_answered_as_before",
+    ),
+    Guard(
+        "prune: a run with a submission stays",
+        f"{PRUNE}:delete_failed_runs",
+        "        AND NOT EXISTS (SELECT FROM submissions AS s WHERE s.run_id = r.run_id)\n",
+        "",
+        f"{PRUNED}::test_a_run_with_a_submission_is_never_pruned_whatever_its_row_says",
+    ),
+    Guard(
+        "prune: an accepted result's run stays",
+        f"{PRUNE}:delete_failed_runs",
+        "r.status <> 'COMPLETE' AND ",
+        "",
+        f"{PRUNED}::test_failed_runs_go_when_they_are_archived_and_past_their_time",
+    ),
+    Guard(
+        "prune: a failed run stays until its time",
+        f"{PRUNE}:delete_failed_runs",
+        " AND r.completed_at < clock_timestamp() - $1::interval",
+        "\n        AND $1::interval IS NOT NULL",
+        f"{PRUNED}::test_failed_runs_go_when_they_are_archived_and_past_their_time",
+    ),
+    Guard(
+        "prune: what somebody holds is passed over",
+        f"{PRUNE}:delete_failed_runs",
+        "    FOR UPDATE OF r SKIP LOCKED\n",
+        "    FOR UPDATE OF r NOWAIT\n",
+        f"{PRUNED}::test_what_another_prune_or_a_requeue_holds_is_passed_over",
+    ),
+    Guard(
+        "prune: a failed run keeps its ledger as long as itself",
+        f"{PRUNE}:delete_ledgers",
+        "r.status = 'COMPLETE' AND ",
+        "",
+        f"{PRUNED}::test_the_ledger_of_a_result_goes_and_its_runner_still_sees_the_run",
+    ),
+    Guard(
+        "prune: a ledger goes by the end of its run",
+        f"{PRUNE}:delete_ledgers",
+        " AND r.completed_at < clock_timestamp() - $1::interval",
+        "",
+        f"{PRUNED}::test_the_ledger_of_a_result_goes_and_its_runner_still_sees_the_run",
+    ),
+    Guard(
+        "prune: refusals stay until their time",
+        f"{PRUNE}:delete_refusals",
+        "    WHERE refused_at < clock_timestamp() - $1::interval\n",
+        "    WHERE $1::interval IS NOT NULL\n",
+        f"{PRUNED}::test_records_go_by_their_own_time_and_expired_ones_at_once",
+    ),
+    Guard(
+        "prune: answers stay until their time",
+        f"{PRUNE}:delete_answers",
+        "    WHERE created_at < clock_timestamp() - $1::interval\n",
+        "    WHERE $1::interval IS NOT NULL\n",
+        f"{PRUNED}::test_records_go_by_their_own_time_and_expired_ones_at_once",
+    ),
+    Guard(
+        "prune: nonces stay until they have expired",
+        f"{PRUNE}:delete_nonces",
+        "    WHERE keep_until < clock_timestamp() - $1::interval\n",
+        "    WHERE $1::interval IS NOT NULL\n",
+        f"{PRUNED}::test_records_go_by_their_own_time_and_expired_ones_at_once",
+    ),
+    Guard(
+        "prune: revocations stay until their tokens have expired",
+        f"{PRUNE}:delete_revoked_tokens",
+        "    WHERE expires_at < clock_timestamp() - $1::interval\n",
+        "    WHERE $1::interval IS NOT NULL\n",
+        f"{PRUNED}::test_records_go_by_their_own_time_and_expired_ones_at_once",
+    ),
+)
+
+ALL = CLAIM + ENDS + SWEEP + ADMIN + BELL + SERVER + RESULTS + ARCHIVING
