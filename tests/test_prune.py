@@ -107,13 +107,16 @@ async def test_failed_runs_go_when_they_are_archived_and_past_their_time(
 
 
 @pytest.mark.gen_test
-async def test_a_run_with_a_submission_is_never_pruned_whatever_its_row_says(
+async def test_neither_a_complete_run_nor_one_with_a_submission_is_ever_pruned(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
     async with open_fleet(make_settings(), sigstore) as fleet:
         job, _ = await completed(fleet, await fleet.sign_on())
         await archived_at(fleet, job["run_id"], 1000 * DAY_S)
         await fleet.pool.execute("UPDATE run_archive SET status = 'FAILED'")
+        assert await pruned(fleet, "failed_runs") == 0
+        await fleet.pool.execute("UPDATE run_archive SET status = 'COMPLETE'")
+        await fleet.pool.execute("DELETE FROM submissions")
         assert await pruned(fleet, "failed_runs") == 0
         assert await where(fleet, job["run_id"]) == "archive"
 

@@ -1152,14 +1152,14 @@ ARCHIVING = (
         f"{PRUNE}:delete_failed_runs",
         "        AND NOT EXISTS (SELECT FROM submissions AS s WHERE s.run_id = r.run_id)\n",
         "",
-        f"{PRUNED}::test_a_run_with_a_submission_is_never_pruned_whatever_its_row_says",
+        f"{PRUNED}::test_neither_a_complete_run_nor_one_with_a_submission_is_ever_pruned",
     ),
     Guard(
         "prune: an accepted result's run stays",
         f"{PRUNE}:delete_failed_runs",
         "r.status <> 'COMPLETE' AND ",
         "",
-        f"{PRUNED}::test_failed_runs_go_when_they_are_archived_and_past_their_time",
+        f"{PRUNED}::test_neither_a_complete_run_nor_one_with_a_submission_is_ever_pruned",
     ),
     Guard(
         "prune: a failed run stays until its time",
