@@ -197,6 +197,8 @@ async def test_a_completed_run_that_is_archived_is_answered_as_before(
             own = await runner.fleet.http.get(f"/api/queue/{run_id}", headers=runner.headers)
             shown = await fleet.admin("GET", f"/queue/{run_id}")
             listed = await fleet.admin("GET", "/queue")
+            result = await fleet.admin("GET", f"/results/{run_id}")
+            results = await fleet.admin("GET", "/results")
             replay = await runner.submit(job, files)
             assert replay.status_code == 200, replay.text
             changed = runner.bundle(job, resumed_from="elsewhere")
@@ -212,6 +214,7 @@ async def test_a_completed_run_that_is_archived_is_answered_as_before(
                 await requeue(fleet, run_id),
             ]
             told = [timeless(answer) for answer in (own, shown, listed, replay, queued)]
+            told += [timeless(answer) for answer in (result, results)]
             return told + [code_of(answer) for answer in refused]
 
         before = await seen()
@@ -219,7 +222,7 @@ async def test_a_completed_run_that_is_archived_is_answered_as_before(
             "run_id": run_id, "queue_id": before[1]["queue_id"], "status": "COMPLETE",
             "created": False,
         }  # fmt: skip
-        assert before[5:7] == [(409, "already_complete"), (409, "run_finished")]
+        assert before[7:9] == [(409, "already_complete"), (409, "run_finished")]
         assert before[0]["receipt"] == before[3]
         assert await archive_once(fleet) == 1
         assert await where(fleet, run_id) == "archive"

@@ -42,7 +42,7 @@ SELECT
     s.signer_issuer, s.result_sha256, s.accepted_at, r.publisher_id, r.run_status, m.name AS model
 FROM submissions AS s
 INNER JOIN runs AS r ON s.run_id = r.run_id
-LEFT JOIN run_queue AS q ON s.run_id = q.run_id AND q.job IS NOT NULL
+LEFT JOIN every_run AS q ON s.run_id = q.run_id AND q.job IS NOT NULL
 LEFT JOIN models AS m ON q.model_id = m.model_id
 WHERE
     ($1::text IS NULL OR s.state = $1)
@@ -60,7 +60,7 @@ SELECT
     s.*, r.publisher_id, r.run_status, m.name AS model, k.public_key, k.revoked_at AS key_revoked_at
 FROM submissions AS s
 INNER JOIN runs AS r ON s.run_id = r.run_id
-LEFT JOIN run_queue AS q ON s.run_id = q.run_id AND q.job IS NOT NULL
+LEFT JOIN every_run AS q ON s.run_id = q.run_id AND q.job IS NOT NULL
 LEFT JOIN models AS m ON q.model_id = m.model_id
 LEFT JOIN runner_keys AS k ON s.key_fingerprint = k.fingerprint
 WHERE s.run_id = $1
