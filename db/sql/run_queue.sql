@@ -575,6 +575,12 @@ ledger AS (
     WHERE a.run_id = o.run_id AND a.lease_seq = o.lease_seq
 ),
 
+-- The runners of what ends here, first of all: their ledgers are looked at, and nobody else's.
+silent AS MATERIALIZED (
+    SELECT u.runner_id, u.resumed_at FROM runners AS u
+    WHERE u.runner_id IN (SELECT claimed_by FROM freed WHERE status <> 'CANCELLED')
+),
+
 -- A runner whose last three leases all lapsed, on three different runs, gets no more until an
 -- admin resumes it: the fault is its own, and every run it takes waits a TTL for nothing. What ends
 -- here counts as it will in the ledger, or which sweep ended a lease would decide.
@@ -582,8 +588,9 @@ paused AS (
     UPDATE runners AS u SET
         paused_at = clock_timestamp(), paused_until = NULL,
         pause_reason = 'three leases in a row lapsed'
+    FROM silent AS s
     WHERE
-        u.runner_id IN (SELECT claimed_by FROM freed WHERE status <> 'CANCELLED')
+        u.runner_id = s.runner_id AND u.resumed_at IS NOT DISTINCT FROM s.resumed_at
         AND NOT is_paused(u.paused_at, u.paused_until)
         AND 3 = (
             SELECT count(DISTINCT e.run_id) FILTER (WHERE e.how = 'lapsed')
@@ -594,13 +601,13 @@ paused AS (
                     f.claimed_at
                 FROM freed AS f
                 WHERE
-                    f.claimed_by = u.runner_id
-                    AND f.claimed_at > coalesce(u.resumed_at, '-infinity')
+                    f.claimed_by = s.runner_id
+                    AND f.claimed_at > coalesce(s.resumed_at, '-infinity')
                 UNION ALL
                 SELECT a.run_id, a.how, a.claimed_at FROM attempts AS a
                 WHERE
-                    a.runner_id = u.runner_id AND a.ended_at IS NOT NULL
-                    AND a.claimed_at > coalesce(u.resumed_at, '-infinity')
+                    a.runner_id = s.runner_id AND a.ended_at IS NOT NULL
+                    AND a.claimed_at > coalesce(s.resumed_at, '-infinity')
                 ORDER BY claimed_at DESC LIMIT 3
             ) AS e
         )
