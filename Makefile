@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev serve test lint history guards bench-claims bench-expiry rolling requirements clean
+.PHONY: help demo dev serve test lint history guards bench-claims bench-heartbeats bench-expiry rolling requirements clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,11 +48,14 @@ history: $(VENV)/.test  ## storm the leases and judge the history: SEED=7 MINUTE
 guards: $(VENV)/.test  ## remove each guard in a copy and show the test that fails: ONLY=claim
 	@$(BIN)/python -m tests.guards $(if $(ONLY),--only '$(ONLY)')
 
-bench-claims: $(VENV)/.test  ## claims/s against a no-op, and against the queue's length
-	@$(BIN)/python -m bench.claims
+bench-claims: $(VENV)/.test  ## B1: claims/s against a no-op and a handler without the broker
+	@$(BIN)/python -m bench.claims $(ARGS)
 
-bench-expiry: $(VENV)/.test  ## from a runner's silence to a claimable run, with Redis and without
-	@$(BIN)/python -m bench.expiry_lag
+bench-heartbeats: $(VENV)/.test  ## B2: heartbeats/s with 10,000 live leases, against a no-op
+	@$(BIN)/python -m bench.heartbeats $(ARGS)
+
+bench-expiry: $(VENV)/.test  ## B7: from a runner's silence to a claimable run, with Redis and without
+	@$(BIN)/python -m bench.expiry $(ARGS)
 
 rolling: $(VENV)/.test  ## replace three servers behind nginx, twice, with runners at work
 	@$(BIN)/python -m bench.rolling_restart
