@@ -101,7 +101,7 @@ async def measure(stages: dict[str, Stage], wanted: Options) -> Figure:
     each = 5 if wanted.quick else LEASES_EACH
     arms = {name: Arm(stage, each).lags for name, stage in stages.items() if wanted.wants(name)}
     taken = await in_turn(arms, wanted.rounds, warm_up=False)
-    p99 = {name: [_p99(lags) for lags in rounds] for name, rounds in taken.items()}
+    p99 = {name: [report.percentile(lags, 99) for lags in rounds] for name, rounds in taken.items()}
     report.print_arms("p99 lag, s", p99, None)
     targets = {"redis": 1.0, "without": DEGRADED_S + 1.0}
     return Figure(
@@ -122,10 +122,6 @@ async def measure(stages: dict[str, Stage], wanted: Options) -> Figure:
             for name, rounds in taken.items()
         },
     )
-
-
-def _p99(lags: Sequence[float]) -> float:
-    return lags[int(len(lags) * 0.99) - 1]
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -98,6 +99,11 @@ def options(argv: Sequence[str] | None = None, *, rounds: int = 3, seconds: int 
     if given.quick:
         given.rounds, given.seconds = 1, 1
     return Options(given.quick, given.rounds, given.seconds, tuple(given.only), given.runners)
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return the value that so many percent of `values` do not exceed (nearest rank)."""
+    return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 
 async def in_turn(

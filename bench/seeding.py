@@ -59,17 +59,18 @@ FROM unnest($1::text[], $2::text[], $3::jsonb[]) AS t (r, f, c)
 """
 LEASE = """
 WITH numbered AS (
-    SELECT queue_id, row_number() OVER () - 1 AS n FROM (
-        SELECT queue_id FROM run_queue WHERE status = 'PENDING' AND job IS NOT NULL LIMIT $1
-    ) AS q
+    SELECT queue_id, 1 + n % c AS place, 1 + n / c AS slot FROM (
+        SELECT queue_id, row_number() OVER () - 1 AS n, cardinality($2::text[]) AS c FROM (
+            SELECT queue_id FROM run_queue WHERE status = 'PENDING' AND job IS NOT NULL LIMIT $1
+        ) AS q
+    ) AS counted
 ),
 taken AS (
     UPDATE run_queue AS q SET
         status = 'CLAIMED', lease_seq = q.lease_seq + 1, lease_id = gen_random_uuid(),
-        lease_slot = 1 + n / cardinality($2), claim_key = 'bench-' || n / cardinality($2),
-        claimed_by = ($2::text[])[1 + n % cardinality($2)],
-        lease_key = ($3::text[])[1 + n % cardinality($2)],
-        claimed_at = now(), lease_expires_at = now() + $4::interval
+        lease_slot = slot, claim_key = 'bench-' || slot, claimed_by = ($2::text[])[place],
+        lease_key = ($3::text[])[place], claimed_at = now(),
+        lease_expires_at = now() + $4::interval
     FROM numbered WHERE q.queue_id = numbered.queue_id
     RETURNING q.run_id, q.lease_seq, q.lease_id, q.claimed_by, q.lease_key, q.claimed_at
 ),
