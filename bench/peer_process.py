@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from typing import Any
 from uuid import uuid4
 
 import asyncpg
@@ -48,7 +49,7 @@ async def seed_procrastinate(dsn: str, jobs: int) -> None:
     async with app.open_async():
         await app.schema_manager.apply_schema_async()
         for begin in range(0, jobs, SLICE):
-            entries = [{"job": JOB}] * min(SLICE, jobs - begin)
+            entries: list[Any] = [{"job": JOB}] * min(SLICE, jobs - begin)
             await task.batch_defer_async(*entries)
 
 

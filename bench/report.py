@@ -166,7 +166,9 @@ def keep(members: Mapping[str, Any]) -> None:
 
 def print_table(members: Mapping[str, Any]) -> None:
     """Print what latest.json has of the benchmarks."""
-    table = Table("id", "what", "value", "ratio", "target", "ok")
+    table = Table("id", "what", "value")
+    for column in ("ratio", "target", "ok"):
+        table.add_column(column, no_wrap=True)
     for name, figure in members.items():
         table.add_row(
             name,
