@@ -16,7 +16,9 @@ from uuid import UUID, uuid4
 import asyncpg
 
 from auth.tokens import Tokens
+from db.pool import SESSION
 
+PLANNING = {name: SESSION[name] for name in ("plan_cache_mode", "jit")}
 TOKEN_TTL_S = 7200
 RING = {"bench": b"k" * 32}
 CAPABILITIES: dict[str, Any] = {"vram_gb": 24, "quantizations": ["q4_k_m", "q8_0"]}
@@ -109,8 +111,8 @@ class Lease:
 
 @asynccontextmanager
 async def open_connection(dsn: str) -> AsyncIterator[asyncpg.Connection]:
-    """Yield a connection without the service's time limits."""
-    connection = await asyncpg.connect(dsn)
+    """Yield a connection that plans as the service's do, without its time limits."""
+    connection = await asyncpg.connect(dsn, server_settings=PLANNING)
     try:
         await connection.set_type_codec(
             "jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads

@@ -66,7 +66,7 @@ class NaiveClaimHandler(RunnerHandler):
                 max_runtime_s=settings.max_runtime_s,
             )
             if row["queue_id"] is not None:
-                self.answer(200, handed_out(row, self.services))
+                self.answer(200, handed_out(row, self.services), members=row["job"])
                 return
             if not row["contended"]:
                 break
