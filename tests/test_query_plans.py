@@ -15,6 +15,7 @@ import pytest
 
 from bench import seeding
 from bench.seeding import BenchRunner, Lease
+from db.pool import fetch_one
 from db.run_queue import SQL
 from sandbox import servers
 
@@ -65,14 +66,14 @@ def beat(seeded: Seeded, beats: int) -> list[Any]:
 # Statement, its arguments, and the most pages of 8 kB it may touch, as it is and with room to grow
 # by half; a scan of the table alone would be 20,000.
 PLANS = {
-    "claim for one": ("claim", lambda seeded: claim(seeded, 1), 1_250),
-    "claim for 64": ("claim", lambda seeded: claim(seeded, 64), 6_300),
+    "claim for one": ("claim", lambda seeded: claim(seeded, 1), 2_350),
+    "claim for 64": ("claim", lambda seeded: claim(seeded, 64), 7_800),
     "beat of one": ("beat", lambda seeded: beat(seeded, 1), 65),
     "beat of 100": ("beat", lambda seeded: beat(seeded, 100), 5_300),
     "lapse": ("lapse", lambda seeded: [200], 10_500),
-    "ripen": ("ripen", lambda seeded: [200], 6_000),
-    "a look at the offers": ("offers", lambda seeded: [1], 2_600),
-    "offers for explain": ("offers", lambda seeded: [1000], 5_000),
+    "ripen": ("ripen", lambda seeded: [200], 8_400),
+    "a look at the offers": ("offers", lambda seeded: [1], 3_000),
+    "offers for explain": ("offers", lambda seeded: [1000], 5_500),
 }
 
 
@@ -108,11 +109,10 @@ async def _explain(dsn: str, statement: str, arguments: Sequence[Any]) -> dict[s
         given = f"({', '.join(map(_literal, arguments))})" if arguments else ""
         transaction = connection.transaction()
         await transaction.start()
-        said = await connection.fetchval(
-            f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE pinned{given}"
-        )
+        explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE pinned{given}"
+        row = await fetch_one(connection, explain)
         await transaction.rollback()  # the next plan meets the same rows
-        return json.loads(said)[0]["Plan"]
+        return json.loads(row[0])[0]["Plan"]
 
 
 def _literal(value: Any) -> str:
