@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev serve test lint history guards bench-claims bench-expiry bench-finished rolling requirements clean
+.PHONY: help demo dev serve test lint history guards bench bench-quick bench-claims bench-heartbeats bench-peers bench-depth bench-wakeup bench-parked bench-expiry bench-balanced bench-submits bench-finished bench-charts soak fleet rolling requirements clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,11 @@ $(VENV)/.test: setup.cfg | $(BIN)/python
 	@echo "installing bakeoff-queue and its tests' tools into $(VENV) ..."
 	@$(PIP) install -e '.[test]'
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.bench: setup.cfg $(VENV)/.test | $(BIN)/python
+	@echo "installing the benchmarks' peers and the charts' tools into $(VENV) ..."
+	@$(PIP) install -e '.[test,bench]'
+	@touch $@
 
 demo: $(VENV)/.demo  ## watch runs go from PENDING to COMPLETE on private servers, then clean up
 	@$(BIN)/bakeoff-queue demo
@@ -48,11 +53,44 @@ history: $(VENV)/.test  ## storm the leases and judge the history: SEED=7 MINUTE
 guards: $(VENV)/.test  ## remove each guard in a copy and show the test that fails: ONLY=claim
 	@$(BIN)/python -m tests.guards $(if $(ONLY),--only '$(ONLY)')
 
-bench-claims: $(VENV)/.test  ## claims/s against a no-op, and against the queue's length
-	@$(BIN)/python -m bench.claims
+bench: $(VENV)/.bench  ## B1 to B9 of the performance page: the table, and bench/results/latest.json
+	@$(BIN)/python -m bench.all $(ARGS)
 
-bench-expiry: $(VENV)/.test  ## from a runner's silence to a claimable run, with Redis and without
-	@$(BIN)/python -m bench.expiry_lag
+bench-quick: $(VENV)/.bench  ## the same in small: shows that every benchmark works, never its timing
+	@$(BIN)/python -m bench.all --quick
+
+bench-claims: $(VENV)/.test  ## B1: claims/s against a no-op and a handler without the broker
+	@$(BIN)/python -m bench.claims $(ARGS)
+
+bench-heartbeats: $(VENV)/.test  ## B2: heartbeats/s with 10,000 live leases, against a no-op
+	@$(BIN)/python -m bench.heartbeats $(ARGS)
+
+bench-peers: $(VENV)/.bench  ## B3: B1's claims/s against procrastinate and pgqueuer
+	@$(BIN)/python -m bench.peers $(ARGS)
+
+bench-depth: $(VENV)/.test  ## B4: a claim with 1,000,000 runs waiting, fitting or not
+	@$(BIN)/python -m bench.depth $(ARGS)
+
+bench-wakeup: $(VENV)/.test  ## B5: from an enqueue to the answer of a parked runner
+	@$(BIN)/python -m bench.wakeup $(ARGS)
+
+bench-parked: $(VENV)/.test  ## B6: 5,000 parked claims: memory, connections, idle CPU
+	@$(BIN)/python -m bench.parked $(ARGS)
+
+bench-expiry: $(VENV)/.test  ## B7: from a runner's silence to a claimable run, with Redis and without
+	@$(BIN)/python -m bench.expiry $(ARGS)
+
+bench-balanced: $(VENV)/.test  ## B9: two processes behind nginx against one
+	@$(BIN)/python -m bench.balanced $(ARGS)
+
+bench-charts: $(VENV)/.bench  ## claims/s and latency against depth and parked runners: docs/performance-*
+	@$(BIN)/python -m bench.charts $(ARGS)
+
+soak: $(VENV)/.test  ## a day of churn on the queue's table, with an old snapshot open: CYCLES=1000000
+	@$(BIN)/python -m bench.soak $(if $(CYCLES),--cycles $(CYCLES)) $(ARGS)
+
+fleet: $(VENV)/.test  ## 10,000 runners at their real rates against one process: RUNNERS=, SECONDS=
+	@$(BIN)/python -m bench.fleet $(if $(RUNNERS),--runners $(RUNNERS)) $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
 
 bench-finished: $(VENV)/.test  ## what finished runs cost the hot statements, archived or not: RUNS=100000
 	@$(BIN)/python -m bench.finished_runs $(if $(RUNS),--runs $(RUNS))

@@ -1,217 +1,143 @@
-"""B1 and B4 of the design's performance page, as ratios of two things measured in the same run.
+"""B1: claims/s over HTTP, one process, 64 connections, one run per request, 200,000 PENDING.
 
-B1: claims/s over HTTP, one process, 64 connections, against an authenticated no-op of that process.
-B4: the claim statement's time with 100,000 PENDING runs against 1,000, and with 100,000 runs ahead
-in the queue that do not fit. Rounds are taken in turn; the table shows medians and the spread.
+Against the same process's authenticated no-op, and against a handler that runs one claim statement
+per request (both in bench/server.py), with the same tokens, headers, bodies and connections.
+Thousands of runners with one lease each, so each claims once per round; between rounds the leases
+are put back and the table is vacuumed. Twice: all runners alike, which is B1's figure, and runners
+of five kinds, which the broker must serve by a statement per kind.
 
     make bench-claims
+    python -m bench.claims --only claim --seconds 20    # for a profiler: prints the process id
+
+An `--only` measures runners alike, and keeps no figure.
 """
 
 import asyncio
-import os
 import statistics
-import subprocess
 import sys
-import time
-import uuid
-from datetime import timedelta
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 
 import asyncpg
-import httpx
-from nacl.signing import SigningKey
-from rich.console import Console
-from rich.table import Table
 
-from auth.keys import RunnerKey
-from config.settings import PREFIX
-from db import migrate, run_queue
-from db.pool import open_pool
-from db.run_queue import Capabilities, Claimant
-from sandbox import servers
-from sandbox.runner_identity import Identity, public_key_text
+from bench import report, seeding
+from bench.load import Load, LoadFailed, Request, plan, send
+from bench.report import Figure, Limit, Options, in_turn
+from bench.seeding import BenchRunner, open_connection
+from bench.stage import Stage, open_stage
 
 CONNECTIONS = 64
-PER_CONNECTION = 20  # claims of a connection per round
-ROUNDS = 3
-PUBLIC_URL = "http://bench.test"
-SEED = """
-INSERT INTO models (model_id, name, parameter_count_b, active_parameter_count_b, quantization_id)
-SELECT gen_random_uuid(), 'bench-' || x.name, $2, $2, x.quantization_id
-FROM quantization_methods AS x WHERE x.name = $1 RETURNING model_id
-"""
-FILL = """
-WITH made AS (
-    INSERT INTO runs (run_id, submitted_at, publisher_id)
-    SELECT gen_random_uuid(), now(), 'bench' FROM generate_series(1, $2) RETURNING run_id
-)
-INSERT INTO run_queue (queue_id, run_id, model_id, job, config_hash, priority)
-SELECT gen_random_uuid(), run_id, $1, '{"tasks": [], "floor_tasks": [], "prompts": [],
-    "config": {"models": [{"id": "bench"}]}, "config_hash": ""}', '', $3
-FROM made
-"""
-
-
-async def seed(pool: asyncpg.Pool, quantization: str, size_b: float, runs: int, prio: int) -> None:
-    """Add a model of `size_b` billion parameters with so many PENDING runs."""
-    model = await pool.fetchval(SEED, quantization, size_b)
-    await pool.execute(FILL, model, runs, prio, timeout=120)
-    await pool.execute("ANALYZE run_queue", timeout=60)
-
-
-async def sign_on(pool: asyncpg.Pool, http: httpx.AsyncClient, number: int) -> dict[str, str]:
-    """Admit and register a runner; return the headers of its requests."""
-    key = SigningKey.generate()
-    good = RunnerKey.parse(public_key_text(key))
-    await pool.execute(
-        "INSERT INTO runner_keys (fingerprint, public_key, runner_id, added_by, max_leases)"
-        " VALUES ($1, $2, $3, 'bench', 64)",
-        good.fingerprint, good.raw, f"bench-{number}",
-    )  # fmt: skip
-    identity = Identity(key, PUBLIC_URL, "bench", {"vram_gb": 24, "quantizations": ["q8_0"]})
-    answer = await http.post(
-        "/api/runners/register",
-        content=identity.sign_registration(),
-        headers={"Content-Type": "application/json"},
+PENDING = 200_000
+MODELS = 12
+# More claims per second than any process could do here: no runner claims twice in a round.
+RUNNERS_PER_S = 6000
+SETTLE_S = 0.5  # requests that were in flight when the load ended
+ARMS = {"noop": "/bench/noop", "claim": "/api/queue/claim", "naive": "/bench/naive-claim"}
+KINDS = tuple(
+    {"vram_gb": vram_gb, "quantizations": quantizations}
+    for vram_gb, quantizations in (
+        (8, ["q4_k_m", "q8_0"]),
+        (12, ["q8_0"]),
+        (24, ["q4_k_m", "q5_k_m", "q8_0"]),
+        (48, ["fp16", "q8_0"]),
+        (80, ["bf16", "fp16", "q8_0"]),
     )
-    return {
-        "Authorization": f"Bearer {answer.raise_for_status().json()['access_token']}",
-        "Content-Type": "application/json",
-    }
+)
 
 
-async def requests_per_s(port: int, path: str, headers: list[dict[str, str]]) -> float:
-    """Send `PER_CONNECTION` requests on each connection and return the rate of 200s."""
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A seeded stage with one server."""
 
-    async def one(own: dict[str, str]) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        for _ in range(PER_CONNECTION):
-            lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Length: 2"]
-            lines += [f"{name}: {value}" for name, value in own.items()]
-            lines += [f"Idempotency-Key: {uuid.uuid4()}", "", "{}"]
-            writer.write("\r\n".join(lines).encode())
-            head = await reader.readuntil(b"\r\n\r\n")
-            assert head.startswith(b"HTTP/1.1 200"), head
-            length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-            await reader.readexactly(length)
-        writer.close()
+    stage: Stage
+    connection: asyncpg.Connection
+    seconds: int
 
-    started = time.perf_counter()
-    await asyncio.gather(*(one(own) for own in headers))
-    return len(headers) * PER_CONNECTION / (time.perf_counter() - started)
+    def arm(self, file: Path, claims: bool) -> Callable[[], Awaitable[Load]]:
+        """Return what measures one round of a plan. Raises LoadFailed when claims got nothing."""
 
+        async def measure() -> Load:
+            load = await send(self.stage.port, file, connections=CONNECTIONS, seconds=self.seconds)
+            await asyncio.sleep(SETTLE_S)
+            leased = await seeding.put_back(self.connection)
+            if claims and leased < load.requests:
+                raise LoadFailed(f"{load.requests} claims were answered, {leased} runs leased")
+            self.stage.forget_keys()
+            return load
 
-async def bench_depth(pool: asyncpg.Pool) -> dict[str, float]:
-    """Measure the claim statement on a short queue, a long one, and one full of what does not fit.
-
-    The runs of B1 are gone by now: every state starts from an empty queue.
-    """
-    times = {}
-    await pool.execute("DELETE FROM runs", timeout=120)
-    await seed(pool, "q8_0", 1, 1_000, 100)
-    times["1,000 PENDING"] = await statement_ms(pool)
-    await seed(pool, "q8_0", 1, 100_000, 100)
-    times["100,000 PENDING"] = await statement_ms(pool)
-    await seed(pool, "fp32", 400, 100_000, 1)
-    times["100,000 more ahead that do not fit"] = await statement_ms(pool)
-    return times
+        return measure
 
 
-async def bench_http(pool: asyncpg.Pool, port: int) -> dict[str, list[float]]:
-    """Measure claims and no-ops in turn."""
-    async with httpx.AsyncClient(
-        base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30
-    ) as http:
-        headers = [await sign_on(pool, http, number) for number in range(CONNECTIONS)]
-    rates: dict[str, list[float]] = {"claim": [], "no-op": []}
-    for _ in range(ROUNDS):
-        rates["no-op"].append(await requests_per_s(port, "/bench/noop", headers))
-        rates["claim"].append(await requests_per_s(port, "/api/queue/claim", headers))
-    return rates
+def plan_of(path: str, runners: Sequence[BenchRunner]) -> list[Request]:
+    """Return one request of each runner."""
+    return [Request(path, runner.token) for runner in runners]
 
 
-async def statement_ms(pool: asyncpg.Pool) -> float:
-    """Return the median time of one claim statement, each rolled back."""
-    runner = await pool.fetchrow("SELECT runner_id, key_fingerprint FROM runners LIMIT 1")
-    assert runner is not None
-    times = []
-    for number in range(30):
-        async with pool.acquire() as connection:
-            transaction = connection.transaction()
-            await transaction.start()
-            started = time.perf_counter()
-            rows = await run_queue.claim(
-                connection,
-                [
-                    Claimant(
-                        runner["runner_id"],
-                        runner["key_fingerprint"],
-                        f"key-{number}",
-                        "x",
-                        Capabilities(24, ("q8_0",)),
-                    )
-                ],
-                ttl=timedelta(minutes=5),
-                max_leases=64,
-                max_runtime_s=3600,
-            )
-            times.append((time.perf_counter() - started) * 1000)
-            assert rows[0]["queue_id"] is not None
-            await transaction.rollback()
-    return statistics.median(times)
+async def measure(stage: Stage, wanted: Options) -> Figure:
+    """Seed, measure both variants, and return the figure."""
+    server = stage.serve()
+    count = wanted.runners or wanted.seconds * RUNNERS_PER_S
+    async with open_connection(stage.dsn) as connection:
+        models = await seeding.add_models(connection, "q8_0", 1, MODELS)
+        pending = max(count, 2_000 if wanted.quick else PENDING)
+        await seeding.add_runs(connection, models, pending)
+        print(f"server pid {server.pid}, {pending:,} PENDING, {count:,} runners", flush=True)
+        scene = Scene(stage, connection, wanted.seconds)
+        alike = await _variant(scene, await seeding.sign_on(connection, count), wanted)
+        mixed = await _variant(scene, await seeding.sign_on(connection, count, kinds=KINDS), wanted)
+    report.print_arms("requests/s, runners alike", _rates(alike), "noop")
+    if mixed:
+        report.print_arms("requests/s, runners of 5 kinds", _rates(mixed), "noop")
+    return _figure(alike, mixed, pending)
 
 
-def show(rates: dict[str, list[float]], times: dict[str, float]) -> None:
-    """Print the tables of medians and ratios."""
-    console = Console()
-    table = Table("requests/s, 64 connections", "median", "spread", "ratio to no-op")
-    base = statistics.median(rates["no-op"])
-    for name, measured in rates.items():
-        median = statistics.median(measured)
-        spread = f"{min(measured):.0f} to {max(measured):.0f}"
-        table.add_row(name, f"{median:.0f}", spread, f"{median / base:.2f}")
-    console.print(table)
-    table = Table("one claim statement", "median ms", "ratio to 1,000 PENDING")
-    first = next(iter(times.values()))
-    for name, taken in times.items():
-        table.add_row(name, f"{taken:.2f}", f"{taken / first:.2f}")
-    console.print(table)
-
-
-async def measure(dsn: str, port: int) -> None:
-    """Seed, measure, show."""
-    async with open_pool(dsn, 4) as pool:
-        await seed(pool, "q8_0", 1, CONNECTIONS * PER_CONNECTION * ROUNDS, 100)
-        rates = await bench_http(pool, port)
-        show(rates, await bench_depth(pool))
-
-
-def main() -> None:
-    """Start private servers and one server process, measure, and end them."""
-    print(f"command: {' '.join([sys.executable, '-m', 'bench.claims'])}, Python {sys.version}")
-    with servers.postgres() as postgres, servers.redis() as redis:
-        print(f"PostgreSQL {postgres.version}")
-        migrate.migrate(postgres.dsn)
-        settings = {
-            "DATABASE_URL": postgres.dsn,
-            "REDIS_LEASE_URL": redis.url(1),
-            "REDIS_TOKEN_URL": redis.url(2),
-            "TOKEN_KEYS": f"bench:{'k' * 32}",
-            "RECEIPT_KEYS": f"bench:{'ab' * 32}",
-            "PUBLIC_URL": PUBLIC_URL,
+async def _variant(
+    scene: Scene, runners: Sequence[BenchRunner], wanted: Options
+) -> dict[str, list[Load]]:
+    with ExitStack() as files:
+        arms = {
+            name: scene.arm(files.enter_context(plan(plan_of(path, runners))), name != "noop")
+            for name, path in ARMS.items()
+            if wanted.wants(name)
         }
-        own = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-        with subprocess.Popen(
-            [sys.executable, "-m", "bench.server"],
-            env={**own, **{PREFIX + name: value for name, value in settings.items()}},
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as server:
-            assert server.stdout is not None
-            try:
-                asyncio.run(measure(postgres.dsn, int(server.stdout.readline())))
-            finally:
-                server.terminate()
+        return await in_turn(arms, wanted.rounds, warm_up=not wanted.quick)
+
+
+def _rates(arms: dict[str, list[Load]]) -> dict[str, list[float]]:
+    return {name: [load.rate for load in loads] for name, loads in arms.items()}
+
+
+def _figure(alike: dict[str, list[Load]], mixed: dict[str, list[Load]], pending: int) -> Figure:
+    medians = {name: statistics.median(rates) for name, rates in _rates(alike).items()}
+    claims = medians.get("claim", 0.0)
+    targets = {"noop": 0.85, "naive": 1.5}
+    return Figure(
+        "B1",
+        f"claims over HTTP, {CONNECTIONS} connections, {pending:,} PENDING",
+        claims,
+        "claims/s",
+        {
+            name: Limit(claims / medians[name], target)
+            for name, target in targets.items()
+            if name in medians
+        },
+        {
+            variant: {name: report.load_spread(loads) for name, loads in arms.items()}
+            for variant, arms in (("alike", alike), ("five_kinds", mixed))
+        },
+    )
+
+
+def main() -> int:
+    """Measure on a private stage."""
+    wanted = report.options()
+    report.introduce()
+    with open_stage() as stage:
+        figure = asyncio.run(measure(stage, wanted))
+    return report.publish(figure, wanted)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

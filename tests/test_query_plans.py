@@ -1,0 +1,149 @@
+"""The plans of the queue's hot statements, pinned: on 200,000 rows none of them reads the table.
+
+On a connection that plans as the service's do (db/pool.py): once, for any values.
+"""
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import asyncpg
+import pytest
+
+from bench import seeding
+from bench.seeding import BenchRunner, Lease
+from db.pool import fetch_one
+from db.run_queue import SQL
+from sandbox import servers
+
+PENDING, UNFIT, LATER, DUE, DONE, LIVE = 89_000, 50_000, 10_000, 1_000, 48_000, 2_000
+MODELS = 40
+TTL = timedelta(minutes=5)
+DONE_NOW = """
+UPDATE run_queue SET status = 'COMPLETE', completed_at = now() WHERE queue_id IN (
+    SELECT queue_id FROM run_queue WHERE status = 'PENDING' LIMIT $1
+)
+"""
+# The sweep's work: a tenth of what is live.
+OVERDUE = """
+UPDATE run_queue SET lease_expires_at = now() - interval '1 second' WHERE queue_id IN (
+    SELECT queue_id FROM run_queue WHERE status IN ('CLAIMED', 'IN_PROGRESS') LIMIT 200
+)
+"""
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """A database with 200,000 runs, and who can ask for them."""
+
+    dsn: str
+    idle: list[BenchRunner]
+    leases: list[Lease]
+
+
+def claim(seeded: Seeded, claimants: int) -> list[Any]:
+    """Return the arguments of `claim` for so many runners that hold nothing."""
+    some = seeded.idle[:claimants]
+    return [
+        [24], ["q4_k_m,q8_0"], [r.runner_id for r in some], [r.fingerprint for r in some],
+        [f"key-{number}" for number in range(claimants)], ["digest"] * claimants,
+        [1] * claimants, TTL, 1, 86_400,
+    ]  # fmt: skip
+
+
+def beat(seeded: Seeded, beats: int) -> list[Any]:
+    """Return the arguments of `beat` for so many leases."""
+    some = seeded.leases[:beats]
+    return [
+        [lease.run_id for lease in some], [lease.lease_id for lease in some],
+        [lease.runner.runner_id for lease in some], [lease.runner.fingerprint for lease in some],
+        [None] * beats, TTL, 86_400,
+    ]  # fmt: skip
+
+
+# Statement, its arguments, and the most pages of 8 kB it may touch, as it is and with room to grow
+# by half; a scan of the table alone would be 20,000.
+PLANS = {
+    "claim for one": ("claim", lambda seeded: claim(seeded, 1), 2_350),
+    "claim for 64": ("claim", lambda seeded: claim(seeded, 64), 7_800),
+    "beat of one": ("beat", lambda seeded: beat(seeded, 1), 65),
+    "beat of 100": ("beat", lambda seeded: beat(seeded, 100), 5_300),
+    "lapse": ("lapse", lambda seeded: [200], 10_500),
+    "ripen": ("ripen", lambda seeded: [200], 8_400),
+    "a look at the offers": ("offers", lambda seeded: [1], 3_000),
+    "offers for explain": ("offers", lambda seeded: [1000], 5_500),
+}
+
+
+@pytest.fixture(scope="module")
+def seeded(postgres: servers.Postgres) -> Iterator[Seeded]:
+    """A database of this module's own, filled once."""
+    admin, dsn = postgres.database_dsn("postgres"), postgres.database_dsn("plans")
+    asyncio.run(_execute(admin, "CREATE DATABASE plans TEMPLATE bakeoff STRATEGY FILE_COPY"))
+    yield asyncio.run(_seed(dsn))
+    asyncio.run(_execute(admin, "DROP DATABASE plans (FORCE)"))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_reads_no_more_than_it_needs(seeded: Seeded, name: str) -> None:
+    """No sequential scan of run_queue, and a bounded number of pages."""
+    statement, arguments, pages = PLANS[name]
+    plan = asyncio.run(_explain(seeded.dsn, SQL[statement], arguments(seeded)))
+    assert not list(_scanned(plan, "run_queue")), json.dumps(plan, indent=1)
+    touched = plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
+    assert touched <= pages, json.dumps(plan, indent=1)
+
+
+def _scanned(plan: dict[str, Any], table: str) -> Iterator[dict[str, Any]]:
+    if plan["Node Type"] == "Seq Scan" and plan["Relation Name"] == table:
+        yield plan
+    for below in plan.get("Plans", []):
+        yield from _scanned(below, table)
+
+
+async def _explain(dsn: str, statement: str, arguments: Sequence[Any]) -> dict[str, Any]:
+    async with seeding.open_connection(dsn) as connection:
+        await connection.execute(f"PREPARE pinned AS {statement}")
+        given = f"({', '.join(map(_literal, arguments))})" if arguments else ""
+        transaction = connection.transaction()
+        await transaction.start()
+        explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE pinned{given}"
+        row = await fetch_one(connection, explain)
+        await transaction.rollback()  # the next plan meets the same rows
+        return json.loads(row[0])[0]["Plan"]
+
+
+def _literal(value: Any) -> str:
+    """Write an argument; PostgreSQL gives the text the parameter's type. Nothing here is quoted."""
+    if isinstance(value, timedelta):
+        return f"'{value.total_seconds()} seconds'"
+    if isinstance(value, list):
+        return "'{" + ",".join("NULL" if v is None else str(v) for v in value) + "}'"
+    return f"'{value}'"
+
+
+async def _seed(dsn: str) -> Seeded:
+    async with seeding.open_connection(dsn) as connection:
+        fitting = await seeding.add_models(connection, "q8_0", 1, MODELS)
+        await seeding.add_runs(connection, fitting, DONE + LIVE)
+        await connection.execute(DONE_NOW, DONE)
+        busy = await seeding.sign_on(connection, LIVE)
+        leases = await seeding.lease(connection, busy, timedelta(hours=1))
+        await connection.execute(OVERDUE)
+        too_big = await seeding.add_models(connection, "fp32", 400, MODELS)
+        await seeding.add_runs(connection, too_big, UNFIT, priority=1)
+        await seeding.add_runs(connection, fitting, LATER, deferred=timedelta(days=1))
+        await seeding.add_runs(connection, fitting, DUE, deferred=timedelta(seconds=-1))
+        await seeding.add_runs(connection, fitting, PENDING)
+        idle = await seeding.sign_on(connection, 64)
+        await connection.execute("VACUUM (ANALYZE)")
+    return Seeded(dsn, idle, leases)
+
+
+async def _execute(dsn: str, statement: str) -> None:
+    connection = await asyncpg.connect(dsn)
+    await connection.execute(statement)
+    await connection.close()
