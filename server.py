@@ -5,7 +5,6 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from importlib.metadata import version as installed_version
@@ -48,6 +47,7 @@ from broker.submissions import Submissions
 from broker.telemetry import Telemetry
 from broker.trusted import Trusted
 from broker.wakeup import Wakeup
+from broker.workers import Workers
 from config.logging import configure_logging
 from config.settings import PREFIX, Settings, SettingsRefused, load_settings
 from db.migrate import newest_version
@@ -79,9 +79,12 @@ class ServerRefused(Exception):
 
 
 @asynccontextmanager
-async def open_services(settings: Settings) -> AsyncIterator[Services]:
+async def open_services(
+    settings: Settings, workers: Workers | None = None
+) -> AsyncIterator[Services]:
     """Yield everything the handlers need, opened from `settings`, closed at the end.
 
+    `workers` are lent by a caller who closes them; without, they are opened and closed here.
     Raises ServerRefused, DatabaseUnready or PolicyRefused. Redis may be away: that costs latency
     only.
     """
@@ -105,9 +108,9 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
         receipts = Receipts(receipt_keys, settings.public_url)
         keys = LeaseKeys(leases.client)
         claims = Claims(pool, settings, keys, telemetry)
-        workers = stack.enter_context(
-            ThreadPoolExecutor(settings.verify_workers, thread_name_prefix="verify")
-        )
+        if workers is None:
+            workers = Workers()
+            stack.push_async_callback(workers.close)
         sweep = Sweep(pool, settings, keys, telemetry)
         listener = ExpiryListener(leases, sweep)
         liveness = Liveness(pool, settings)
@@ -197,6 +200,7 @@ async def serve(settings: Settings, read_settings: ReadSettings = load_settings)
         server.add_sockets(sockets)
         port = sockets[0].getsockname()[1]
         log.info("server.listening", address=settings.listen_address, port=port)
+        services.submissions.warm()
         await stop.wait()
         await drain(settings, services, server)
 

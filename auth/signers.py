@@ -1,13 +1,16 @@
 """Verify a Sigstore bundle over the exact bytes of a result: evidence of who signed, or a refusal.
 
 Nothing here returns a boolean: `BundleVerifier.verify` returns `SignerEvidence` or raises one of
-three refusals, whatever bytes come in. It is synchronous and stateless: worker threads share it.
+three refusals, whatever bytes come in. It is synchronous and stateless: threads may share it, and
+pickled it is what it was made of, so that a worker process verifies by exactly the same.
 """
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from cryptography.x509 import Certificate
 from pydantic import ValidationError
@@ -18,7 +21,7 @@ from sigstore_models.bundle.v1 import Bundle as BundleModel
 
 from auth.errors import AuthError, PolicyRefused, SignatureInvalid, SignerNotAllowed
 from auth.signer_policy import Signer, SignerPolicy, check_signer, load_policy, source_of
-from auth.trust_root import TrustRoot, printable
+from auth.trust_root import RootFile, TrustRoot, printable, read_root
 
 __all__ = [
     "BundleVerifier",
@@ -51,14 +54,19 @@ class SignerEvidence:
 class BundleVerifier:
     """Verifies bundles against one trust root.
 
-    `trusted_root` is a `trusted_root.json`, None is Sigstore's production root as our sigstore
-    package ships it; no network either way. `policy` is who may sign when a key has no signer.
+    `trusted_root` is a `trusted_root.json` (its path, or as it was read), None is Sigstore's
+    production root as our sigstore package ships it; no network either way. `policy` is
+    who may sign when a key has no signer.
     Raises `PolicyRefused` when the trust root cannot be used.
     """
 
-    def __init__(self, trusted_root: Path | None, policy: SignerPolicy) -> None:
+    def __init__(self, trusted_root: Path | RootFile | None, policy: SignerPolicy) -> None:
+        read = isinstance(trusted_root, RootFile)
         self._policy = policy
-        self._root = TrustRoot(trusted_root)
+        self._root = TrustRoot(trusted_root if read else read_root(trusted_root))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (self._root.file, self._policy)
 
     def trusted_root_age_s(self, now: datetime) -> float:
         """Seconds since the trust root's file was written, for readyz and the metrics."""
@@ -112,6 +120,12 @@ class BundleVerifier:
         signer = allowed.match(bundle.signing_certificate)
         log_index, integrated_at = _logged(model, bundle)
         return SignerEvidence(signer.identity, signer.issuer, log_index, integrated_at)
+
+
+@lru_cache(maxsize=2)
+def _rebuilt(file: RootFile, policy: SignerPolicy) -> BundleVerifier:
+    """The verifier of a pickle. Kept, as a worker is handed the same one until the next reload."""
+    return BundleVerifier(file, policy)
 
 
 class _WrongSigner(VerificationError):

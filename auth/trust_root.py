@@ -6,6 +6,7 @@ ships it; no network either way.
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -30,31 +31,35 @@ from auth.errors import PolicyRefused, Unverifiable
 _PRODUCTION = "https://tuf-repo-cdn.sigstore.dev"
 
 
-class TrustRoot:
-    """A trust root, read once, with the `verifier` that believes it. Threads may share it.
+@dataclass(frozen=True, slots=True)
+class RootFile:
+    """A `trusted_root.json` as it was read, so that another process can believe the same one."""
 
-    `path` is a `trusted_root.json`, or None for Sigstore's production root.
-    Raises `PolicyRefused` when it cannot be used.
+    name: str
+    text: bytes
+    written_at: float
+
+
+class TrustRoot:
+    """A trust root with the `verifier` that believes it. Threads may share it.
+
+    Raises `PolicyRefused` when its `file` cannot be used.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, file: RootFile) -> None:
+        self.file = file
         try:
-            with _root_file(path) as file:
-                self._written_at = file.stat().st_mtime
-                model = TrustedRootModel.from_json(file.read_bytes())
+            model = TrustedRootModel.from_json(file.text)
             root = TrustedRoot(model)
             self.verifier = Verifier(trusted_root=root)
             self._logs, self._ct_logs = _ids(model.tlogs), _ids(model.ctlogs)
             self._authorities = frozenset(map(_name_and_key_id, root.get_fulcio_certs()))
         except Exception as error:
-            name = path or "of Sigstore"
-            raise PolicyRefused(
-                f"The trust root {name} cannot be used: {printable(error)}"
-            ) from error
+            raise _unusable(file.name, error) from error
 
     def age_s(self, now: datetime) -> float:
         """Seconds since the file was written; the production root's: since it was installed."""
-        return max(0.0, now.timestamp() - self._written_at)
+        return max(0.0, now.timestamp() - self.file.written_at)
 
     def require(self, model: BundleModel, cert: Certificate) -> None:
         """Raise `Unverifiable` unless the bundle's log, CA and CT log are in this root.
@@ -77,6 +82,16 @@ class TrustRoot:
                 raise _unknown("certificate transparency log", timestamp.log_id.hex())
 
 
+def read_root(path: Path | None) -> RootFile:
+    """Read a `trusted_root.json`; None is Sigstore's production root. Raises `PolicyRefused`."""
+    name = str(path or "of Sigstore")
+    try:
+        with _root_file(path) as file:
+            return RootFile(name, file.read_bytes(), file.stat().st_mtime)
+    except OSError as error:
+        raise _unusable(name, error) from error
+
+
 def printable(text: object) -> str:
     """What can be shown of text from outside: one printable line of at most 200 characters."""
     line = " ".join(str(text).split()) or type(text).__name__
@@ -95,6 +110,10 @@ def _name_and_key_id(authority: Certificate) -> tuple[Name, bytes]:
     except ExtensionNotFound:
         key = SubjectKeyIdentifier.from_public_key(authority.public_key())
     return authority.subject, key.digest
+
+
+def _unusable(name: str, error: Exception) -> PolicyRefused:
+    return PolicyRefused(f"The trust root {name} cannot be used: {printable(error)}")
 
 
 def _unknown(what: str, name: str) -> Unverifiable:

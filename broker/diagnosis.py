@@ -16,7 +16,7 @@ async def refuse_lease(pool: asyncpg.Pool, guard: LeaseGuard) -> NoReturn:
 
     "Not yours" and "no longer live" are the same answer, so that nobody learns who holds what.
     """
-    run = await run_queue.find(pool, guard.run_id, guard.fingerprint)
+    run = await run_queue.find_for_key(pool, guard.run_id, guard.fingerprint)
     if run is None:
         raise NotFound(f"There is no run {guard.run_id} in the queue.")
     if not run["key_good"]:

@@ -1,23 +1,19 @@
 """Submissions: a signed bundle becomes metric rows that can be trusted, or is told why not.
 
-The numbers are those of the design's plan of a submit. Steps 1 to 5 run in a worker, before any
-transaction is open; step 6 is one transaction behind the lease's fence.
+The numbers are those of the design's plan of a submit. Steps 1 to 5 run in a worker process, before
+any transaction is open; step 6 is one transaction behind the lease's fence. This process never
+holds a file or a parsed result: whatever their size, heartbeats do not wait for them.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 import asyncpg
 import structlog
 
 from auth.errors import AuthError
-from auth.signers import SignerEvidence
 from auth.tokens import RunnerClaims
-from broker import bundles, cells, task_rows
+from broker.bundles import RESULT
 from broker.diagnosis import FINISHED, refuse_lease
 from broker.errors import (
     AlreadyComplete,
@@ -29,42 +25,23 @@ from broker.errors import (
     NotFound,
     RunFinished,
     RunMismatch,
+    Unavailable,
     code_of,
 )
-from broker.jobs import Job
 from broker.lease_keys import LeaseKey, LeaseKeys
 from broker.receipts import Receipts
-from broker.signatures import Signature, signature_of
+from broker.signatures import signature_of
 from broker.telemetry import Telemetry, failures_counted, outcome_of
 from broker.trusted import Trusted
 from broker.uploads import Spool, Upload
+from broker.verification import Handed, Verified
+from broker.workers import WorkerLost, Workers
 from config.settings import Settings
-from db import admin, metrics, run_queue, submissions, tasks
-from db.metrics import HardwareMetrics, ModelMetrics
+from db import admin, metrics, run_queue, submissions
 from db.pool import Executor, retries
 from db.run_queue import LeaseGuard
 
-RESULT = "result.json"
-
-Answer = TypeVar("Answer")
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """A bundle that passed steps 1 to 5. Only `Submissions.verify` makes one."""
-
-    result: dict[str, Any]
-    job: Job
-    payload: Mapping[str, Any]
-    upload: Upload
-    trust: str
-    signer: SignerEvidence
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of result.json."""
-        return self.upload.digests[RESULT]
 
 
 class Submissions:
@@ -77,7 +54,7 @@ class Submissions:
         keys: LeaseKeys,
         trusted: Trusted,
         receipts: Receipts,
-        workers: ThreadPoolExecutor,
+        workers: Workers,
         telemetry: Telemetry,
     ) -> None:
         self._pool = pool
@@ -86,7 +63,8 @@ class Submissions:
         self._receipts = receipts
         self._workers = workers
         self._telemetry = telemetry
-        self._free = settings.verify_workers
+        self._room = settings.verify_max
+        self._turns = asyncio.Semaphore(settings.verify_processes)
         self._uploads_free = settings.uploads_max
 
     async def admit(self, claims: RunnerClaims, run_id: UUID) -> asyncpg.Record:
@@ -95,7 +73,7 @@ class Submissions:
         Asked before the body is read. Raises NotFound, KeyRevoked, RunFinished, AlreadyComplete
         or LeaseLost.
         """
-        run = await run_queue.find(self._pool, run_id, claims.fingerprint)
+        run = await run_queue.find_for_key(self._pool, run_id, claims.fingerprint)
         if run is None:
             raise NotFound(f"There is no run {run_id} in the queue.")
         if not run["key_good"]:
@@ -155,33 +133,44 @@ class Submissions:
         except (AuthError, InvalidBundle, DigestMismatch, RunMismatch) as error:
             await self._record_refusal(claims, run["run_id"], error)
             raise
-        return await self._accept(_guard(claims, run, upload), verified)
+        return await self._accept(_guard(claims, run, upload), verified, upload)
 
     async def verify(self, claims: RunnerClaims, run: asyncpg.Record, upload: Upload) -> Verified:
         """The lease, and steps 1 to 5 in a worker. Changes nothing.
 
         Raises LeaseLost, RunFinished, KeyRevoked, InvalidBundle, DigestMismatch, SignatureInvalid,
-        SignerNotAllowed, Unverifiable, RunMismatch or Busy.
+        SignerNotAllowed, Unverifiable, RunMismatch, Busy, or Unavailable when the worker is lost.
         """
         if run["lease_id"] != upload.lease_id:
             await refuse_lease(self._pool, _guard(claims, run, upload))
         # Once: what has begun ends with this verifier, also after a reload.
         signature = signature_of(run, claims.runner_id, self._trusted.verifier)
-        return await self._in_worker(lambda: _verify(signature, upload, run))
+        return await self._in_worker(Handed(str(run["run_id"]), run["job"], signature), upload)
 
     async def receipt(self, run_id: UUID) -> asyncpg.Record | None:
         """Return the accepted submission of a run."""
         return await submissions.find(self._pool, run_id)
 
-    async def _in_worker(self, work: Callable[[], Answer]) -> Answer:
-        if self._free == 0:
+    def warm(self) -> None:
+        """Have a worker ready, behind the start of the server."""
+        self._workers.warm()
+
+    async def _in_worker(self, handed: Handed, upload: Upload) -> Verified:
+        if self._room == 0:
             raise Busy
-        self._free -= 1
+        self._room -= 1
         try:
-            with self._telemetry.verify_seconds.time():
-                return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+            async with self._turns:
+                with self._telemetry.verify_seconds.time():
+                    return await self._workers.verify(handed, upload)
+        except WorkerLost as error:
+            self._telemetry.verify_workers_lost.inc()
+            log.error("verify.worker_lost", run_id=handed.run_id, problem=str(error))
+            raise Unavailable(
+                "The process that verified this bundle was lost: send it again in a few seconds."
+            ) from None
         finally:
-            self._free += 1
+            self._room += 1
 
     async def _replayed(
         self, claims: RunnerClaims, run_id: UUID, upload: Upload
@@ -196,13 +185,15 @@ class Submissions:
         return before
 
     @retries
-    async def _accept(self, guard: LeaseGuard, verified: Verified) -> tuple[asyncpg.Record, bool]:
+    async def _accept(
+        self, guard: LeaseGuard, verified: Verified, upload: Upload
+    ) -> tuple[asyncpg.Record, bool]:
         """Step 6: one transaction behind the fence."""
         async with self._pool.acquire() as connection, connection.transaction():
             run = await run_queue.complete(connection, guard, verified.digest)
             row = None
             if run is not None:
-                row = await _write_rows(connection, guard, run, verified, self._receipts)
+                row = await _write_rows(connection, guard, run, verified, upload, self._receipts)
         if run is None or row is None:
             return await self._refused_by_fence(guard, verified), False
         self._keys.drop([LeaseKey(run["queue_id"], run["lease_seq"])])
@@ -231,33 +222,18 @@ def _guard(claims: RunnerClaims, run: asyncpg.Record, upload: Upload) -> LeaseGu
     return LeaseGuard(run["run_id"], upload.lease_id, claims.runner_id, claims.fingerprint)
 
 
-def _verify(signature: Signature, upload: Upload, run: asyncpg.Record) -> Verified:
-    job = Job.from_payload(str(run["run_id"]), run["job"])
-    # 1. Required files are there, and no others.
-    bundles.check_names(list(upload.digests), signature.file)
-    # 2. Every file is the one the manifest names, and the manifest is of this run.
-    bundles.check_manifest(upload.read("manifest.json"), upload.digests, job.run_id)
-    # 3. The signature holds over result.json, by the signer of this runner.
-    text = upload.read(RESULT)
-    signer = signature.verify(text, upload.read(signature.file))
-    # 4. Strict JSON of the result's schema.
-    result = bundles.parse_result(text)
-    # 5. The result belongs to the job that was handed out.
-    bundles.check_binding(result, job)
-    return Verified(result, job, run["job"], upload, signature.trust, signer)
-
-
 async def _write_rows(
     connection: Executor,
     guard: LeaseGuard,
     run: asyncpg.Record,
     verified: Verified,
+    upload: Upload,
     receipts: Receipts,
 ) -> asyncpg.Record:
     """Write metrics, hardware, submission, `runs` and the audit row of an accepted result."""
-    model_metrics = await _model_metrics(connection, verified)
-    await metrics.add_model_metrics(connection, guard.run_id, run["model_id"], model_metrics)
-    await metrics.add_hardware_metrics(connection, guard.run_id, _hardware(verified.result))
+    for cells in verified.cells:
+        await metrics.add_model_metrics(connection, guard.run_id, run["model_id"], cells)
+    await metrics.add_hardware_metrics(connection, guard.run_id, verified.hardware)
     accepted = submissions.Accepted(
         run_id=guard.run_id,
         receipt_id=uuid4(),
@@ -270,23 +246,23 @@ async def _write_rows(
         signer_issuer=verified.signer.issuer,
         log_index=verified.signer.log_index,
         logged_at=verified.signer.integrated_at,
-        model_metrics=len(model_metrics),
+        model_metrics=sum(cells.rows for cells in verified.cells),
         hardware_metrics=1,
         accepted_at=run["completed_at"],
     )
-    upload = verified.upload
     files = [
-        submissions.StoredFile(name, digest, upload.read(name))
+        submissions.StoredFile(name, digest, upload.files[name].fileno())
         for name, digest in upload.digests.items()
     ]
     row = await submissions.add(connection, accepted, receipts.give(accepted), files)
     await submissions.publish(
         connection,
         guard.run_id,
-        run_status=verified.result["run_status"],
+        run_status=verified.run_status,
         at=run["completed_at"],
         runner_id=guard.runner_id,
-        provenance=_provenance(verified.result),
+        runner_version=verified.runner_version,
+        prompt_git_hash=verified.prompt_git_hash,
     )
     await admin.audit(
         connection,
@@ -298,37 +274,3 @@ async def _write_rows(
         lease_seq=run["lease_seq"],
     )
     return row
-
-
-async def _model_metrics(connection: Executor, verified: Verified) -> list[ModelMetrics]:
-    """Return a row per cell of the result, with the prompt_id its text has in upstream's table."""
-    digests = {
-        (cell.task_id, cell.prompt_id): cell.prompt.content_sha256
-        for cell in task_rows.cells(verified.payload)
-    }
-    prompt_ids = await tasks.prompt_ids(connection, list(digests.values()))
-    return [
-        ModelMetrics(
-            prompt_ids[digests[cell.task_id, cell.prompt_id]],
-            cell.score,
-            cell.pass_fail,
-            cell.failure_reason,
-            cell.failure_detail,
-            cell.gflops_per_token,
-        )
-        for cell in cells.metrics(verified.result, verified.job)
-    ]
-
-
-def _hardware(result: dict[str, Any]) -> HardwareMetrics:
-    return HardwareMetrics(
-        **cells.hardware(result), peak_vram_mb=cells.peak_vram_mb(result), measured_tflops=None
-    )
-
-
-def _provenance(result: Mapping[str, Any]) -> dict[str, str | None]:
-    provenance = result["provenance"]
-    return {
-        "runner_version": provenance.get("runner_version"),
-        "prompt_git_hash": (provenance.get("git") or {}).get("sha"),
-    }

@@ -73,6 +73,9 @@ class Telemetry:
         self.verify_seconds = self._histogram(
             "verify_seconds", "Steps 1 to 5 of a submit, in a worker.", SECONDS
         )
+        self.verify_workers_lost = self._counter(
+            "verify_workers_lost", "Worker processes that ended, or were ended, at their work."
+        )
         self.runs = self._gauge("runs", "Runs of the queue; as old as a few seconds.", "status")
         self.oldest_pending = self._gauge(
             "oldest_pending_age_seconds", "Since the oldest claimable run was enqueued; 0: none."

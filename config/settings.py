@@ -122,7 +122,16 @@ class Settings(BaseSettings):
     signers_file: Path = Field(
         Path(__file__).with_name("signers.yaml"), description="Who may sign bundles."
     )
-    verify_workers: int = Field(4, ge=1, description="Bundles verified at a time; then 503 busy.")
+    verify_workers: int = Field(
+        0,
+        ge=0,
+        description="Processes that verify bundles, started when there is work for them and kept,"
+        " with some 100 MB of memory each; 0: one for each core, at most 4. More than there are"
+        " cores gain nothing.",
+    )
+    verify_max: int = Field(
+        8, ge=1, description="Bundles verified or waiting to be, at a time; then 503 busy."
+    )
     uploads_max: int = Field(
         16, ge=1, description="Bundles received at a time; each may take 34 MiB of disk."
     )
@@ -219,6 +228,11 @@ class Settings(BaseSettings):
     def receipt_ring(self) -> dict[str, bytes]:
         """The seeds of the receipt keys by kid, the signing one first."""
         return parse_seed_ring(self.receipt_keys)
+
+    @property
+    def verify_processes(self) -> int:
+        """How many processes verify bundles at most."""
+        return self.verify_workers or min(os.cpu_count() or 1, 4)
 
     @property
     def lacks(self) -> list[str]:

@@ -1,6 +1,5 @@
 """run_model_metrics and run_hardware_metrics, written once by the submit that won."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -13,15 +12,11 @@ SQL = load("metrics")
 
 
 @dataclass(frozen=True, slots=True)
-class ModelMetrics:
-    """One (task, prompt) cell of a run's model."""
+class MetricsText:
+    """So many rows of run_model_metrics as one JSON text, which only PostgreSQL reads."""
 
-    prompt_id: int
-    score: float | None
-    pass_fail: bool | None
-    failure_reason: str | None
-    failure_detail: str | None
-    gflops_per_token: float | None
+    rows: int
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +37,11 @@ class HardwareMetrics:
 
 
 async def add_model_metrics(
-    connection: Executor, run_id: UUID, model_id: UUID, cells: Sequence[ModelMetrics]
+    connection: Executor, run_id: UUID, model_id: UUID, cells: MetricsText
 ) -> None:
-    """Write the cells of a run."""
-    await connection.execute(
-        SQL["add_model_metrics"],
-        run_id,
-        model_id,
-        [c.prompt_id for c in cells],
-        [c.score for c in cells],
-        [c.pass_fail for c in cells],
-        [c.failure_reason for c in cells],
-        [c.failure_detail for c in cells],
-        [c.gflops_per_token for c in cells],
-    )
+    """Write cells of a run; their prompts have been there since the run was enqueued."""
+    done = await connection.execute(SQL["add_model_metrics"], run_id, model_id, cells.text)
+    assert done == f"INSERT 0 {cells.rows}", f"{done} of {cells.rows} cells: a prompt has no row"
 
 
 async def add_hardware_metrics(connection: Executor, run_id: UUID, of: HardwareMetrics) -> None:

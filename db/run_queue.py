@@ -193,9 +193,14 @@ async def complete(
     return row
 
 
-async def find(pool: Executor, run_id: UUID, fingerprint: str = "") -> asyncpg.Record | None:
-    """Return a run with its model and, for a key, whether it is good and who may sign."""
-    return await pool.fetchrow(SQL["find"], run_id, fingerprint)
+async def find(pool: Executor, run_id: UUID) -> asyncpg.Record | None:
+    """Return a run with its model."""
+    return await pool.fetchrow(SQL["find"], run_id)
+
+
+async def find_for_key(pool: Executor, run_id: UUID, fingerprint: str) -> asyncpg.Record | None:
+    """Return a run, its job as text, and whether the key is good and who may sign for it."""
+    return await pool.fetchrow(SQL["find_for_key"], run_id, fingerprint)
 
 
 async def enqueue(connection: Executor, runs: Sequence[QueuedRun]) -> None:

@@ -49,9 +49,3 @@ async def add_prompts(connection: Executor, prompts: Sequence[NewPrompt]) -> Non
         [p.content_sha256 for p in prompts],
         [p.content_length_bytes for p in prompts],
     )
-
-
-async def prompt_ids(connection: Executor, digests: Sequence[str]) -> dict[str, int]:
-    """Return the prompt_id of each content digest that has a row."""
-    rows = await connection.fetch(SQL["prompt_ids"], list(digests))
-    return {row["content_sha256"]: row["prompt_id"] for row in rows}

@@ -9,6 +9,7 @@ import json
 import re
 import time
 from asyncio import Future
+from collections.abc import Awaitable
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
@@ -122,7 +123,7 @@ class Handler(RequestHandler):
         if not length.isdecimal() or int(length[:20]) > self.max_body_bytes:
             raise TooLarge(f"This address takes bodies of up to {self.max_body_bytes} bytes.")
 
-    def data_received(self, chunk: bytes) -> None:
+    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         """Take a piece of the body. One beyond the cap is dropped, and refused when it has ended:
         an exception here would close the connection without an answer."""
         if self._refused is not None:

@@ -1,5 +1,6 @@
 """Submit: a bundle streams in as multipart/form-data, each part capped, none trusted."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 from uuid import UUID
@@ -101,14 +102,15 @@ class SubmitHandler(RunnerHandler):
             raise UnsupportedMediaType("Send the body without a Content-Encoding.")
         self._boundary()
 
-    def data_received(self, chunk: bytes) -> None:
+    async def data_received(self, chunk: bytes) -> None:
         """Take a piece of the body. After a refusal the rest is dropped, and then answered."""
-        if self._refusal is not None or self._parts is None:
-            return
-        try:
-            self._parts.feed(chunk)
-        except (BrokerError, OSError) as error:  # the disk may be full
-            self._refusal = error
+        if self._refusal is None and self._parts is not None:
+            try:
+                self._parts.feed(chunk)
+            except (BrokerError, OSError) as error:  # the disk may be full
+                self._refusal = error
+        # While its sender keeps up, Tornado would take a whole bundle in without giving way.
+        await asyncio.sleep(0)
 
     async def post(self, run_id: str) -> None:
         """Verify the bundle and write its rows: 201 with the receipt, 200 with an earlier one."""

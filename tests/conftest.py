@@ -16,6 +16,7 @@ from config.settings import Settings
 from db import migrate
 from sandbox import servers
 from sandbox.sigstore_instance import ThrowawaySigstore
+from tests.fleet import WORKERS
 
 _numbers = count(1)
 # pytest-tornado asks asyncio for the current loop before it makes its own; asked for the first time
@@ -29,6 +30,13 @@ def postgres() -> Iterator[servers.Postgres]:
     with servers.postgres() as server:
         migrate.migrate(server.dsn)
         yield server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def workers() -> Iterator[None]:
+    """End the processes that verified the tests' bundles."""
+    yield
+    asyncio.run(WORKERS.close())
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from broker.expiry import Sweep
 from broker.lease_keys import LeaseKeys
 from broker.services import Services
 from broker.telemetry import Telemetry
+from broker.workers import Workers
 from config.settings import Settings
 from db import admin
 from db.pool import open_pool
@@ -41,6 +42,10 @@ SMALL = {
     "file_format": "GGUF",
     "sources": [{"source_type": "huggingface", "url": "https://huggingface.co/HuggingFaceTB/S"}],
 }
+
+# Of all servers in this process: nothing of a request stays in a worker, and each takes a second
+# to start. conftest.py closes them.
+WORKERS = Workers()
 
 
 @dataclass
@@ -301,10 +306,12 @@ def run_of(**changes: Any) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def open_fleet(settings: Settings, sigstore: ThrowawaySigstore) -> AsyncIterator[Fleet]:
+async def open_fleet(
+    settings: Settings, sigstore: ThrowawaySigstore, workers: Workers = WORKERS
+) -> AsyncIterator[Fleet]:
     """Serve `settings` on a free port and yield what a test needs."""
     dsn = settings.database_url.get_secret_value()
-    async with open_pool(dsn, 4) as pool, open_services(settings) as services:
+    async with open_pool(dsn, 4) as pool, open_services(settings, workers) as services:
         server = make_server(make_app(services))
         sockets = bind_sockets(0, "127.0.0.1")
         server.add_sockets(sockets)

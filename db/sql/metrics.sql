@@ -1,11 +1,18 @@
 -- name: add_model_metrics
 -- A second writer never overwrites: the run's rows are written once, by the submit that won.
+-- The cells come as one JSON text that a worker has written: to encode thousands of rows here would
+-- hold the event loop.
 INSERT INTO run_model_metrics (
     run_id, prompt_id, model_id, score, pass_fail, failure_reason, failure_detail, gflops_per_token
 )
-SELECT $1, t.prompt_id, $2, t.score, t.pass_fail, t.failure_reason, t.failure_detail, t.gflops
-FROM unnest($3::int [], $4::float8 [], $5::bool [], $6::text [], $7::text [], $8::float8 [])
-    AS t (prompt_id, score, pass_fail, failure_reason, failure_detail, gflops)
+SELECT
+    $1, p.prompt_id, $2, t.score, t.pass_fail, t.failure_reason, t.failure_detail,
+    t.gflops_per_token
+FROM json_to_recordset($3::text::json) AS t (
+    content_sha256 text, score float8, pass_fail bool, failure_reason text, failure_detail text,
+    gflops_per_token float8
+)
+INNER JOIN prompts AS p ON t.content_sha256 = p.content_sha256
 
 -- name: lock_hardware
 -- Upstream's hardware tables have no unique keys, and an adopted database may hold doubles: get-or-

@@ -650,18 +650,27 @@ UPDATE attempts SET
 WHERE run_id = $1 AND lease_seq = $2
 
 -- name: find
--- One run of ours, archived or not, with its model: what a submit and a GET need to know.
+-- One run of ours, archived or not, with its model, as a GET shows it.
 SELECT
     q.*,
     m.name AS model_name, x.name AS quantization,
-    vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) AS need_gb,
+    vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) AS need_gb
+FROM every_run AS q
+LEFT JOIN models AS m ON q.model_id = m.model_id
+LEFT JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
+WHERE q.run_id = $1 AND q.job IS NOT NULL
+
+-- name: find_for_key
+-- A run, archived or not, and whether this key is good and who may sign for it: what a submit and a
+-- refused lease need to know. The job stays text: it may have megabytes, and only the worker that
+-- verifies the result reads it.
+SELECT
+    q.run_id, q.status, q.claimed_by, q.lease_id, q.job::text AS job,
     (
         k.revoked_at IS NULL AND (k.not_after IS NULL OR k.not_after > clock_timestamp())
     ) AS key_good,
     k.signature_policy, k.public_key, k.signer_identity, k.signer_issuer
 FROM every_run AS q
-LEFT JOIN models AS m ON q.model_id = m.model_id
-LEFT JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
 LEFT JOIN runner_keys AS k ON k.fingerprint = $2
 WHERE q.run_id = $1 AND q.job IS NOT NULL
 

@@ -5,10 +5,6 @@ INSERT INTO submissions (
 ) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
 RETURNING *
 
--- name: add_files
-INSERT INTO submission_files (run_id, name, sha256, content)
-SELECT $1, t.* FROM unnest($2::text [], $3::text [], $4::bytea []) AS t
-
 -- name: find
 SELECT * FROM submissions WHERE run_id = $1
 

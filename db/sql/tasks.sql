@@ -17,6 +17,3 @@ FROM unnest($1::text [], $2::text [], $3::text [], $4::int [])
     AS p (natural_key_hash, file_path, content_sha256, content_length_bytes)
 INNER JOIN tasks AS t ON p.natural_key_hash = t.natural_key_hash
 ON CONFLICT (content_sha256) DO NOTHING
-
--- name: prompt_ids
-SELECT prompt_id, content_sha256 FROM prompts WHERE content_sha256 = any($1::text [])
