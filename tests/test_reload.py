@@ -15,7 +15,7 @@ import pytest
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from broker import bundles
+from broker.workers import Workers
 from config.settings import CONFIG_VARIABLE, NO_RECEIPT_KEYS, Settings, SettingsRefused
 from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
 from tests.fleet import SIGNER, code_of, open_fleet
@@ -50,19 +50,18 @@ async def test_a_verification_that_has_begun_ends_with_the_verifier_it_began_wit
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = make_settings(signers_file=policy(tmp_path / "signers.yaml", SIGNER))
-    begun, go_on = threading.Event(), threading.Event()
-    check_names = bundles.check_names
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    verify = Workers.verify
 
-    def held_up(names: list[str], signature: str) -> None:
+    async def held_up(self: Workers, *arguments: Any) -> Any:
         begun.set()
-        assert go_on.wait(30)
-        check_names(names, signature)
+        await go_on.wait()
+        return await verify(self, *arguments)
 
+    monkeypatch.setattr(Workers, "verify", held_up)
     async with claimed(settings, sigstore) as (fleet, runner, job):
-        with monkeypatch.context() as patch:
-            patch.setattr(bundles, "check_names", held_up)
-            submit = asyncio.create_task(runner.submit(job))
-            await asyncio.to_thread(begun.wait, 30)
+        submit = asyncio.create_task(runner.submit(job))
+        await begun.wait()
         policy(settings.signers_file, NEWCOMER)
         assert await fleet.services.reload.run_once(lambda: settings)
         assert not submit.done()

@@ -11,7 +11,7 @@ import pytest
 
 from config.settings import Settings
 from db import metrics
-from db.metrics import HardwareMetrics, ModelMetrics
+from db.metrics import HardwareMetrics, MetricsText
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import open_fleet, run_of
 from tests.result_factory import failed_record, hardware
@@ -100,9 +100,12 @@ async def test_a_second_writer_overwrites_no_row_of_a_result(
         before = await rows()
         row = await fleet.pool.fetchrow("SELECT * FROM run_model_metrics LIMIT 1")
         assert row is not None
-        other = ModelMetrics(row["prompt_id"], 0.5, False, None, None, None)
+        sha256 = await fleet.pool.fetchval(
+            "SELECT content_sha256 FROM prompts WHERE prompt_id = $1", row["prompt_id"]
+        )
+        other = MetricsText(1, json.dumps([{"content_sha256": sha256, "score": 0.5}]))
         with pytest.raises(asyncpg.UniqueViolationError):
-            await metrics.add_model_metrics(fleet.pool, UUID(run_id), row["model_id"], [other])
+            await metrics.add_model_metrics(fleet.pool, UUID(run_id), row["model_id"], other)
         machine = HardwareMetrics(**hardware(), peak_vram_mb=1, measured_tflops=None)
         with pytest.raises(asyncpg.UniqueViolationError):
             await metrics.add_hardware_metrics(fleet.pool, UUID(run_id), machine)

@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import json
-import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from broker.workers import Workers
 from config.settings import Settings
 from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
 from tests.fleet import SIGNER, Fleet, Runner, code_of, open_fleet, run_of
@@ -493,25 +493,31 @@ async def test_a_validate_only_that_is_not_understood_is_no_submit_in_earnest(
 
 
 @pytest.mark.gen_test
-async def test_more_bundles_than_workers_are_told_to_come_again(
-    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+async def test_more_bundles_than_may_be_verified_are_told_to_come_again(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with claimed(make_settings(verify_workers=1), sigstore) as (fleet, runner, job):
-        gate = threading.Event()
-        busy = asyncio.create_task(fleet.services.submissions._in_worker(gate.wait))
-        await asyncio.sleep(0)  # the task has taken the only worker
-        try:
-            answer = await runner.submit(job)
-            assert code_of(answer) == (503, "busy")
-            assert int(answer.headers["Retry-After"]) > 0
-            assert answer.json()["retryable"] is True
-            beat = await runner.heartbeat(job)
-            assert beat.status_code == 200, "a heartbeat does not wait behind a verification"
-        finally:
-            gate.set()
-        await busy
+    begun, gate = asyncio.Event(), asyncio.Event()
+    verify = Workers.verify
+
+    async def held_up(self: Workers, *arguments: Any) -> Any:
+        begun.set()
+        await gate.wait()
+        return await verify(self, *arguments)
+
+    monkeypatch.setattr(Workers, "verify", held_up)
+    async with claimed(make_settings(verify_max=1), sigstore) as (fleet, runner, job):
+        first = asyncio.create_task(runner.submit(job))
+        await begun.wait()
+        answer = await runner.submit(job)
+        assert code_of(answer) == (503, "busy")
+        assert int(answer.headers["Retry-After"]) > 0
+        assert answer.json()["retryable"] is True
+        beat = await runner.heartbeat(job)
+        assert beat.status_code == 200, "a heartbeat does not wait behind a verification"
+        gate.set()
+        assert (await first).status_code == 201
         assert await refusals(fleet) == []
-        assert (await runner.submit(job)).status_code == 201
+        assert (await runner.submit(job)).status_code == 200
 
 
 # What is written

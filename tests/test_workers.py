@@ -1,0 +1,196 @@
+"""The processes that verify bundles: lost ones are replaced, and none is left behind."""
+
+import asyncio
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from auth.errors import AuthError, SignatureInvalid, SignerNotAllowed, Unverifiable
+from broker import verify_worker, workers
+from broker.errors import BrokerError, DigestMismatch, InvalidBundle, RunMismatch, Violation
+from broker.errors import code_of as code_of_error
+from broker.uploads import Upload
+from broker.verification import Handed, Verified
+from broker.workers import Workers
+from config.settings import Settings
+from sandbox.sigstore_instance import ThrowawaySigstore
+from tests.fleet import Fleet, Runner, code_of, open_fleet
+
+MakeSettings = Callable[..., Settings]
+ORPHANS = """
+import asyncio, sys
+from broker.uploads import Upload
+from broker.verification import Handed, Verified
+from broker.workers import Workers
+workers = Workers()
+workers.warm()
+print(*workers.pids, flush=True)
+sys.stdin.read()
+"""
+
+
+class Watched(Workers):
+    """Says when a bundle has been handed to a worker."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lent: asyncio.Queue[int] = asyncio.Queue()
+
+    async def verify(self, handed: Handed, upload: Upload) -> Verified:
+        work = asyncio.ensure_future(super().verify(handed, upload))
+        await asyncio.sleep(0)  # it has begun: the request is on the line
+        self.lent.put_nowait(next(worker.process.pid for worker in self._lent))
+        return await work
+
+
+@asynccontextmanager
+async def one_worker(
+    settings: Settings, sigstore: ThrowawaySigstore
+) -> AsyncIterator[tuple[Fleet, Runner, Watched, int]]:
+    """Yield a fleet with a worker of its own, a runner, and the worker's process id."""
+    lent = Watched()
+    try:
+        async with open_fleet(settings, sigstore, lent) as fleet:
+            fleet.services.submissions.warm()
+            (pid,) = lent.pids
+            yield fleet, await fleet.sign_on(), lent, pid
+    finally:
+        await lent.close()
+
+
+def gone(pid: int) -> bool:
+    """Wait until a process that is not our child has ended; False after ten seconds."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(10_000))
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.gen_test
+async def test_a_worker_that_dies_at_its_work_costs_a_503_and_the_lease_is_kept(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with one_worker(make_settings(), sigstore) as (fleet, runner, lent, pid):
+        await fleet.enqueue()
+        job = await runner.take()
+        os.kill(pid, signal.SIGSTOP)
+        submit = asyncio.create_task(runner.submit(job))
+        assert await lent.lent.get() == pid
+        os.kill(pid, signal.SIGKILL)
+        answer = await submit
+        assert code_of(answer) == (503, "unavailable")
+        assert int(answer.headers["Retry-After"]) > 0
+        assert (await runner.heartbeat(job)).status_code == 200
+        assert (await runner.submit(job)).status_code == 201
+        assert await lent.lent.get() != pid
+
+
+@pytest.mark.gen_test
+async def test_a_worker_that_does_not_come_to_an_end_is_ended(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with one_worker(make_settings(), sigstore) as (fleet, runner, lent, pid):
+        await fleet.enqueue()
+        job = await runner.take()
+        os.kill(pid, signal.SIGSTOP)
+        monkeypatch.setattr(workers, "LIMIT_S", 0.05)
+        assert code_of(await runner.submit(job)) == (503, "unavailable")
+        monkeypatch.undo()
+        assert pid not in lent.pids
+        assert (await runner.submit(job)).status_code == 201
+
+
+@pytest.mark.gen_test
+async def test_a_worker_that_died_while_idle_is_replaced_before_anybody_notices(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with one_worker(make_settings(), sigstore) as (fleet, runner, lent, pid):
+        await fleet.enqueue()
+        job = await runner.take()
+        os.kill(pid, signal.SIGKILL)
+        assert await asyncio.to_thread(gone, pid)
+        assert (await runner.submit(job)).status_code == 201
+        assert pid not in lent.pids
+
+
+@pytest.mark.gen_test
+async def test_signals_of_a_terminal_or_a_service_manager_are_not_for_workers(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with one_worker(make_settings(), sigstore) as (fleet, runner, lent, pid):
+        await fleet.enqueue()
+        await fleet.enqueue()
+        assert (await runner.submit(await runner.take())).status_code == 201
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(pid, number)
+        assert os.getsid(pid) == pid  # Ctrl-C goes to a terminal's own session
+        assert (await runner.submit(await runner.take())).status_code == 201
+        assert lent.pids == [pid]
+
+
+@pytest.mark.gen_test
+async def test_a_worker_knows_no_secrets(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BAKEOFF_QUEUE_TOKEN_KEYS", "k1:" + "s" * 64)
+    async with one_worker(make_settings(), sigstore) as (_, _, _, pid):
+        assert b"BAKEOFF" not in await asyncio.to_thread(Path(f"/proc/{pid}/environ").read_bytes)
+
+
+@pytest.mark.gen_test
+async def test_after_a_large_result_its_worker_is_replaced(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    """Its memory would stay with the process."""
+    async with one_worker(make_settings(), sigstore) as (fleet, runner, lent, pid):
+        await fleet.enqueue()
+        job = await runner.take()
+        files = runner.bundle(job, note="x" * verify_worker.LARGE_BYTES)
+        assert (await runner.submit(job, files)).status_code == 201
+        assert pid not in lent.pids
+        assert await asyncio.to_thread(gone, pid)
+
+
+def test_no_worker_outlives_a_server_that_is_killed() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", ORPHANS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        (pid,) = map(int, server.stdout.readline().split())
+        server.kill()
+    assert gone(pid)
+
+
+FIRST = (Violation("/records/3/score", "is not a number"),)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidBundle("so and so", FIRST),
+        DigestMismatch("so and so", FIRST),
+        RunMismatch("so and so", FIRST),
+        SignatureInvalid("so and so"),
+        SignerNotAllowed("so and so"),
+        Unverifiable("so and so"),
+    ],
+    ids=code_of_error,
+)
+def test_a_refusal_comes_from_a_worker_as_it_was_raised(error: AuthError | BrokerError) -> None:
+    came = pickle.loads(pickle.dumps(error))  # noqa: S301 (our own)
+    assert (type(came), str(came)) == (type(error), "so and so")
+    assert getattr(came, "violations", None) == getattr(error, "violations", None)
