@@ -32,7 +32,8 @@ NAMES = {
     "claims", "db_pool", "event_loop_lag_seconds", "expiry_lag_seconds", "heartbeats",
     "http_in_flight", "http_request_duration_seconds", "http_requests", "leases_lapsed",
     "listener_connected", "oldest_pending_age_seconds", "runs", "submission_bytes", "submissions",
-    "sweep_last_success_timestamp_seconds", "trust_root_age_seconds", "verify_seconds", "waiters",
+    "sweep_last_success_timestamp_seconds", "trust_root_age_seconds", "verify_seconds",
+    "verify_workers_lost", "waiters",
 }  # fmt: skip
 
 
