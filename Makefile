@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev serve test lint history guards bench bench-quick bench-claims bench-heartbeats bench-peers bench-depth bench-wakeup bench-parked bench-expiry bench-balanced bench-submits bench-finished bench-charts soak fleet rolling requirements clean
+.PHONY: help demo dev serve test lint history fuzz fuzz-parsers guards bench bench-quick bench-claims bench-heartbeats bench-peers bench-depth bench-wakeup bench-parked bench-expiry bench-balanced bench-submits bench-finished bench-charts soak fleet rolling requirements clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,13 @@ lint: $(VENV)/.test  ## ruff and pyrefly
 
 history: $(VENV)/.test  ## storm the leases and judge the history: SEED=7 MINUTES=10, or KILLS=1000
 	@$(BIN)/python -m tests.history $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(KILLS),--kills $(KILLS))
+
+fuzz: $(VENV)/.test  ## submit N mutated bundles over HTTP and judge each answer: N=100000 SEED=7
+	@$(BIN)/python -m tests.fuzz $(if $(N),--mutants $(N)) $(if $(SEED),--seed $(SEED))
+
+fuzz-parsers: $(VENV)/.test  ## let atheris look for paths through the five parsers: SECONDS=60
+	@$(PIP) install -e '.[fuzz]' || echo "atheris has no wheel for this Python: the parsers get random mutations only"
+	@$(BIN)/python -m tests.fuzz.parsers $(if $(SECONDS),--seconds $(SECONDS))
 
 guards: $(VENV)/.test  ## remove each guard in a copy and show the test that fails: ONLY=claim
 	@$(BIN)/python -m tests.guards $(if $(ONLY),--only '$(ONLY)')

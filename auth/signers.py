@@ -5,6 +5,7 @@ three refusals, whatever bytes come in. It is synchronous and stateless: threads
 pickled it is what it was made of, so that a worker process verifies by exactly the same.
 """
 
+import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -105,6 +106,7 @@ class BundleVerifier:
     def _verify(self, result: bytes, raw: bytes, allowed: "_AnyOf") -> SignerEvidence:
         # 1. Read the bundle, within a size that no honest one reaches.
         model = _read(raw)
+        _require_one_reading(raw, model)
         # 2. It is what `cosign sign-blob` writes: a signature of a message, by a certificate.
         _require_message_signature(model)
         bundle = Bundle.from_json(raw)
@@ -183,6 +185,27 @@ def _read(raw: bytes) -> BundleModel:
         raise SignatureInvalid(
             f"The signature is not a Sigstore bundle in JSON: {problem}"
         ) from error
+
+
+def _require_one_reading(raw: bytes, model: BundleModel) -> None:
+    """What is kept is the text, and other verifiers must see in it what this one has verified.
+
+    The library passes over letters that are no base64 and over zeros before a number, and takes
+    the last member of a name. Written again, what it read must be what was sent.
+    """
+    if json.loads(raw, object_pairs_hook=_members) != json.loads(model.to_json()):
+        raise SignatureInvalid(
+            "The Sigstore bundle can be read in more than one way (base64 that is not canonical, "
+            "zeros before a number, names_in_snake_case): send the file as cosign wrote it"
+        )
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A member that is null is one that is not there; one that is there twice is refused."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise SignatureInvalid("The Sigstore bundle names a member twice")
+    return {name: value for name, value in members.items() if value is not None}
 
 
 def _require_message_signature(model: BundleModel) -> None:

@@ -1,6 +1,7 @@
 """Submit: a bundle streams in as multipart/form-data, each part capped, none trusted."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Any
 from uuid import UUID
@@ -29,6 +30,9 @@ from handlers.runner_base import RunnerHandler
 UPLOAD_TIMEOUT_S = 600
 # Boundaries, part headers and the lease_id beside the files.
 FRAMING_BYTES = 64 * 1024
+# kind; name=value; name="value": as RFC 7578's clients write it.
+_PARAMETER = re.compile(rb'[ \t]*;[ \t]*([!#-\'*+.^`|~\w-]+)=(?:"(?:[^"\\]|\\.)*"|[^\s;"\\]*)')
+_OPTIONS = re.compile(rb"[^\s;]+(?:" + _PARAMETER.pattern + rb")*[ \t]*;?[ \t]*")
 
 
 class Parts:
@@ -60,12 +64,15 @@ class Parts:
             raise InvalidBundle("The body is not multipart/form-data (RFC 7578).") from None
 
     def _header_end(self) -> None:
-        self._headers[bytes(self._field).lower()] = bytes(self._value)
+        name = bytes(self._field).lower()
+        if name in self._headers:  # a proxy might go by the first
+            raise InvalidBundle("A part has a header twice.")
+        self._headers[name] = bytes(self._value)
         self._field.clear()
         self._value.clear()
 
     def _part_begin(self) -> None:
-        kind, options = parse_options_header(self._headers.get(b"content-disposition"))
+        kind, options = _read_options(self._headers.get(b"content-disposition", b""))
         name = options.get(b"name", b"")
         if kind != b"form-data" or not name:
             raise InvalidBundle("A part has no Content-Disposition: form-data; name=...")
@@ -167,11 +174,21 @@ class SubmitHandler(RunnerHandler):
             self._spool = None
 
     def _boundary(self) -> bytes:
-        kind, options = parse_options_header(self.request.headers.get("Content-Type"))
+        header = self.request.headers.get("Content-Type", "").encode("latin-1")
+        kind, options = _read_options(header)
         boundary: Any = options.get(b"boundary", b"")
         if kind != b"multipart/form-data" or not 1 <= len(boundary) <= 70:
             raise UnsupportedMediaType("Send multipart/form-data with a boundary (RFC 7578).")
         return boundary
+
+
+def _read_options(header: bytes) -> tuple[bytes, dict[bytes, bytes]]:
+    """Return a header's kind and parameters; nothing for one that two readers may read apart."""
+    kind, options = parse_options_header(header)
+    names = [name.lower() for name in _PARAMETER.findall(header)]
+    if not _OPTIONS.fullmatch(header) or len(set(names)) < len(names):
+        return b"", {}
+    return kind, options
 
 
 def routes(services: Services) -> list[URLSpec]:
