@@ -16,7 +16,6 @@ from tornado.netutil import bind_sockets
 from tornado.web import RequestHandler, URLSpec
 
 from auth.signers import BundleVerifier, SignerEvidence
-from broker import bundles
 from config.logging import configure_logging
 from config.settings import load_settings
 from handlers.submit import SubmitHandler
@@ -53,19 +52,12 @@ def tell_with_every_answer(meter: LoopMeter) -> None:
     SubmitHandler.finish = finish_and_tell  # type: ignore[method-assign]
 
 
-def _without_digests() -> None:
-    bundles._other_digests = lambda files, submitted: iter(())
-
-
 def _without_signatures() -> None:
     nobody = SignerEvidence("nobody", None, None, None)
     BundleVerifier.verify = lambda *_: nobody  # type: ignore[method-assign]
 
 
-SABOTAGES: dict[str, Callable[[], None]] = {
-    "digests": _without_digests,
-    "signatures": _without_signatures,
-}
+SABOTAGES: dict[str, Callable[[], None]] = {"signatures": _without_signatures}
 
 
 async def serve() -> None:
