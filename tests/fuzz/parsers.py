@@ -210,7 +210,7 @@ def _search(name: str, seconds: int) -> bool:
 
 
 def _guided(name: str, seconds: int) -> None:
-    import atheris  # noqa: PLC0415 (an extra, which nothing else needs)
+    import atheris
 
     KEEP.mkdir(parents=True, exist_ok=True)
     grown = KEEP / f"corpus-{name}"
