@@ -1,6 +1,6 @@
 """Documents for a schema of broker/schemas/: some that fit, made from the schema, and broken ones.
 
-Only the keywords that our schemas use are known; another one is told by a KeyError of `KEYWORDS`.
+Only the keywords that our schemas use are known; another one fails, and says so.
 """
 
 import random
@@ -13,14 +13,17 @@ Rng = random.Random
 Json = dict[str, Any]
 
 # What this generator reads; the names only annotate.
-KEYWORDS = frozenset(
-    ["$schema", "$id", "$defs", "$ref", "$comment", "title", "description", "type", "enum", "const", "format", "pattern", "properties", "required", "additionalProperties", "propertyNames", "maxProperties", "items", "minItems", "maxItems", "minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum", "anyOf", "if", "then", "else", "not"]
-)
+KEYWORDS = frozenset({
+    "$schema", "$id", "$defs", "$ref", "$comment", "title", "description", "type", "enum", "const",
+    "format", "pattern", "properties", "required", "additionalProperties", "propertyNames",
+    "maxProperties", "items", "minItems", "maxItems", "minLength", "maxLength", "minimum",
+    "maximum", "exclusiveMinimum", "anyOf", "if", "then", "else", "not",
+})  # fmt: skip
 FORMATS = {
     "uuid": ["0b6f1f64-4c3f-4f0e-9f6b-2f6a0c1d7e11", "0B6F1F64-4C3F-4F0E-9F6B-2F6A0C1D7E11"],
-    "date-time": ["2026-11-24T12:00:00Z", "2026-11-24t12:00:00.25+01:00", "2026-02-28T23:59:59-00:00"],
+    "date-time": ["2026-11-24T12:00:00Z", "2026-11-24t12:00:00.25+01:00"],
     "date": ["2026-11-24", "2024-02-29"],
-}  # fmt: skip
+}
 # A text for each pattern: all of them begin with ^ and end with $.
 PATTERNS = {
     "^[0-9a-f]{8}-": "0b6f1f64-4c3f-4f0e-9f6b-2f6a0c1d7e11",

@@ -1,8 +1,9 @@
 """broker/documents.py (jsonschema-rs, arrays taken apart) against the reference, jsonschema.
 
 For each schema, documents made from it and broken: both must give the same verdict and, where
-something is wrong, name the same places. Places compare like this: of an unknown member, we name the member and the reference
-its object, so the object counts; and of what has 50 violations or more, only the verdict counts.
+something is wrong, name the same places. They compare like this: of an unknown member, we name the
+member and the reference its object, so the object counts; of what has 50 violations or more, of
+which we tell the first 50, only the verdict counts.
 
 `SCHEMA_DOCUMENTS=5000` makes so many documents of each schema.
 """
@@ -27,9 +28,10 @@ from tests.schema_documents import documents
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 COUNT = int(os.environ.get("SCHEMA_DOCUMENTS", "300"))
-RFC3339 = re.compile(
-    r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII
-)  # fmt: skip
+# The reference needs a minute for an array that was repeated over and over. Lone surrogates are
+# found before (`check_text`): jsonschema-rs is never given one.
+LONGEST = 100_000
+RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 UNKNOWN_MEMBER = "is not a known member"
 
 CHECKER = jsonschema.FormatChecker()
@@ -81,7 +83,7 @@ def test_both_say_the_same_of_thousands_of_documents(name: str) -> None:
     valid = 0
     rng = random.Random(f"{seed}:{name}")  # noqa: S311
     for document in documents(rng, load_schema(name).definition, COUNT):
-        if check_text(document):  # a lone surrogate, which jsonschema-rs is never given
+        if len(str(document)) > LONGEST or check_text(document):
             continue
         theirs, (ours, count) = told_by_the_reference(name, document), told_by_us(name, document)
         assert bool(theirs) == bool(ours), json.dumps(document)[:2000]
