@@ -126,7 +126,7 @@ def _parts(data: bytes, sizes: list[int]) -> dict[str, bytes] | None:
             parts.feed(data[at : at + size])
             at += size
         upload = spool.finish() if parts.ended else None
-        return upload and {name: upload.read(name) for name in upload.files}
+        return {name: upload.read(name) for name in upload.files} if upload else None
     except BrokerError:
         return None
     finally:
