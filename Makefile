@@ -87,6 +87,9 @@ bench-parked: $(VENV)/.test  ## B6: 5,000 parked claims: memory, connections, id
 bench-expiry: $(VENV)/.test  ## B7: from a runner's silence to a claimable run, with Redis and without
 	@$(BIN)/python -m bench.expiry $(ARGS)
 
+bench-submits: $(VENV)/.test  ## B8: heartbeats beside 2 MB results, the steps' times, memory
+	@$(BIN)/python -m bench.submits $(ARGS)
+
 bench-balanced: $(VENV)/.test  ## B9: two processes behind nginx against one
 	@$(BIN)/python -m bench.balanced $(ARGS)
 
