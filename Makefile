@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev serve test lint history fuzz fuzz-parsers guards bench bench-quick bench-claims bench-heartbeats bench-peers bench-depth bench-wakeup bench-parked bench-expiry bench-balanced bench-submits bench-finished bench-charts soak fleet rolling requirements clean
+.PHONY: help demo dev serve test lint history fuzz fuzz-parsers guards bench bench-quick bench-claims bench-heartbeats bench-peers bench-depth bench-wakeup bench-parked bench-expiry bench-balanced bench-submits bench-finished bench-charts bench-page soak fleet rolling requirements clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("bakeoff-queue needs Python >= 3.11, and $(PYTHON) is %d.%d: run `make PYTHON=python3.12 ...`" % v[:2])'
@@ -87,7 +87,7 @@ bench-parked: $(VENV)/.test  ## B6: 5,000 parked claims: memory, connections, id
 bench-expiry: $(VENV)/.test  ## B7: from a runner's silence to a claimable run, with Redis and without
 	@$(BIN)/python -m bench.expiry $(ARGS)
 
-bench-submits: $(VENV)/.test  ## B8: heartbeats beside 2 MB results, the steps' times, memory
+bench-submits: $(VENV)/.test  ## B8: what 2 MB results cost the heartbeats beside them
 	@$(BIN)/python -m bench.submits $(ARGS)
 
 bench-balanced: $(VENV)/.test  ## B9: two processes behind nginx against one
@@ -95,6 +95,9 @@ bench-balanced: $(VENV)/.test  ## B9: two processes behind nginx against one
 
 bench-charts: $(VENV)/.bench  ## claims/s and latency against depth and parked runners: docs/performance-*
 	@$(BIN)/python -m bench.charts $(ARGS)
+
+bench-page: $(VENV)/.test  ## the tables of docs/performance.md, from bench/results/
+	@$(BIN)/python -m bench.page
 
 soak: $(VENV)/.test  ## a day of churn on the queue's table, with an old snapshot open: CYCLES=1000000
 	@$(BIN)/python -m bench.soak $(if $(CYCLES),--cycles $(CYCLES)) $(ARGS)

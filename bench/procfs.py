@@ -1,5 +1,6 @@
 """What Linux says of our processes: memory, and who used the cores."""
 
+import contextlib
 import os
 import resource
 from collections import defaultdict
@@ -29,11 +30,9 @@ def cpu_by_program() -> dict[str, float]:
     Those that have ended and were waited for by us (load generators) are under "load generator".
     """
     used: dict[str, float] = defaultdict(float)
-    for pid in _descendants(os.getpid()):
-        try:
-            used[_program(pid)] += cpu_s(pid)
-        except OSError:
-            continue  # it has just ended
+    for pid, name in _descendants(os.getpid(), None):
+        with contextlib.suppress(OSError):  # it has just ended
+            used[name] += cpu_s(pid)
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     used["load generator"] += ended.ru_utime + ended.ru_stime
     own = resource.getrusage(resource.RUSAGE_SELF)
@@ -62,15 +61,17 @@ def _ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def _descendants(pid: int) -> Iterator[int]:
+def _descendants(pid: int, within: str | None) -> Iterator[tuple[int, str]]:
+    """Yield all processes below, each with its program; a server's workers are the server."""
     try:
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
         children = [int(c) for t in tasks for c in (t / "children").read_text().split()]
+        programs = [within or _program(child) for child in children]
     except OSError:
         return
-    for child in children:
-        yield child
-        yield from _descendants(child)
+    for child, name in zip(children, programs, strict=True):
+        yield child, name
+        yield from _descendants(child, SERVER if name == SERVER else None)
 
 
 def _program(pid: int) -> str:

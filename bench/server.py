@@ -64,7 +64,7 @@ class NaiveClaimHandler(RunnerHandler):
                 max_runtime_s=settings.max_runtime_s,
             )
             if row["queue_id"] is not None:
-                self.answer(200, handed_out(row, self.services), members=row["job"])
+                self.answer(200, handed_out(row, self.services), members=row["members"])
                 return
             if not row["contended"]:
                 break

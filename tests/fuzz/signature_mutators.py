@@ -271,7 +271,7 @@ def _sig_bytes(rng: Rng, envelope: Json, _: Json) -> None:
             flip(rng, raw),
             raw[:-1],
             raw + b"\x00",
-            raw[:32] + (s + ED25519_ORDER).to_bytes(32, "little"),
+            raw[:32] + ((s + ED25519_ORDER) % 2**256).to_bytes(32, "little"),
             raw[32:] + raw[:32],
             b"\x01" + bytes(63),
             bytes(64),
