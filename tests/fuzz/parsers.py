@@ -126,7 +126,7 @@ def _parts(data: bytes, sizes: list[int]) -> dict[str, bytes] | None:
             parts.feed(data[at : at + size])
             at += size
         upload = spool.finish() if parts.ended else None
-        return upload and {name: upload.read(name) for name in upload.files}
+        return {name: upload.read(name) for name in upload.files} if upload else None
     except BrokerError:
         return None
     finally:
@@ -215,10 +215,14 @@ def _guided(name: str, seconds: int) -> None:
     KEEP.mkdir(parents=True, exist_ok=True)
     grown = KEEP / f"corpus-{name}"
     grown.mkdir(exist_ok=True)
-    atheris.instrument_all()
+    atheris.instrument_all()  # type: ignore[missing-attribute]
     flags = [f"-max_total_time={seconds}", f"-max_len={MOST}", "-print_final_stats=1"]
     flags += [f"-artifact_prefix={KEEP}/find-{name}-", str(grown), str(ASSETS / name)]
-    atheris.Setup([sys.argv[0], *flags], lambda data: TARGETS[name](data) and None)
+
+    def one(data: bytes) -> None:
+        TARGETS[name](data)
+
+    atheris.Setup([sys.argv[0], *flags], one)
     atheris.Fuzz()
 
 
