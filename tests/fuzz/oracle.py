@@ -23,7 +23,8 @@ SCHEMAS = Path(__file__).parents[2] / "broker" / "schemas"
 Files = dict[str, bytes]
 Pair = tuple[bytes, bytes]  # result.json and its signature's file
 
-_PARAMETER = re.compile(r'\s*;\s*([A-Za-z]+)=("(?:[^"\\\r\n]|\\.)*"|[^\s";,\\]+)')
+_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
+_PARAMETER = re.compile(rf'\s*;\s*({_TOKEN})=("(?:[^"\\\r\n]|\\.)*"|[^\s";,\\]+)')
 _END_OF_HEADERS = b"\r\n\r\n"
 
 
@@ -204,19 +205,21 @@ def read_form(content_type: str, body: bytes) -> Files:
     boundary = parameters.get("boundary", "").encode("latin-1")
     if kind != "multipart/form-data" or not 1 <= len(boundary) <= 70:
         raise Unreadable("not multipart/form-data with a boundary")
-    # Whatever follows the last boundary is nobody's.
-    line = re.compile(rb"\r\n--" + re.escape(boundary) + rb"(?:(--)|[ \t]*\r\n)")
+    # Whatever is before the first boundary's line or follows the last one is nobody's.
+    line = re.compile(rb"\n--" + re.escape(boundary) + rb"(?:(--)|[ \t]*\r\n)")
+    later = re.compile(rb"\r" + line.pattern)
     body = b"\r\n" + body
     marks = []
-    at = 0
-    # A delimiter's last CRLF may be the first of the next delimiter's, of a part with nothing in it
-    while match := line.search(body, at):
+    match = line.search(body)
+    while match:
         marks.append(match)
-        if match[1]:
+        # The blank line that ends a part's headers does not begin a delimiter.
+        end = body.find(_END_OF_HEADERS, match.end() - 2)
+        if match[1] or end < 0:
             break
-        at = match.end() - 2
-    if not marks or not marks[-1][1]:
-        raise Unreadable("no last boundary")
+        match = later.search(body, end + len(_END_OF_HEADERS))
+    if len(marks) < 2 or not marks[-1][1]:
+        raise Unreadable("no part, or no last boundary")
     parts: Files = {}
     for start, end in pairwise(marks):
         name, content = _read_part(body[start.end() - 2 : end.start()])

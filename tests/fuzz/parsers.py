@@ -215,10 +215,14 @@ def _guided(name: str, seconds: int) -> None:
     KEEP.mkdir(parents=True, exist_ok=True)
     grown = KEEP / f"corpus-{name}"
     grown.mkdir(exist_ok=True)
-    atheris.instrument_all()
+    atheris.instrument_all()  # type: ignore[missing-attribute]
     flags = [f"-max_total_time={seconds}", f"-max_len={MOST}", "-print_final_stats=1"]
     flags += [f"-artifact_prefix={KEEP}/find-{name}-", str(grown), str(ASSETS / name)]
-    atheris.Setup([sys.argv[0], *flags], lambda data: TARGETS[name](data) and None)
+
+    def one(data: bytes) -> None:
+        TARGETS[name](data)
+
+    atheris.Setup([sys.argv[0], *flags], one)
     atheris.Fuzz()
 
 

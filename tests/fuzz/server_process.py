@@ -9,18 +9,17 @@ BAKEOFF_FUZZ_SABOTAGE names a check to leave out: the oracle must notice.
 import asyncio
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from tornado.netutil import bind_sockets
 from tornado.web import RequestHandler, URLSpec
 
-from auth.signers import BundleVerifier, SignerEvidence
 from config.logging import configure_logging
 from config.settings import load_settings
 from handlers.submit import SubmitHandler
 from server import make_app, make_server, open_services
 from tests.fuzz.loop_meter import LoopMeter
+from tests.fuzz.sabotage import SABOTAGES
 
 SABOTAGE = "BAKEOFF_FUZZ_SABOTAGE"
 
@@ -50,14 +49,6 @@ def tell_with_every_answer(meter: LoopMeter) -> None:
         return finish(self, chunk)
 
     SubmitHandler.finish = finish_and_tell  # type: ignore[method-assign]
-
-
-def _without_signatures() -> None:
-    nobody = SignerEvidence("nobody", None, None, None)
-    BundleVerifier.verify = lambda *_: nobody  # type: ignore[method-assign]
-
-
-SABOTAGES: dict[str, Callable[[], None]] = {"signatures": _without_signatures}
 
 
 async def serve() -> None:
