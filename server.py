@@ -23,6 +23,7 @@ from broker.allowlist import Allowlist
 from broker.archiver import Archiver
 from broker.claims import Claims
 from broker.credentials import Credentials, PostgresAuthority
+from broker.documents import check_schemas
 from broker.endings import cancel
 from broker.enqueue import Enqueue
 from broker.expiry import Sweep
@@ -90,6 +91,7 @@ async def open_services(
     """
     if settings.lacks:
         raise ServerRefused("; ".join(settings.lacks))
+    check_schemas()
     async with AsyncExitStack() as stack:
         dsn = settings.database_url.get_secret_value()
         verifier = BundleVerifier(settings.trusted_root, load_policy(settings.signers_file))

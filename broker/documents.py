@@ -31,6 +31,15 @@ def load_schema(name: str) -> "Schema":
     return Schema(json.loads((FOLDER / f"{name}.json").read_text("utf-8")))
 
 
+def check_schemas() -> None:
+    """Load every schema there is: a broken one stops the start, and no request pays for loading.
+
+    Raises jsonschema.SchemaError, or ValueError from jsonschema-rs.
+    """
+    for path in sorted(FOLDER.glob("*.json")):
+        load_schema(path.stem)
+
+
 class Schema:
     """A compiled schema, shared by all threads. Formats are asserted; arrays do not recurse."""
 

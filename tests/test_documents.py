@@ -2,6 +2,8 @@
 
 import copy
 import json
+import pathlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from typing import Any
@@ -9,9 +11,12 @@ from typing import Any
 import jsonschema
 import pytest
 
+from broker import documents
 from broker.documents import FOLDER, Schema, load_schema
 from broker.errors import DuplicateKey, InvalidBundle, InvalidJson, InvalidRequest, Violation
 from broker.strict_json import pointer
+from config.settings import Settings
+from server import open_services
 from tests.result_factory import bundle_files, failed_record, job_payload, result_for
 
 RUN_ID = "0b6f1f64-4c3f-4f0e-9f6b-2f6a0c1d7e11"
@@ -138,6 +143,19 @@ def test_both_implementations_refuse_what_does_not(name: str, path, value: Any) 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
 def test_every_schema_is_one_to_the_reference_and_compiles(path) -> None:
     assert load_schema(path.stem) is load_schema(path.stem)
+
+
+@pytest.mark.gen_test
+async def test_a_broken_schema_stops_the_start(
+    make_settings: Callable[..., Settings],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "no_schema.json").write_text('{"type": "nothing"}')
+    monkeypatch.setattr(documents, "FOLDER", tmp_path)
+    with pytest.raises(jsonschema.SchemaError, match="nothing"):
+        async with open_services(make_settings()):
+            pass
 
 
 def test_a_schema_that_is_none_is_refused_when_loaded() -> None:
