@@ -573,7 +573,7 @@ SWEEP = (
         f"{QUEUE}:lapse",
         "q.status IN ('CLAIMED', 'IN_PROGRESS') AND q.job IS NOT NULL\n        AND q.lease_expires_at",
         "q.job IS NOT NULL\n        AND q.lease_expires_at",
-        EXPIRY,
+        "tests/test_query_plans.py",  # a CHECK holds the rest: no other state has a deadline
     ),
     Guard(
         "lapse: overdue leases only",
