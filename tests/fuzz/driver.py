@@ -21,7 +21,7 @@ from tests.fuzz.wire import Answer, Wire
 from tests.fuzz.world import SHAPES, Shape, World
 
 WORKERS = 4
-SPARES = 2  # runs of each shape and worker besides: to take parts from
+SPARES = 1  # runs of each shape and worker besides: to take parts from
 ANSWER_S = 30.0
 # What is no whole request gets no answer at all, or soon.
 UNENDED_S = 0.25

@@ -138,7 +138,7 @@ def _envelope_facts(result: bytes, signature: bytes) -> tuple[Any, ...]:
 def _wrong_by_itself(bundle: Bundle, result: bytes) -> str | None:
     """A result that was signed and is not the honest one: is it one of this run at all?"""
     value = read_json(result)
-    for error in _reference().iter_errors(value):
+    for error in _reference().iter_errors(_what_is_new(bundle, value)):
         return f"the result does not fit its schema at {error.json_path}"
     job = bundle.job
     if value["run_id"] != bundle.run_id:
@@ -155,6 +155,15 @@ def _wrong_by_itself(bundle: Bundle, result: bytes) -> str | None:
     if value["run_status"] == "complete" and wanted != set(cells):
         return "the result is complete and lacks a cell"
     return None
+
+
+def _what_is_new(bundle: Bundle, value: Any) -> Any:
+    """The result without the honest records, which fit: the reference takes a second for 2,000."""
+    if not isinstance(value, dict) or not isinstance(value.get("records"), list):
+        return value
+    known = {json.dumps(record) for record in read_json(bundle.files[RESULT])["records"]}
+    records = [record for record in value["records"] if json.dumps(record) not in known]
+    return {**value, "records": records}
 
 
 @cache

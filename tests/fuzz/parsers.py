@@ -166,10 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.parsers", description=__doc__)
     parser.add_argument("--seconds", type=int, default=60, help="for each parser")
     parser.add_argument("--only", choices=TARGETS)
-    parser.add_argument("--guided", action="store_true", help="one parser, in this process")
     given = parser.parse_args(arguments)
-    if given.guided:
-        _guided(given.only, given.seconds)
     names = [given.only] if given.only else list(TARGETS)
     guided = importlib.util.find_spec("atheris") is not None
     seed = secrets.randbelow(10**6)
@@ -197,33 +194,15 @@ def _random(name: str, seconds: int, seed: int) -> bool:
 
 def _search(name: str, seconds: int) -> bool:
     """In a process of its own: libFuzzer ends the one that it runs in."""
-    asked = ["--guided", "--only", name, "--seconds", str(seconds)]
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz.parsers", *asked],
+        [sys.executable, "-m", "tests.fuzz.guided", name, str(seconds)],
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     lines = ended.stdout.splitlines()
-    shown = [line for line in lines if "DONE" in line or "stat::number_of" in line]
+    shown = [line for line in lines if line.startswith("Done ")]
     sys.stdout.write("\n".join(shown if ended.returncode == 0 else lines[-40:]) + "\n")
     return ended.returncode != 0
-
-
-def _guided(name: str, seconds: int) -> None:
-    import atheris
-
-    KEEP.mkdir(parents=True, exist_ok=True)
-    grown = KEEP / f"corpus-{name}"
-    grown.mkdir(exist_ok=True)
-    atheris.instrument_all()  # type: ignore[missing-attribute]
-    flags = [f"-max_total_time={seconds}", f"-max_len={MOST}", "-print_final_stats=1"]
-    flags += [f"-artifact_prefix={KEEP}/find-{name}-", str(grown), str(ASSETS / name)]
-
-    def one(data: bytes) -> None:
-        TARGETS[name](data)
-
-    atheris.Setup([sys.argv[0], *flags], one)
-    atheris.Fuzz()
 
 
 if __name__ == "__main__":
