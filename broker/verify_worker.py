@@ -9,6 +9,7 @@ for nothing else ends this process. Signals of a terminal or of a service manage
 server, which lets its workers finish.
 """
 
+import contextlib
 import gc
 import io
 import os
@@ -37,7 +38,9 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICE)
     threading.Thread(target=_end_with_the_server, daemon=True).start()
-    _serve(socket.socket(fileno=STDIN))
+    # A server that was killed cannot be answered, and nobody reads what could be said of it.
+    with contextlib.suppress(ConnectionError, EOFError):
+        _serve(socket.socket(fileno=STDIN))
 
 
 def _serve(line: socket.socket) -> None:

@@ -5,6 +5,7 @@ import os
 import pickle
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -19,6 +20,7 @@ from broker.errors import BrokerError, DigestMismatch, InvalidBundle, RunMismatc
 from broker.errors import code_of as code_of_error
 from broker.uploads import Upload
 from broker.verification import Handed, Verified
+from broker.verify_worker import REQUEST
 from broker.workers import Workers
 from config.settings import Settings
 from sandbox.sigstore_instance import ThrowawaySigstore
@@ -28,6 +30,7 @@ MakeSettings = Callable[..., Settings]
 ORPHANS = """
 import asyncio, sys
 from broker.uploads import Upload
+from broker.verify_worker import REQUEST
 from broker.verification import Handed, Verified
 from broker.workers import Workers
 workers = Workers()
@@ -163,6 +166,24 @@ async def test_after_a_large_result_its_worker_is_replaced(
         assert (await runner.submit(job, files)).status_code == 201
         assert pid not in lent.pids
         assert await asyncio.to_thread(gone, pid)
+
+
+def test_a_worker_whose_server_is_gone_ends_without_a_word() -> None:
+    ours, theirs = socket.socketpair()
+    with (
+        theirs,
+        subprocess.Popen(
+            [sys.executable, "-P", "-m", "broker.verify_worker"],
+            stdin=theirs.fileno(),
+            stderr=subprocess.PIPE,
+            env={"PYTHONPATH": os.pathsep.join(sys.path)},
+        ) as worker,
+    ):
+        assert worker.stderr is not None
+        with ours:
+            ours.sendall(REQUEST.pack(1000) + b"half of it")
+        theirs.close()
+        assert worker.stderr.read() == b""
 
 
 def test_no_worker_outlives_a_server_that_is_killed() -> None:
