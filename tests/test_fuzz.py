@@ -30,7 +30,7 @@ from tests.fuzz.world import Servers, open_servers, open_world
 from tests.result_factory import job_payload
 
 SEED = "make-test"
-MUTANTS = 200
+MUTANTS = 150
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_short_campaign_finds_nothing(under: Servers, tmp_path: Path) -> None:
 
 
 def test_a_server_that_verifies_no_signature_is_found_out(under: Servers, tmp_path: Path) -> None:
-    campaign = attack(under, tmp_path, 60, "signatures")
+    campaign = attack(under, tmp_path, 40, "signatures")
     assert campaign.accepted_changed > 0
     kept = [json.loads(path.read_text()) for path in tmp_path.glob("*/mutant.json")]
     assert "accepted_changed" in {about["violation"] for about in kept}

@@ -96,25 +96,23 @@ class Driver:
 
     async def _work(self, worker: int, numbers: range) -> None:
         own = [number for number in numbers if number % WORKERS == worker]
-        bundles = {
-            shape: [await self._world.take(shape) for _ in range(1 + SPARES)] for shape in SHAPES
-        }
+        bundles: dict[Shape, list[Bundle]] = {}
         async with Wire(self._world.port) as wire:
-            await self._warm(wire, bundles)
+            await self._warm(wire)
             for number in own:
                 shape = _shape(self.campaign.seed, number)
+                if shape not in bundles:  # a short campaign has no need of large ones
+                    bundles[shape] = [await self._world.take(shape) for _ in range(1 + SPARES)]
                 mutant = make(self.campaign.seed, number, bundles[shape])
                 if await self._submit(wire, bundles[shape][0], mutant, shape):
                     bundles[shape][0] = await self._world.take(shape)
                 self._told(self.campaign)
 
-    async def _warm(self, wire: Wire, bundles: dict[Shape, list[Bundle]]) -> None:
-        """What only the first request pays is no mutant's: schemas are compiled."""
-        for shape, (bundle, *_) in bundles.items():
-            mutant = make_control(bundle)
-            await wire.exchange(
-                self._request(bundle, mutant, shape), last=False, patience_s=ANSWER_S
-            )
+    async def _warm(self, wire: Wire) -> None:
+        """What only the first request pays is no mutant's: imports, and a worker's start."""
+        bundle = await self._world.take(SHAPES[0])
+        request = self._request(bundle, make_control(bundle), SHAPES[0])
+        await wire.exchange(request, last=False, patience_s=ANSWER_S)
         await self._world.reset_loop()
 
     def _request(self, bundle: Bundle, mutant: Mutant, shape: Shape) -> bytes:
