@@ -30,7 +30,7 @@ from handlers.runner_base import RunnerHandler
 UPLOAD_TIMEOUT_S = 600
 # Boundaries, part headers and the lease_id beside the files.
 FRAMING_BYTES = 64 * 1024
-# kind; name=value; name="value": as RFC 7578's clients write it. No bare comma: to some it ends a value.
+# kind; name=value; name="value": as RFC 7578's clients write it. No bare comma: it may end a value.
 _PARAMETER = re.compile(rb'[ \t]*;[ \t]*([!#-\'*+.^`|~\w-]+)=(?:"(?:[^"\\]|\\.)*"|[^\s;,"\\]*)')
 _OPTIONS = re.compile(rb"[^\s;]+(?:" + _PARAMETER.pattern + rb")*[ \t]*;?[ \t]*")
 
