@@ -19,7 +19,7 @@ from pathlib import Path
 import asyncpg
 
 from bench import report, seeding
-from bench.balancer import balancer
+from bench.balancer import NginxMissing, balancer
 from bench.claims import ARMS, CONNECTIONS, MODELS, PENDING, RUNNERS_PER_S, SETTLE_S, plan_of
 from bench.load import Load, plan, send
 from bench.procfs import cores_between, cpu_by_program
@@ -125,7 +125,11 @@ def main() -> int:
     report.introduce()
     with open_stage() as stage, ExitStack() as fronts:
         ports = [stage.serve().port, stage.serve().port]
-        urls = [fronts.enter_context(balancer(some)).url for some in (ports[:1], ports)]
+        try:
+            urls = [fronts.enter_context(balancer(some)).url for some in (ports[:1], ports)]
+        except NginxMissing as missing:
+            print(missing, file=sys.stderr)
+            return report.NOT_HERE
         numbers = [int(url.rpartition(":")[2]) for url in urls]
         figure = asyncio.run(measure(stage, wanted, numbers))
     return report.publish(figure, wanted)

@@ -21,6 +21,7 @@ from rich.table import Table
 from bench.load import Load, generator
 
 LATEST = Path(__file__).parent / "results/latest.json"
+NOT_HERE = 3  # exit code of a benchmark whose tools this machine lacks: no figure, and no fault
 PACKAGES = ("tornado", "asyncpg", "redis", "orjson", "pyjwt")
 Found = TypeVar("Found")
 
