@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 Rng = random.Random
@@ -31,11 +32,19 @@ ODD_TEXTS = (
 )  # fmt: skip
 
 
+def odd_value(rng: Rng, *more: Any) -> Any:
+    """Return one of ODD_VALUES or of `more`, for the caller alone.
+
+    A list that stood in two documents, or in itself, would be changed in both, or have no end.
+    """
+    return deepcopy(rng.choice([*ODD_VALUES, *more]))
+
+
 def mutate_value(rng: Rng, value: Any) -> Any:
     """Change one place of a parsed document, in the document itself; return it."""
     holder, name = _place(rng, value)
     if holder is None:
-        return rng.choice(ODD_VALUES)
+        return odd_value(rng)
     rng.choice(_CHANGES)(rng, holder, name)
     return value
 
@@ -97,7 +106,7 @@ def _drop(_: Rng, holder: Any, name: Any) -> None:
 
 
 def _replace(rng: Rng, holder: Any, name: Any) -> None:
-    holder[name] = rng.choice(ODD_VALUES)
+    holder[name] = odd_value(rng)
 
 
 def _retype(rng: Rng, holder: Any, name: Any) -> None:
@@ -126,9 +135,9 @@ def _nudge(rng: Rng, holder: Any, name: Any) -> None:
 
 def _repeat(rng: Rng, holder: Any, name: Any) -> None:
     if isinstance(holder, list):
-        holder[name:name] = [holder[name]] * rng.choice([1, 1, 1, 50])
+        holder[name:name] = [deepcopy(holder[name]) for _ in range(rng.choice([1, 1, 1, 50]))]
     else:
-        holder[f"{name}_"] = holder[name]
+        holder[f"{name}_"] = deepcopy(holder[name])
 
 
 def _rename(rng: Rng, holder: Any, name: Any) -> None:
@@ -144,11 +153,11 @@ def _swap(rng: Rng, holder: Any, name: Any) -> None:
 
 def _add(rng: Rng, holder: Any, _: Any) -> None:
     if isinstance(holder, dict):
-        holder[rng.choice(["extra", "signer", "score", "run_id", "Run_Id", "bundle"])] = rng.choice(
-            ODD_VALUES
+        holder[rng.choice(["extra", "signer", "score", "run_id", "Run_Id", "bundle"])] = odd_value(
+            rng
         )
     else:
-        holder.append(rng.choice(ODD_VALUES))
+        holder.append(odd_value(rng))
 
 
 _CHANGES: tuple[Callable[[Rng, Any, Any], None], ...] = (

@@ -19,7 +19,7 @@ from tests.fuzz.bundle import (
     sealed,
 )
 from tests.fuzz.forms import Request, form_of, framed, misframed, mutate_body, mutate_form
-from tests.fuzz.json_mutators import ODD_VALUES, cut, flip, mutate_text, mutate_value, rewrite
+from tests.fuzz.json_mutators import cut, flip, mutate_text, mutate_value, odd_value, rewrite
 from tests.fuzz.signature_mutators import mutate_signature
 
 Rng = random.Random
@@ -134,7 +134,7 @@ def _legacy(rng: Rng, text: bytes) -> bytes:
         if rng.random() < 0.6:
             del manifest["run_id"], manifest["timestamp"]
         if rng.random() < 0.3:
-            manifest["bundle"]["run_id"] = rng.choice(ODD_VALUES)
+            manifest["bundle"]["run_id"] = odd_value(rng)
         if rng.random() < 0.5:
             manifest["files"] = {name: of["sha256"] for name, of in manifest["files"].items()}
         if rng.random() < 0.3:

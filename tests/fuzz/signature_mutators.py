@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import (
     encode_dss_signature,
 )
 
-from tests.fuzz.json_mutators import ODD_VALUES, cut, flip, mutate_text, mutate_value
+from tests.fuzz.json_mutators import cut, flip, mutate_text, mutate_value, odd_value
 
 Rng = random.Random
 Json = dict[str, Any]
@@ -96,7 +96,7 @@ def otherwise_in_base64(rng: Rng, text: str) -> str:
 
 def _field_replaced(rng: Rng, bundle: Json, _: Json) -> None:
     holder, name = rng.choice(_fields(bundle))
-    holder[name] = rng.choice(ODD_VALUES)
+    holder[name] = odd_value(rng)
 
 
 def _checkpoint(rng: Rng, bundle: Json, other: Json) -> None:
@@ -260,7 +260,7 @@ _SIGSTORE: tuple[Callable[[Rng, Json, Json], None], ...] = (
 def _sig_field(rng: Rng, envelope: Json, other: Json) -> None:
     sig = envelope["sig"]
     name = rng.choice(list(sig))
-    sig[name] = rng.choice([*ODD_VALUES, other["sig"][name], str(sig[name]).upper()])
+    sig[name] = odd_value(rng, other["sig"][name], str(sig[name]).upper())
 
 
 def _sig_bytes(rng: Rng, envelope: Json, _: Json) -> None:
