@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,8 +19,6 @@ from auth.errors import AuthError, SignatureInvalid, SignerNotAllowed, Unverifia
 from broker import verify_worker, workers
 from broker.errors import BrokerError, DigestMismatch, InvalidBundle, RunMismatch, Violation
 from broker.errors import code_of as code_of_error
-from broker.uploads import Upload
-from broker.verification import Handed, Verified
 from broker.verify_worker import REQUEST
 from broker.workers import Workers
 from config.settings import Settings
@@ -29,9 +28,7 @@ from tests.fleet import Fleet, Runner, code_of, open_fleet
 MakeSettings = Callable[..., Settings]
 ORPHANS = """
 import asyncio, sys
-from broker.uploads import Upload
 from broker.verify_worker import REQUEST
-from broker.verification import Handed, Verified
 from broker.workers import Workers
 workers = Workers()
 workers.warm()
@@ -47,11 +44,11 @@ class Watched(Workers):
         super().__init__()
         self.lent: asyncio.Queue[int] = asyncio.Queue()
 
-    async def verify(self, handed: Handed, upload: Upload) -> Verified:
-        work = asyncio.ensure_future(super().verify(handed, upload))
-        await asyncio.sleep(0)  # it has begun: the request is on the line
-        self.lent.put_nowait(next(worker.process.pid for worker in self._lent))
-        return await work
+    def _take(self) -> Any:
+        worker = super()._take()
+        # Heard of when the bundle's request is on the line: nothing gives way before that.
+        self.lent.put_nowait(worker.process.pid)
+        return worker
 
 
 @asynccontextmanager
