@@ -40,7 +40,13 @@ class Coalescer(Generic[Item, Answer]):
         self._waiting.append((item, future))
         if self._running is None:
             self._running = asyncio.create_task(self._run())
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            # Between the answer and our turn to take it, the cancel comes too late for the future.
+            if not future.cancelled() and future.exception() is None:
+                self._undelivered(future.result())
+            raise
 
     async def _run(self) -> None:
         try:

@@ -88,6 +88,21 @@ async def test_the_answer_to_who_is_gone_during_the_call_is_given_back() -> None
 
 
 @pytest.mark.gen_test
+@pytest.mark.parametrize("item", [0, 1])
+async def test_the_answer_to_who_is_cancelled_before_taking_it_is_given_back(item: int) -> None:
+    """The answer is there, and the asker's turn comes after the hang-up of its connection."""
+    desk = Desk()
+    (gone,) = desk.ask(item)
+    await desk.started.get()
+    desk.open.set()
+    # In one turn of the loop: the call goes on and answers, then the hang-up is noticed.
+    asyncio.get_running_loop().call_soon(gone.cancel)
+    await asyncio.wait([gone])
+    assert gone.cancelled()
+    assert desk.undelivered == ["answer 1"] * item
+
+
+@pytest.mark.gen_test
 async def test_a_failure_that_nobody_waits_for_any_more_harms_nobody() -> None:
     desk = Desk()
     (gone,) = desk.ask(0)
