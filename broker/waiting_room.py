@@ -66,6 +66,10 @@ class WaitingRoom:
                 return await waiter.woken
         except TimeoutError:
             return False
+        except asyncio.CancelledError:
+            if waiter.woken.done() and not waiter.woken.cancelled() and waiter.woken.result():
+                self.ring()  # it was woken, and is gone before its turn: the run is the next one's
+            raise
         finally:
             self._waiters.pop(place, None)
 

@@ -189,6 +189,17 @@ async def test_who_leaves_is_not_woken() -> None:
 
 
 @pytest.mark.gen_test
+async def test_the_run_of_one_that_is_woken_and_gone_before_its_turn_is_the_next_ones() -> None:
+    async with crowd([offer(1)], [offer(1)], []) as people:
+        await people.enter(1, 2)
+        people.room.ring()
+        await people.queue.bounds.get()  # in this turn of the loop the room wakes the first one
+        people.tasks[1].cancel()
+        assert await people.woken.get() == 2
+        assert people.tasks[1].cancelled()
+
+
+@pytest.mark.gen_test
 async def test_time_is_up_and_the_room_is_emptied() -> None:
     async with crowd([]) as people:
         assert not await people.room.wait(1, SMALL, people.room.rings, 0.001)
