@@ -94,6 +94,8 @@ class Claims:
                 if woken:
                     self.room.ring()  # the run that this claim was woken for is the next one's
                 raise
+            if woken and row["granted_at"] is None and (row["queue_id"] or row["draining"]):
+                self.room.ring()  # likewise, of one that drains now or got its own lease again
             if row["queue_id"] is not None:
                 return row
             left_s = until - loop.time()

@@ -242,6 +242,22 @@ async def test_the_run_of_a_parked_claim_that_is_refused_goes_to_the_next_in_lin
 
 
 @pytest.mark.gen_test
+async def test_the_run_of_a_parked_claim_whose_runner_drains_goes_to_the_next_in_line(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, parked: Parked
+) -> None:
+    async with open_fleet(make_settings(claim_recheck_s=NEVER_S), sigstore) as fleet:
+        first, second = await fleet.sign_on(), await fleet.sign_on("runner-b")
+        waiting = []
+        for runner in (first, second):
+            waiting.append(asyncio.create_task(runner.claim(wait_s=50)))
+            await parked.get()
+        await fleet.admin("POST", "/runners/runner-a/drain", json={})
+        run_id = await fleet.enqueue()  # wakes the first, as there is one run
+        assert (await waiting[0]).status_code == 204
+        assert (await waiting[1]).json()["run_id"] == run_id
+
+
+@pytest.mark.gen_test
 async def test_a_draining_runner_is_not_parked_where_it_would_be_woken_before_others(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
