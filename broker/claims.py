@@ -56,7 +56,10 @@ class Claims:
         self._keys = keys
         self._telemetry = telemetry
         self._desk: Coalescer[Claimant, asyncpg.Record] = Coalescer(
-            self._serve, undelivered=self._undelivered
+            self._claim_runs,
+            undelivered=self._undelivered,
+            # Two requests of a runner in one statement would be given the same lease slot.
+            apart=lambda claimant: claimant.runner_id,
         )
         self._offers: Coalescer[int, list[Offer]] = Coalescer(self._look_around)
         self._places = itertools.count()
@@ -150,21 +153,8 @@ class Claims:
         rows = await run_queue.offers(self._pool, max(bounds))
         return [[Offer.from_row(row) for row in rows]] * len(bounds)
 
-    async def _serve(self, claimants: Sequence[Claimant]) -> list[asyncpg.Record]:
-        """Serve those that wait together: one statement, or more if one runner asks twice.
-
-        One statement never holds two requests of a runner: both would be given the same lease slot.
-        """
-        answers: dict[int, asyncpg.Record] = {}
-        waiting = dict(enumerate(claimants))
-        while waiting:
-            firsts = {c.runner_id: i for i, c in reversed(waiting.items())}
-            turn = {i: waiting.pop(i) for i in sorted(firsts.values())}
-            rows = await self._claim_runs(list(turn.values()))
-            answers.update(zip(turn, rows, strict=True))
-        return [answers[i] for i in range(len(claimants))]
-
-    async def _claim_runs(self, claimants: list[Claimant]) -> list[asyncpg.Record]:
+    async def _claim_runs(self, claimants: Sequence[Claimant]) -> list[asyncpg.Record]:
+        """Serve those that wait together, by one statement; by more while others hold the rows."""
         rows: dict[int, asyncpg.Record] = {}
         waiting = dict(enumerate(claimants))
         for _ in range(RACES_MAX):
@@ -180,6 +170,10 @@ class Claims:
                     )
             except asyncpg.UniqueViolationError:
                 continue
+            except Exception:
+                if not any(row["queue_id"] for row in rows.values()):
+                    raise
+                break  # what an earlier look granted is committed: its runners must hear of it
             rows.update(zip(waiting, found, strict=True))
             granted = {i: rows[i] for i in waiting if rows[i]["queue_id"] is not None}
             self._keys.put(

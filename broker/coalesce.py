@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
 # So many go in one call. Of more, half go first: all of them at once would be answered at once and
@@ -19,6 +19,8 @@ class Coalescer(Generic[Item, Answer]):
     `serve` returns an answer per item, in order. When it raises, everybody who waited gets the
     exception. An asker that is cancelled before the call takes off is left out of it; one that is
     cancelled during the call has its answer given to `undelivered`, which must undo it.
+
+    With `apart`, items for which it returns the same never share a call: the later one waits.
     """
 
     def __init__(
@@ -26,10 +28,12 @@ class Coalescer(Generic[Item, Answer]):
         serve: Callable[[Sequence[Item]], Awaitable[Sequence[Answer]]],
         *,
         undelivered: Callable[[Answer], None] = lambda answer: None,
+        apart: Callable[[Item], Hashable] | None = None,
         limit: int = 1000,
     ) -> None:
         self._serve = serve
         self._undelivered = undelivered
+        self._apart = apart
         self._limit = limit
         self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
         self._running: asyncio.Task[None] | None = None
@@ -60,8 +64,18 @@ class Coalescer(Generic[Item, Answer]):
     def _take(self) -> list[tuple[Item, "asyncio.Future[Answer]"]]:
         waiting = [(item, future) for item, future in self._waiting if not future.done()]
         size = min(self._limit, max(WHOLE, math.ceil(len(waiting) / 2)))
-        self._waiting = waiting[size:]
-        return waiting[:size]
+        if self._apart is None:
+            self._waiting = waiting[size:]
+            return waiting[:size]
+        batch: dict[Hashable, tuple[Item, asyncio.Future[Answer]]] = {}
+        self._waiting = []
+        for each in waiting:
+            key = self._apart(each[0])
+            if len(batch) < size and key not in batch:
+                batch[key] = each
+            else:
+                self._waiting.append(each)
+        return list(batch.values())
 
     async def _serve_batch(self, batch: list[tuple[Item, "asyncio.Future[Answer]"]]) -> None:
         try:

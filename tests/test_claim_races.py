@@ -162,6 +162,65 @@ async def test_runners_of_many_kinds_are_served_together_and_no_run_goes_to_two(
 
 
 @pytest.mark.gen_test
+async def test_what_a_look_has_granted_is_handed_out_though_the_next_look_fails(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease is committed: lost, it would lapse, and count against the run and its runner."""
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runners = [await fleet.sign_on(), await fleet.sign_on("runner-b")]
+        claimants = [
+            Claimant(r.runner_id, r.fingerprint, r.runner_id, "d", Capabilities(24, ("q8_0",)))
+            for r in runners
+        ]
+        run_ids = [await fleet.enqueue(), await fleet.enqueue()]
+        claim, looks = run_queue.claim, iter([None, ConnectionResetError()])
+
+        async def once(*arguments: Any, **options: Any) -> list[asyncpg.Record]:
+            if error := next(looks):
+                raise error
+            return await claim(*arguments, **options)
+
+        monkeypatch.setattr(run_queue, "claim", once)
+        async with fleet.transaction() as connection:  # so that one of two runs is passed over
+            await connection.execute(
+                "SELECT FROM run_queue WHERE run_id = $1 FOR UPDATE", UUID(run_ids[0])
+            )
+            rows = await asyncio.gather(
+                *(fleet.services.claims.claim(claimant, 0) for claimant in claimants)
+            )
+        assert [row and str(row["run_id"]) for row in rows] == [run_ids[1], None]
+
+
+@pytest.mark.gen_test
+async def test_claims_of_one_runner_are_told_apart_and_a_failure_is_that_ones_alone(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on(max_leases=2)
+        run_id = await fleet.enqueue()
+        await fleet.enqueue()
+        claim, looks = run_queue.claim, iter([None, ConnectionResetError()])
+
+        async def once(*arguments: Any, **options: Any) -> list[asyncpg.Record]:
+            if error := next(looks):
+                raise error
+            return await claim(*arguments, **options)
+
+        monkeypatch.setattr(run_queue, "claim", once)
+        asked = [
+            Claimant("runner-a", runner.fingerprint, key, "d", Capabilities(24, ("q8_0",)))
+            for key in ("one", "two")
+        ]
+        row, failure = await asyncio.gather(
+            *(fleet.services.claims.claim(claimant, 0) for claimant in asked),
+            return_exceptions=True,
+        )
+        assert isinstance(failure, ConnectionResetError)
+        assert isinstance(row, asyncpg.Record)
+        assert str(row["run_id"]) == run_id
+
+
+@pytest.mark.gen_test
 async def test_a_parked_claim_is_woken_by_what_another_process_enqueues(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, parked: Parked
 ) -> None:

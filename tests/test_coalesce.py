@@ -125,3 +125,13 @@ async def test_of_a_crowd_the_first_half_goes_first() -> None:
     assert answers == [f"answer {item}" for item in everybody]
     assert [len(batch) for batch in desk.batches] == [WHOLE + 1, WHOLE, 1]
     assert [item for batch in desk.batches for item in batch] == list(everybody)
+
+
+@pytest.mark.gen_test
+async def test_what_is_to_be_apart_shares_no_call_and_holds_nobody_else_up() -> None:
+    desk = Desk()
+    desk.line = Coalescer(desk.serve, apart=lambda item: item % 10)
+    desk.open.set()
+    answers = await asyncio.gather(*desk.ask(1, 11, 21, 2, 12))
+    assert answers == [f"answer {item}" for item in (1, 11, 21, 2, 12)]
+    assert desk.batches == [[1, 2], [11, 12], [21]]
