@@ -103,6 +103,8 @@ class Revocations:
             await self._write(revocations)
         except Exception as error:  # a Cluster's client raises more than RedisError
             log.warning("revocations.unwritten", error=type(error).__name__)
+            # It may be back in a moment, with all but these: not believed until it is filled again.
+            self._leave_alone(error)
 
     async def settle(self) -> None:
         """Wait until Redis has been filled again, where that was begun."""
@@ -152,23 +154,27 @@ class Revocations:
             self._do_behind(self._watch(), "watch")
 
     async def _watch(self) -> None:
-        """Return once Redis answers in time again."""
+        """Return once Redis answers in time again, and holds what was revoked while it did not."""
         while True:
             await asyncio.sleep(AWAY_S)
             try:
                 async with asyncio.timeout(LOOK_S):
                     await self._look(())
+                await self._fill_again()
             except Exception as error:
                 log.debug("revocations.still_unreachable", error=type(error).__name__)
             else:
                 self._away = False
                 return
 
+    async def _fill_again(self) -> None:
+        await self._write(await self._authority.all_revocations())
+        # Last, and for a while only: what expired or was evicted meanwhile is filled in again.
+        await self._client.set(LOADED, 1, ex=60)
+
     async def _fill(self) -> None:
         try:
-            await self._write(await self._authority.all_revocations())
-            # Last, and for a while only: what expired or was evicted meanwhile is filled in again.
-            await self._client.set(LOADED, 1, ex=60)
+            await self._fill_again()
         except Exception as error:  # the next look finds it missing, and begins again
             log.warning("revocations.unwritten", error=type(error).__name__)
 

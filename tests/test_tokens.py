@@ -294,6 +294,49 @@ async def test_an_answer_is_remembered_for_a_second_at_most(
 
 
 @pytest.mark.gen_test
+async def test_a_revocation_that_could_not_be_written_holds_when_redis_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Redis was away for a moment only, and still says that it holds every revocation."""
+    monkeypatch.setattr(revocation, "AWAY_S", 0.01)
+    back = asyncio.Event()
+    claims = RunnerClaims("a", "f" * 64, uuid4(), datetime.now(UTC))
+    gone = [revocation.Revoked(None, claims.jti, timedelta(minutes=1))]
+
+    class Lossy(revocation.Revocations):
+        away = True
+
+        async def _write(self, revocations: Sequence[revocation.Revoked]) -> None:
+            if self.away:
+                self.away = False
+                raise redis.asyncio.ConnectionError("away for this moment")
+            await super()._write(revocations)
+
+        async def _watch(self) -> None:
+            await super()._watch()
+            back.set()
+
+    class Authority:
+        async def revoked_among(self, asked: Sequence[RunnerClaims]) -> list[bool]:
+            return [True] * len(asked)
+
+        async def all_revocations(self) -> list[revocation.Revoked]:
+            return gone
+
+    with servers.redis() as server:
+        async with redis.asyncio.from_url(server.url(2)) as client:
+            await client.set(revocation.LOADED, 1)
+            revocations = Lossy(client, Authority())
+            assert await revocations.revoked_among([claims]) == [False]
+            await revocations.write(gone)
+            assert await revocations.revoked_among([claims]) == [True]  # the authority says so
+            await back.wait()
+            assert await client.exists(revocation.token_name(claims.jti))
+            assert await revocations.revoked_among([claims]) == [True]
+            await revocations.close()
+
+
+@pytest.mark.gen_test
 async def test_a_redis_that_hangs_is_left_alone_until_it_answers_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
