@@ -201,6 +201,19 @@ async def missing_migration(pool: Executor, newest: str) -> bool:
     return not await pool.fetchval(statement, newest)
 
 
+async def fetch_planned(
+    pool: asyncpg.Pool, statement: str, *arguments: Any
+) -> list[asyncpg.Record]:
+    """Return the rows of a statement that is planned for these arguments, and no others.
+
+    For listings with filters that may be left out: one plan for all of them (`SESSION`) can use no
+    filter to find its rows, and reads everything.
+    """
+    async with pool.acquire() as connection, connection.transaction():
+        await connection.execute("SET LOCAL plan_cache_mode = force_custom_plan")
+        return await connection.fetch(statement, *arguments)
+
+
 async def fetch_one(executor: Executor, statement: str, *arguments: Any) -> asyncpg.Record:
     """Return the row of a statement that always gives one."""
     row = await executor.fetchrow(statement, *arguments)

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import asyncpg
 
-from db.pool import Executor, fetch_one
+from db.pool import Executor, fetch_one, fetch_planned
 from db.queries import load
 
 SQL = load("run_queue")
@@ -226,7 +226,7 @@ async def enqueued(connection: Executor, run_ids: Sequence[UUID]) -> list[asyncp
 
 
 async def list_page(
-    pool: Executor,
+    pool: asyncpg.Pool,
     *,
     status: str | None,
     after: tuple[datetime, UUID] | None,
@@ -234,7 +234,7 @@ async def list_page(
 ) -> list[asyncpg.Record]:
     """Return one page of the queue, oldest first, after the cursor."""
     created_at, run_id = after or FIRST_PAGE
-    return await pool.fetch(SQL["list_page"], status, created_at, run_id, limit)
+    return await fetch_planned(pool, SQL["list_page"], status, created_at, run_id, limit)
 
 
 async def cancel(connection: Executor, run_id: UUID, reason: str) -> str | None:

@@ -11,7 +11,7 @@ from uuid import UUID
 
 import asyncpg
 
-from db.pool import Executor, fetch_one
+from db.pool import Executor, fetch_one, fetch_planned
 from db.queries import load
 
 SQL = load("submissions")
@@ -157,11 +157,11 @@ async def add_runs(connection: Executor, run_ids: Sequence[UUID]) -> set[UUID]:
 
 
 async def list_page(
-    pool: Executor, wanted: Wanted, *, after: tuple[datetime, UUID] | None, limit: int
+    pool: asyncpg.Pool, wanted: Wanted, *, after: tuple[datetime, UUID] | None, limit: int
 ) -> list[asyncpg.Record]:
     """Return one page of the submissions that are wanted, oldest first, after the cursor."""
     of = (wanted.state, wanted.runner_id, wanted.fingerprint, wanted.trust, wanted.since)
-    return await pool.fetch(SQL["list_page"], *of, *(after or (None, None)), limit)
+    return await fetch_planned(pool, SQL["list_page"], *of, *(after or (None, None)), limit)
 
 
 async def show(pool: Executor, run_id: UUID) -> asyncpg.Record | None:

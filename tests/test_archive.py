@@ -10,8 +10,10 @@ import asyncpg
 import httpx
 import pytest
 
+from bench import seeding
 from broker import archiver
 from broker.archiver import Archiver
+from broker.queue_view import QueueView
 from config.settings import Settings
 from db import archive
 from db.migrate import migrate, run_dbmate
@@ -316,6 +318,25 @@ async def test_pages_go_through_queue_and_archive_in_one_order(
         assert await archive_once(fleet) == 3
         after = await paged(""), await paged("&status=CANCELLED"), await paged("&status=PENDING")
         assert after == before
+
+
+@pytest.mark.gen_test
+async def test_a_listing_of_few_among_many_archived_runs_reads_those_few(database: str) -> None:
+    async with seeding.open_connection(database) as connection:
+        models = await seeding.add_models(connection, "q8_0", 1, 1)
+        await seeding.add_runs(connection, models, 3000)
+        await connection.execute(
+            "UPDATE run_queue SET completed_at = now() - interval '8 days',"
+            " status = CASE WHEN queue_id IN (SELECT queue_id FROM run_queue LIMIT 3)"
+            " THEN 'FAILED' ELSE 'COMPLETE' END"
+        )
+        assert (await archive.archive(connection, WEEK, 5000, archive.START))[0] == 3000
+        await connection.execute("VACUUM (ANALYZE)")
+    async with open_pool(database, 1) as pool:
+        assert len((await QueueView(pool).page("FAILED", None, 50)).runs) == 3
+        await pool.execute("SELECT pg_stat_force_next_flush()")
+        by_status = "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelname = $1"
+        assert await pool.fetchval(by_status, "run_archive_listed_by_status") == 1
 
 
 @pytest.mark.gen_test
