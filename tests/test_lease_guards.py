@@ -213,6 +213,23 @@ async def test_a_run_that_was_claimed_while_this_claim_waited_is_not_claimed_aga
 
 
 @pytest.mark.gen_test
+async def test_a_run_that_failed_while_a_claim_waited_keeps_its_time(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    """The waiting claim's snapshot still shows the run as one that may be claimed."""
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        run_id = await fleet.enqueue()
+        async with fleet.transaction() as connection:
+            await connection.execute("UPDATE runner_keys SET description = 'locked'")
+            waiting = asyncio.create_task(runner.claim())
+            await fleet.until_blocked()
+            await connection.execute("UPDATE run_queue SET retry_after = now() + interval '1 hour'")
+        assert (await waiting).status_code == 204
+        assert (await fleet.row(run_id))["lease_seq"] == 0
+
+
+@pytest.mark.gen_test
 async def test_a_revocation_forgets_the_secrets_of_lapsed_leases_and_leaves_their_record(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,7 +121,9 @@ rounds (step, kind, found, chosen, taken) AS (
             SELECT q.queue_id
             FROM unnest(h.heads) WITH ORDINALITY AS i (queue_id, place)
             INNER JOIN run_queue AS q ON i.queue_id = q.queue_id
-            WHERE q.status = 'PENDING'
+            WHERE
+                q.status = 'PENDING' -- and not failed by another, and deferred, meanwhile
+                AND (q.retry_after IS NULL OR q.retry_after <= statement_timestamp())
             ORDER BY i.place
             LIMIT k.asked
             FOR UPDATE OF q SKIP LOCKED

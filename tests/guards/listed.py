@@ -263,9 +263,16 @@ CLAIM = (
     Guard(
         "claim: still PENDING once its lock is ours",
         f"{QUEUE}:claim",
-        "            WHERE q.status = 'PENDING'\n            ORDER",
-        "            ORDER",
+        "q.status = 'PENDING' -- and not failed by another, and deferred, meanwhile\n",
+        "true\n",
         f"{GUARDS}::test_a_run_that_was_claimed_while_this_claim_waited_is_not_claimed_again",
+    ),
+    Guard(
+        "claim: not deferred since, once its lock is ours",
+        f"{QUEUE}:claim",
+        "AND (q.retry_after IS NULL OR q.retry_after <= statement_timestamp())",
+        "",
+        f"{GUARDS}::test_a_run_that_failed_while_a_claim_waited_keeps_its_time",
     ),
     Guard(
         "claim: bakeoff's own rows are not handed out",
