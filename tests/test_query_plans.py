@@ -16,11 +16,13 @@ import pytest
 from bench import seeding
 from bench.seeding import BenchRunner, Lease
 from db.pool import fetch_one
-from db.run_queue import SQL
+from db.queries import load
 from sandbox import servers
 
+SQL = {**load("run_queue"), **load("archive")}
 PENDING, UNFIT, LATER, DUE, DONE, LIVE = 89_000, 50_000, 10_000, 1_000, 48_000, 2_000
 MODELS = 40
+FIRST = ("0001-01-01", "00000000-0000-0000-0000-000000000000")
 TTL = timedelta(minutes=5)
 DONE_NOW = """
 UPDATE run_queue SET status = 'COMPLETE', completed_at = now() WHERE queue_id IN (
@@ -74,6 +76,7 @@ PLANS = {
     "lapse": ("lapse", lambda seeded: [200], 10_500),
     "ripen": ("ripen", lambda seeded: [200], 8_400),
     "a look at the offers": ("offers", lambda seeded: [1], 3_000),
+    "archive, all too young": ("archive", lambda seeded: [timedelta(days=7), 200, *FIRST], 10),
     "offers for explain": ("offers", lambda seeded: [1000], 5_500),
 }
 

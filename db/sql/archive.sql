@@ -7,7 +7,9 @@ WITH old AS MATERIALIZED (
     SELECT q.queue_id FROM run_queue AS q
     WHERE
         q.status IN ('COMPLETE', 'FAILED', 'CANCELLED') AND q.job IS NOT NULL
-        AND q.completed_at < clock_timestamp() - $1::interval
+        -- A time that moves on (clock_timestamp) bounds no index: each pass would read every run
+        -- that is too young.
+        AND q.completed_at < statement_timestamp() - $1::interval
         AND (q.completed_at, q.queue_id) > ($3::timestamptz, $4::uuid)
         -- The sweep pauses a runner whose last three leases lapsed, and asks the hot ledger: the
         -- last three of each runner stay there, and what is still open.
