@@ -32,7 +32,7 @@ from broker.fitting import Capabilities
 from broker.times import parse_time
 from config.settings import Settings
 from db import models, run_queue, runner_keys, runners
-from db.pool import Executor
+from db.pool import Executor, retries
 
 REMEMBERED_S = 1.0
 REMEMBERED_MAX = 50_000
@@ -69,6 +69,7 @@ class Registry:
         self._desk: Coalescer[str, asyncpg.Record | None] = Coalescer(self._look)
         self._quantizations: tuple[str, ...] = ()
 
+    @retries
     async def register(self, registration: dict[str, Any], sig: dict[str, str]) -> SignOn:
         """Sign a runner on.
 

@@ -19,6 +19,13 @@ ACQUIRE_S = 5
 COMMAND_S = 10  # above the server's own statement_timeout: for a server that does not answer at all
 CLOSE_S = 5
 TRIES = 3
+# Rolled back whole, and may succeed when done again: a deadlock, a race, and a table that has been
+# migrated since the connection prepared its statement (asyncpg has forgotten that one by now).
+LOST_RACES = (
+    asyncpg.DeadlockDetectedError,
+    asyncpg.SerializationError,
+    asyncpg.InvalidCachedStatementError,
+)
 RETRY_WITHIN_S = 0.05
 
 # Nothing the service does takes seconds; what does is stuck, and must not hold a row for others.
@@ -100,14 +107,14 @@ class BoundedPool(asyncpg.Pool):
 async def retried(
     work: Callable[..., Awaitable[Result]], *arguments: Any, **options: Any
 ) -> Result:
-    """Return what `work` does; do it up to three times while it loses deadlocks or races.
+    """Return what `work` does; do it up to three times while it meets `LOST_RACES`.
 
     `work` is a statement or a whole transaction: nothing of a failed try is left.
     """
     for _ in range(TRIES - 1):
         try:
             return await work(*arguments, **options)
-        except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
+        except LOST_RACES:
             await asyncio.sleep(random.uniform(0, RETRY_WITHIN_S))  # noqa: S311 (jitter)
     return await work(*arguments, **options)
 

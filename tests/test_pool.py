@@ -130,6 +130,23 @@ async def test_a_single_statement_that_loses_a_deadlock_is_sent_again(database: 
         assert [row["by"] for row in rows] == ["ol", "ol"]
 
 
+@pytest.mark.gen_test
+async def test_a_transaction_that_meets_a_table_migrated_meanwhile_is_run_again(
+    database: str,
+) -> None:
+    """A migration is additive, so servers run on through it; SELECT * has one more column then."""
+    async with open_pool(database, 1) as pool:
+        await pool.execute("CREATE TABLE t AS SELECT 1 AS id")
+
+        async def work() -> asyncpg.Record | None:
+            async with pool.acquire() as connection, connection.transaction():
+                return await connection.fetchrow("SELECT * FROM t")
+
+        assert await retried(work) == (1,)
+        await pool.execute("ALTER TABLE t ADD COLUMN more int")
+        assert await retried(work) == (1, None)
+
+
 async def _until_waiting(connection: asyncpg.pool.PoolConnectionProxy, statements: int) -> None:
     async with asyncio.timeout(10):
         while statements > await connection.fetchval(  # noqa: ASYNC110 (there is no signal)
