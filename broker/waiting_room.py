@@ -15,8 +15,10 @@ import structlog
 
 from broker.fitting import Capabilities, Offer, due_in
 
-# Runs counted per model for one look; whoever is left waits for the next one.
+# Runs counted per model for one look. Whoever is left when so many were woken waits for the next
+# look, which comes when those have had the time to claim.
 LOOK_MAX = 1000
+CROWD_S = 0.5
 # After the moment a run comes due: the database's clock and ours drift apart a little meanwhile.
 DUE_GRACE_S = 0.02
 
@@ -96,15 +98,20 @@ class WaitingRoom:
             except Exception as error:  # the database is away: the next look goes on
                 log.warning("waiting_room.blind", error=type(error).__name__)
                 continue
-            self._wake(offers)
+            if self._wake(offers) >= LOOK_MAX:
+                pause_s = min(pause_s, CROWD_S)
             if (due := due_in(offers)) is not None:
                 pause_s = min(pause_s, max(0.0, due.total_seconds()) + DUE_GRACE_S)
 
     def _pause_s(self) -> float:
         return self._recheck_s * random.uniform(0.8, 1.2)  # noqa: S311 (jitter)
 
-    def _wake(self, offers: Sequence[Offer]) -> None:
-        """Wake the longest waiting for whom there is a run, as many as there are runs."""
+    def _wake(self, offers: Sequence[Offer]) -> int:
+        """Wake the longest waiting for whom there is a run, as many as there are runs.
+
+        Returns how many there were.
+        """
+        woken = 0
         left = [offer.claimable for offer in offers]
         fitting: dict[Capabilities, Iterator[int]] = {}
         current: dict[Capabilities, int | None] = {}
@@ -117,7 +124,9 @@ class WaitingRoom:
                 current[runner] = next(fitting[runner], None)
             if i is not None:
                 left[i] -= 1
+                woken += 1
                 _tell(waiter, True)
+        return woken
 
 
 def _tell(waiter: Waiter, there_is_one: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from broker import waiting_room
 from broker.fitting import Capabilities, Offer
 from broker.waiting_room import LOOK_MAX, WaitingRoom
 
@@ -137,6 +138,18 @@ async def test_one_look_serves_all_and_counts_no_further_than_they_are() -> None
 
 
 @pytest.mark.gen_test
+async def test_who_is_left_of_a_crowd_is_looked_after_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(waiting_room, "CROWD_S", 0.01)
+    async with crowd([offer(LOOK_MAX)], [offer(1)]) as people:
+        await people.enter(*range(LOOK_MAX + 1))
+        people.room.ring()
+        async with asyncio.timeout(10):  # and not after NEVER_S
+            assert await people.tasks[LOOK_MAX]
+
+
+@pytest.mark.gen_test
 async def test_nobody_there_no_look() -> None:
     async with crowd([offer(1)], recheck_s=0.001) as people:
         people.room.ring()
@@ -195,7 +208,8 @@ async def test_the_run_of_one_that_is_woken_and_gone_before_its_turn_is_the_next
         people.room.ring()
         await people.queue.bounds.get()  # in this turn of the loop the room wakes the first one
         people.tasks[1].cancel()
-        assert await people.woken.get() == 2
+        async with asyncio.timeout(10):  # and not after NEVER_S
+            assert await people.woken.get() == 2
         assert people.tasks[1].cancelled()
 
 
