@@ -8,7 +8,6 @@ answer can never let a write through.
 """
 
 import asyncio
-import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,10 +16,9 @@ from uuid import UUID
 
 import structlog
 
+from auth.remembered import Remembered
 from auth.tokens import RunnerClaims
 
-REMEMBERED_S = 1.0
-REMEMBERED_MAX = 50_000
 LOADED = "revoked:loaded"
 LOOK_S = 0.1  # so long may one look take
 AWAY_S = 1.0  # between two tries whether a Redis that was too slow is back
@@ -76,23 +74,19 @@ class Revocations:
         """Ask `client`, of redis-py: a server's, a Sentinel's or a Cluster's."""
         self._client = client
         self._authority = authority
-        self._remembered: dict[UUID, tuple[float, bool]] = {}
+        self._remembered: Remembered[UUID, bool] = Remembered()
         self._away = False
         self._behind: set[asyncio.Task[None]] = set()
 
     def remembered(self, claims: RunnerClaims) -> bool | None:
         """Return whether the token or its key is revoked, as of this second; None: unknown."""
-        known = self._remembered.get(claims.jti)
-        return known[1] if known and time.monotonic() - known[0] < REMEMBERED_S else None
+        return self._remembered.get(claims.jti)
 
     async def revoked_among(self, asked: Sequence[RunnerClaims]) -> Sequence[bool]:
         """Return of each whether the token, or the key it was given to, is revoked."""
         found = await self._ask(asked)
-        if len(self._remembered) >= REMEMBERED_MAX:
-            self._remembered.clear()
-        now = time.monotonic()
-        self._remembered.update(
-            (claims.jti, (now, revoked)) for claims, revoked in zip(asked, found, strict=True)
+        self._remembered.put(
+            (claims.jti, revoked) for claims, revoked in zip(asked, found, strict=True)
         )
         return found
 

@@ -5,7 +5,6 @@ records the nonce and the runner. The same request again gets the same answer: i
 again from what the nonce's row remembers.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -16,6 +15,7 @@ import asyncpg
 
 from auth.errors import BadSignature, InvalidKey
 from auth.keys import RunnerKey, digest_of
+from auth.remembered import Remembered
 from auth.revocation import Revocations, Revoked
 from auth.tokens import RunnerClaims, Tokens
 from broker.coalesce import Coalescer
@@ -33,9 +33,6 @@ from broker.times import parse_time
 from config.settings import Settings
 from db import models, run_queue, runner_keys, runners
 from db.pool import Executor, retries
-
-REMEMBERED_S = 1.0
-REMEMBERED_MAX = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +61,7 @@ class Registry:
         self._settings = settings
         self._tokens = tokens
         self._revocations = revocations
-        self._standings: dict[str, tuple[float, asyncpg.Record]] = {}
+        self._standings: Remembered[str, asyncpg.Record] = Remembered()
         # One look for all claims that wait together.
         self._desk: Coalescer[str, asyncpg.Record | None] = Coalescer(self._look)
         self._quantizations: tuple[str, ...] = ()
@@ -141,14 +138,12 @@ class Registry:
     async def _standing(self, fingerprint: str) -> asyncpg.Record:
         """Return a runner's row beside its key's, remembered for a second: claims come often."""
         remembered = self._standings.get(fingerprint)
-        if remembered is not None and time.monotonic() - remembered[0] < REMEMBERED_S:
-            return remembered[1]
+        if remembered is not None:
+            return remembered
         standing = await self._desk.ask(fingerprint)
         if standing is None:
             raise KeyNotAllowed("This runner key has never registered here: register first.")
-        if len(self._standings) >= REMEMBERED_MAX:
-            self._standings.clear()
-        self._standings[fingerprint] = (time.monotonic(), standing)
+        self._standings.put([(fingerprint, standing)])
         return standing
 
     async def _look(self, fingerprints: Sequence[str]) -> list[asyncpg.Record | None]:
@@ -180,7 +175,7 @@ class Registry:
         )
         if await runners.remember_nonce(connection, nonce):
             await runners.upsert(connection, _signed_on(registration, runner_id, key))
-            self._standings.pop(key.fingerprint, None)
+            self._standings.forget(key.fingerprint)
             return nonce
         seen = await runners.find_nonce(connection, key.fingerprint, nonce.nonce)
         if seen is None or seen.request_sha256 != nonce.request_sha256:

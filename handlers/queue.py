@@ -33,7 +33,7 @@ _KEY = re.compile(r"[\x21-\x7e]{1,200}")
 class ClaimHandler(RunnerHandler):
     """POST /api/queue/claim."""
 
-    _claiming: asyncio.Task[asyncpg.Record | None] | None = None
+    _claiming: asyncio.Task[None] | None = None
 
     async def post(self) -> None:
         """Hand out the next run that fits: 200 with the job, or 204 with Retry-After."""
@@ -44,11 +44,13 @@ class ClaimHandler(RunnerHandler):
         digest = hashlib.sha256(self._body).hexdigest()
         claimant = Claimant(runner.runner_id, runner.fingerprint, key, digest, offer)
         wait_s = min(body.get("wait_s", 0), settings.claim_wait_max_s)
-        self._claiming = asyncio.create_task(self.services.claims.claim(claimant, wait_s))
+        self._claiming = asyncio.current_task()
         try:
-            row = await self._claiming
+            row = await self.services.claims.claim(claimant, wait_s)
         except asyncio.CancelledError:
             return  # the runner hung up; what it would have been given goes to another
+        finally:
+            self._claiming = None
         if row is not None:
             await self._hand_out(row)
         elif body.get("explain"):

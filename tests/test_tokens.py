@@ -13,7 +13,7 @@ import jwt
 import pytest
 import redis.asyncio
 
-from auth import revocation
+from auth import remembered, revocation
 from auth.errors import InvalidToken, TokenExpired
 from auth.tokens import RunnerClaims, Tokens
 from config.settings import Settings
@@ -209,7 +209,7 @@ async def test_an_expired_token_is_renewed_and_the_lease_goes_on(
 async def test_a_flushed_redis_does_not_unrevoke(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(revocation, "REMEMBERED_S", 0)
+    monkeypatch.setattr(remembered, "REMEMBERED_S", 0)
     settings = make_settings()
     async with (
         open_fleet(settings, sigstore) as fleet,
@@ -233,7 +233,7 @@ async def test_a_flushed_redis_does_not_unrevoke(
 async def test_a_revocation_that_redis_alone_was_told_of_by_another_process_is_seen(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(revocation, "REMEMBERED_S", 0)
+    monkeypatch.setattr(remembered, "REMEMBERED_S", 0)
     settings = make_settings()
     async with open_fleet(settings, sigstore) as fleet, open_fleet(settings, sigstore) as second:
         runner = await fleet.sign_on()
@@ -247,7 +247,7 @@ async def test_a_revocation_that_redis_alone_was_told_of_by_another_process_is_s
 async def test_without_redis_postgres_says_who_is_revoked(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(revocation, "REMEMBERED_S", 0)
+    monkeypatch.setattr(remembered, "REMEMBERED_S", 0)
     with servers.redis() as server:
         async with open_fleet(make_settings(redis_token_url=server.url(2)), sigstore) as fleet:
             good, gone = await fleet.sign_on(), await fleet.sign_on("runner-b")
@@ -287,7 +287,7 @@ async def test_an_answer_is_remembered_for_a_second_at_most(
             await revocations.write([])  # whoever revokes here forgets at once
             assert revocations.remembered(claims) is None
             await revocations.revoked_among([claims])
-            monkeypatch.setattr(revocation, "REMEMBERED_S", 0)
+            monkeypatch.setattr(remembered, "REMEMBERED_S", 0)
             assert revocations.remembered(claims) is None
             assert seen == [claims.jti] * 2
             await revocations.close()

@@ -1,0 +1,53 @@
+"""What is remembered for a second: gone by itself afterwards, whether anybody asks or not."""
+
+import asyncio
+import gc
+import weakref
+
+import pytest
+
+from auth import remembered
+from auth.remembered import Remembered
+
+
+class Answer:
+    """Something that a weak reference can watch."""
+
+
+@pytest.mark.gen_test
+async def test_an_answer_is_known_for_its_second_and_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers: Remembered[str, int] = Remembered()
+    assert answers.get("a") is None
+    answers.put([("a", 1), ("b", 2)])
+    assert (answers.get("a"), answers.get("b")) == (1, 2)
+    answers.forget("a")
+    assert (answers.get("a"), answers.get("b")) == (None, 2)
+    monkeypatch.setattr(remembered, "REMEMBERED_S", 0)
+    assert answers.get("b") is None
+
+
+@pytest.mark.gen_test
+async def test_clearing_forgets_also_what_was_put_a_turn_ago() -> None:
+    answers: Remembered[str, int] = Remembered()
+    answers.put([("a", 1)])
+    answers.put([("b", 2)])
+    answers.clear()
+    assert (answers.get("a"), answers.get("b")) == (None, None)
+
+
+@pytest.mark.gen_test
+async def test_what_is_too_old_leaves_memory_though_nobody_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remembered, "REMEMBERED_S", 0.01)
+    answers: Remembered[str, Answer] = Remembered()
+    gone = asyncio.Event()
+    answer = Answer()
+    watched = weakref.ref(answer, lambda _: gone.set())
+    answers.put([("a", answer)])
+    del answer
+    gc.collect()
+    assert watched() is not None
+    await gone.wait()
