@@ -5,7 +5,9 @@ costs latency only (the sweep is the guarantee).
 """
 
 import asyncio
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +19,8 @@ PREFIX = "lease:"
 # The key outlives the deadline a little, so that the sweep it triggers finds the lease overdue.
 GRACE = timedelta(milliseconds=250)
 BACKLOG_MAX = 100_000
+# Changes gather for so long: a pipeline costs the process as much as a dozen of the keys in it.
+GATHER_S = 0.05
 
 log = structlog.get_logger()
 
@@ -41,12 +45,14 @@ class LeaseKeys:
     def __init__(self, client: Any) -> None:
         """Write with `client`, a Topology's."""
         self._client = client
-        self._changes: dict[str, int | None] = {}  # name -> PX in ms, or None to drop it
+        self._changes: dict[str, float | None] = {}  # name -> when it expires, or None to drop it
         self._writer: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
 
     def put(self, leases: Iterable[LeaseKey]) -> None:
         """Let each lease's key live as long as the lease."""
-        self._change({x.name: max(1, int((x.remaining + GRACE) / MILLISECOND)) for x in leases})
+        now = time.monotonic()
+        self._change({x.name: now + (x.remaining + GRACE).total_seconds() for x in leases})
 
     def drop(self, leases: Iterable[LeaseKey]) -> None:
         """Remove the keys of leases that ended in time."""
@@ -55,9 +61,10 @@ class LeaseKeys:
     async def flush(self) -> None:
         """Wait until what was asked for so far has been written, or given up."""
         if self._writer is not None:
+            self._hurry.set()
             await self._writer
 
-    def _change(self, changes: dict[str, int | None]) -> None:
+    def _change(self, changes: dict[str, float | None]) -> None:
         if len(self._changes) < BACKLOG_MAX:
             self._changes.update(changes)
         if self._changes and self._writer is None:
@@ -66,24 +73,27 @@ class LeaseKeys:
     async def _write(self) -> None:
         try:
             while self._changes:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(GATHER_S):
+                        await self._hurry.wait()
                 changes, self._changes = self._changes, {}
                 await self._write_once(changes)
         finally:
+            self._hurry.clear()
             self._writer = None
 
-    async def _write_once(self, changes: dict[str, int | None]) -> None:
+    async def _write_once(self, changes: dict[str, float | None]) -> None:
         try:
             async with self._client.pipeline(transaction=False) as pipeline:
-                for name, milliseconds in changes.items():
+                now = time.monotonic()
+                for name, expires in changes.items():
                     # Not .set() and .unlink(): the first looks at twelve options each time, and of
                     # the second a Cluster's pipeline makes a coroutine, which would never run.
-                    if milliseconds is None:
+                    if expires is None:
                         pipeline.execute_command("UNLINK", name)
                     else:
-                        pipeline.execute_command("SET", name, 1, "PX", milliseconds)
+                        left_ms = max(1, int((expires - now) * 1000))
+                        pipeline.execute_command("SET", name, 1, "PX", left_ms)
                 await pipeline.execute()
         except Exception as error:  # a Cluster's client raises more than RedisError
             log.warning("lease_keys.lost", keys=len(changes), error=type(error).__name__)
-
-
-MILLISECOND = timedelta(milliseconds=1)

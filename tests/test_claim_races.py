@@ -337,7 +337,7 @@ async def test_a_parked_claim_whose_runner_hung_up_takes_no_run(
         claiming = await parked.get()
         call.cancel()
         await asyncio.wait([claiming])
-        assert claiming.cancelled()  # it did not wait until its time was up
+        assert claiming.cancelling()  # it did not wait until its time was up
         run_id = await fleet.enqueue()
         job = await other.take()
         assert (job["run_id"], job["attempt"]) == (run_id, 1)
