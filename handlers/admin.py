@@ -106,8 +106,8 @@ class QueueHandler(AdminHandler):
 
     async def post(self) -> None:
         """Add runs, all or none."""
-        runs = self.read_json("enqueue")["runs"]
-        added = await self.services.enqueue.add(self.admin, runs, idempotency_key(self))
+        body, key = self.read_body(), idempotency_key(self)
+        added = await self.services.enqueue.add(self.admin, body, key)
         self.answer(201, {"runs": added})
 
 

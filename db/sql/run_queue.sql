@@ -676,16 +676,18 @@ WHERE q.run_id = $1 AND q.job IS NOT NULL
 
 -- name: enqueue
 -- Add runs; a run_id that is already queued is passed over. Those of one request are a microsecond
--- apart, so that runs of one priority are handed out in the order they were given.
+-- apart, so that runs of one priority are handed out in the order they were given; $10 of them have
+-- been added by statements before this one.
 INSERT INTO run_queue (
     queue_id, run_id, model_id, job, config_hash, priority, retry_after, max_attempts,
     max_runtime_s, batch_id, created_at
 )
 SELECT
-    gen_random_uuid(), t.run_id, t.model_id, t.job, t.config_hash, t.priority, t.not_before,
-    t.max_attempts, t.max_runtime_s, t.batch_id, now() + t.place * interval '1 microsecond'
+    gen_random_uuid(), t.run_id, t.model_id, t.job::jsonb, t.config_hash, t.priority, t.not_before,
+    t.max_attempts, t.max_runtime_s, t.batch_id,
+    now() + ($10::int + t.place) * interval '1 microsecond'
 FROM unnest(
-    $1::uuid [], $2::uuid [], $3::jsonb [], $4::text [], $5::int [], $6::timestamptz [],
+    $1::uuid [], $2::uuid [], $3::text [], $4::text [], $5::int [], $6::timestamptz [],
     $7::int [], $8::int [], $9::uuid []
 ) WITH ORDINALITY AS t (
     run_id, model_id, job, config_hash, priority, not_before, max_attempts, max_runtime_s,
@@ -695,8 +697,16 @@ ON CONFLICT (run_id) WHERE job IS NOT NULL DO NOTHING
 
 -- name: enqueued
 -- What is queued, or was and is archived, under these run_ids.
-SELECT queue_id, run_id, status, model_id, job FROM every_run
+SELECT queue_id, run_id, status FROM every_run
 WHERE run_id = any($1::uuid []) AND job IS NOT NULL
+
+-- name: compared
+-- Whether the runs that are sent again are those that are there. Compared here: the jobs may have
+-- megabytes.
+SELECT q.run_id, q.job = t.job::jsonb AND q.model_id = t.model_id AS same
+FROM unnest($1::uuid [], $2::uuid [], $3::text []) AS t (run_id, model_id, job)
+INNER JOIN every_run AS q ON t.run_id = q.run_id
+WHERE q.run_id = any($1::uuid []) AND q.job IS NOT NULL
 
 -- name: announce
 -- Wake the claims that wait, in every process, when this transaction commits.
