@@ -195,8 +195,13 @@ async def complete(
 
 
 async def find(pool: Executor, run_id: UUID) -> asyncpg.Record | None:
-    """Return a run with its model."""
+    """Return a run with its model, without its job."""
     return await pool.fetchrow(SQL["find"], run_id)
+
+
+async def job_of(pool: Executor, run_id: UUID) -> str | None:
+    """Return the job of a run as JSON text."""
+    return await pool.fetchval(SQL["job_of"], run_id)
 
 
 async def find_for_key(pool: Executor, run_id: UUID, fingerprint: str) -> asyncpg.Record | None:

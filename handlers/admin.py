@@ -119,7 +119,9 @@ class RunHandler(AdminHandler):
     async def get(self, run_id: str) -> None:
         """Show a run with its job, its ledger and its receipt."""
         self.query()
-        self.answer(200, await self.services.queue.run(UUID(run_id)))
+        run = await self.services.queue.run(UUID(run_id))
+        job = await self.services.queue.job(UUID(run_id))
+        self.answer(200, run, members=f'{{"job": {job}}}')
 
 
 class CancelHandler(AdminHandler):

@@ -650,15 +650,23 @@ UPDATE attempts SET
 WHERE run_id = $1 AND lease_seq = $2
 
 -- name: find
--- One run of ours, archived or not, with its model, as a GET shows it.
+-- One run of ours, archived or not, with its model, as a GET shows it: all but its job, which may
+-- have megabytes.
 SELECT
-    q.*,
+    q.run_id, q.queue_id, q.status, q.priority, q.attempt_count, q.max_attempts, q.claimed_by,
+    q.claimed_at, q.started_at, q.completed_at, q.created_at, q.retry_after, q.error_detail,
+    q.batch_id, q.progress, q.cancel_requested_at, q.cancel_reason, q.lease_seq, q.lease_id,
+    q.lease_expires_at, q.last_heartbeat, q.result_sha256, q.config_hash, q.max_runtime_s,
     m.name AS model_name, x.name AS quantization,
     vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) AS need_gb
 FROM every_run AS q
 LEFT JOIN models AS m ON q.model_id = m.model_id
 LEFT JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
 WHERE q.run_id = $1 AND q.job IS NOT NULL
+
+-- name: job_of
+-- The job of a run stays text: nobody in the server reads it.
+SELECT job::text AS job FROM every_run WHERE run_id = $1 AND job IS NOT NULL
 
 -- name: find_for_key
 -- A run, archived or not, and whether this key is good and who may sign for it: what a submit and a
