@@ -108,8 +108,9 @@ async def test_rows_and_jobs_go_to_the_database_in_pieces_of_text(
         assert (written["model_sources"], written["tasks"]) == (70 * 32, 51)
         assert written["prompts"] == 50 * 60 + 1
         # Each run was a statement of its own, and they still are in the order they were given.
-        order = await fleet.pool.fetch("SELECT run_id FROM run_queue ORDER BY created_at")
+        order = await fleet.pool.fetch("SELECT run_id, created_at FROM run_queue ORDER BY 2")
         assert [str(row[0]) for row in order] == [run["run_id"] for run in answer.json()["runs"]]
+        assert len({row[1] for row in order}) == 70
 
 
 def _noted(verb: Callable[..., Any], sent: dict[str, list[Any]]) -> Callable[..., Any]:
@@ -128,7 +129,7 @@ async def test_what_is_sent_again_is_compared_run_by_run(
 ) -> None:
     monkeypatch.setattr(run_queue, "PIECE_LENGTH", 1)
     runs = [run_of(run_id=str(uuid.uuid4()), config={"n": 1}) for _ in range(3)]
-    other_model = {**SMALL, "name": "another", "model_hash": "ab" * 32}
+    other_model = {**SMALL, "model_hash": "ab" * 32}  # of the same name: the job is the same
     async with open_fleet(make_settings(), sigstore) as fleet:
         assert (await post(fleet, *runs)).status_code == 201
         again = (await post(fleet, *runs, run_of())).json()["runs"]
