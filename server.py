@@ -149,7 +149,7 @@ async def open_services(
             handbacks=Handbacks(pool, settings, keys),
             submissions=Submissions(pool, settings, keys, trusted, receipts, workers, telemetry),
             allowlist=Allowlist(pool, settings, revocations, keys),
-            enqueue=Enqueue(pool, settings),
+            enqueue=Enqueue(pool, settings, workers),
             queue=QueueView(pool),
             results=Results(pool),
             moderation=Moderation(pool),

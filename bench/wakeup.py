@@ -9,6 +9,7 @@ The parked claims' own re-check is put off, so that every claim statement is a w
 """
 
 import asyncio
+import json
 import re
 import statistics
 import sys
@@ -117,7 +118,7 @@ class Wakeups:
 
     async def _enqueue(self) -> None:
         run_id = uuid4()
-        run = QueuedRun(run_id, self._model, JOB, "", 100, None, 5, None, None)
+        run = QueuedRun(run_id, self._model, json.dumps(JOB), "", 100, None, 5, None, None)
         async with self._connection.transaction():
             await self._connection.execute(
                 "INSERT INTO runs (run_id, submitted_at, publisher_id) VALUES ($1, now(), 'bench')",

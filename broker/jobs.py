@@ -82,5 +82,7 @@ def as_stored(value: Any) -> Any:
     if isinstance(value, list):
         return [as_stored(child) for child in value]
     if isinstance(value, float):
-        return json.loads(format(Decimal(repr(value)), "f")) + 0
+        text = repr(value)
+        # Only an exponent is spelled out. A body of 32 MiB may hold six million others.
+        return (json.loads(format(Decimal(text), "f")) if "e" in text else value) + 0
     return value

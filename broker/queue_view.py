@@ -59,14 +59,20 @@ class QueueView:
             write_cursor(shown[-1]["created_at"], shown[-1]["run_id"]) if more else None,
         )
 
+    async def job(self, run_id: UUID) -> str:
+        """Return a run's job as JSON text, which may have megabytes. Raises NotFound."""
+        text = await run_queue.job_of(self._pool, run_id)
+        if text is None:
+            raise _no_run(run_id)
+        return text
+
     async def run(self, run_id: UUID) -> dict[str, Any]:
-        """Return a run with its job, its ledger and its receipt. Raises NotFound."""
+        """Return a run with its ledger and its receipt, without its job. Raises NotFound."""
         row = await self._find(run_id)
         submission = await submissions.find(self._pool, run_id)
         return {
             **_pick(row, _ROW),
             "model": row["model_name"],
-            "job": row["job"],
             "attempts": ledger(await attempts.of_run(self._pool, run_id)),
             "receipt": submission["receipt"] if submission else None,
             "result": told_state(submission) if submission else None,
@@ -153,13 +159,17 @@ class QueueView:
     async def _find(self, run_id: UUID) -> asyncpg.Record:
         row = await run_queue.find(self._pool, run_id)
         if row is None:
-            raise NotFound(f"There is no run {run_id} in the queue.")
+            raise _no_run(run_id)
         return row
 
 
 def ledger(rows: Sequence[asyncpg.Record]) -> list[dict[str, Any]]:
     """Return a run's attempts as they are shown."""
     return [{"attempt": row["lease_seq"], **_without(row, "lease_seq")} for row in rows]
+
+
+def _no_run(run_id: UUID) -> NotFound:
+    return NotFound(f"There is no run {run_id} in the queue.")
 
 
 def _pick(row: asyncpg.Record, names: Sequence[str]) -> dict[str, Any]:

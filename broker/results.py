@@ -86,8 +86,12 @@ class Results:
             ],
         }
 
+    async def cells(self, run_id: UUID) -> str:
+        """Return the cells that the leaderboard reads of a run's result, as a JSON array."""
+        return await metrics.model_metrics_of(self._pool, run_id)
+
     async def rows(self, run_id: UUID) -> dict[str, Any]:
-        """Return what the leaderboard reads of a run's result. Raises NotFound."""
+        """Return what else the leaderboard reads of a run's result. Raises NotFound."""
         if await submissions.find_state(self._pool, run_id) is None:
             raise _no_result(run_id)
         run = await metrics.run_of(self._pool, run_id)
@@ -95,9 +99,6 @@ class Results:
         return {
             "run": dict(run) if run else None,
             "hardware": dict(machine) if machine else None,
-            "model_metrics": [
-                dict(cell) for cell in await metrics.model_metrics_of(self._pool, run_id)
-            ],
         }
 
     async def open_file(self, run_id: UUID, name: str) -> StoredBytes:

@@ -4,11 +4,13 @@ Runs in a worker process (broker/verify_worker.py), as pure work over bytes: no 
 What it returns is small whatever the result's size is, and the parsed result ends here.
 """
 
+import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
+from uuid import UUID
 
 from auth.signers import SignerEvidence
 from broker import bundles, cells, task_rows
@@ -41,6 +43,13 @@ class Verified:
     prompt_git_hash: str | None
     hardware: HardwareMetrics
     cells: tuple[MetricsText, ...]
+
+
+def verify_files(
+    files: Mapping[str, io.BufferedReader], handed: Handed, digests: Mapping[str, str]
+) -> Verified:
+    """Verify a bundle in a worker, by its open files and the digests of all that were sent."""
+    return verify(handed, Upload(UUID(int=0), dict(digests), dict(files), 0))
 
 
 def verify(handed: Handed, upload: Upload) -> Verified:

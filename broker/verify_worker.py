@@ -1,8 +1,9 @@
-"""A worker process that verifies bundles: `python -P -m broker.verify_worker`, see workers.py.
+"""A worker process: `python -P -m broker.verify_worker`, see workers.py.
 
-Standard input is a socket to the server. A request is a pickle, with the files as descriptors
-beside it; the answer is a pickle of `Verified` or of the exception. A process and not a thread:
-parsing 2 MB of JSON holds the interpreter's lock, and heartbeats would wait for it.
+It verifies bundles and reads what admins enqueue. Standard input is a socket to the server. A
+request is a pickle of a function and its arguments, with files as descriptors beside it; the answer
+is a pickle of what it returned or of the exception. A process and not a thread: parsing 2 MB of
+JSON holds the interpreter's lock, and heartbeats would wait for it.
 
 It never outlives the server: when that ends, however, the socket hangs up, and a thread that waits
 for nothing else ends this process. Signals of a terminal or of a service manager are for the
@@ -20,7 +21,6 @@ import socket
 import struct
 import threading
 import traceback
-from uuid import UUID
 
 STDIN = 0
 # Size of the pickle; for an answer also whether it is the worker's last one.
@@ -47,7 +47,7 @@ def _serve(line: socket.socket) -> None:
     # Not at the top: the imports take half a second, and the lines above must come before that.
     from broker.documents import load_schema
 
-    for name in ("manifest", "result", "envelope"):
+    for name in ("manifest", "result", "envelope", "enqueue"):
         load_schema(name)
     gc.freeze()
     gc.disable()  # a parsed result has no cycles; looking for them took a quarter of the time
@@ -59,7 +59,8 @@ def _serve(line: socket.socket) -> None:
         files = [os.fdopen(descriptor, "rb") for descriptor in descriptors]
         try:
             request = _receive(line, REQUEST.unpack(head)[0])
-            last = max((os.fstat(file.fileno()).st_size for file in files), default=0) > LARGE_BYTES
+            sizes = [len(request), *(os.fstat(file.fileno()).st_size for file in files)]
+            last = max(sizes) > LARGE_BYTES
             answer = _answer(request, files)
         finally:
             for file in files:
@@ -71,16 +72,14 @@ def _serve(line: socket.socket) -> None:
 
 
 def _answer(request: bytes, files: list[io.BufferedReader]) -> bytes:
-    """Return the pickle of what verifying came to. Without memory, it ends the process."""
+    """Return the pickle of what the work came to. Without memory, it ends the process."""
     from auth.errors import AuthError
     from broker.errors import BrokerError
-    from broker.uploads import Upload
-    from broker.verification import verify
 
     try:
-        handed, names, digests = pickle.loads(request)  # noqa: S301 (of the server)
-        upload = Upload(UUID(int=0), digests, dict(zip(names, files, strict=True)), 0)
-        return pickle.dumps(verify(handed, upload))
+        work, names, arguments = pickle.loads(request)  # noqa: S301 (of the server)
+        given = [] if names is None else [dict(zip(names, files, strict=True))]
+        return pickle.dumps(work(*given, *arguments))
     except (AuthError, BrokerError) as error:
         return pickle.dumps(error)
     except MemoryError:

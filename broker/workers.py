@@ -1,5 +1,6 @@
-"""The processes that verify bundles: started when they are needed, kept, and replaced.
+"""The processes that do what would hold the event loop: verify a bundle, read a large enqueue.
 
+Started when they are needed, kept, and replaced.
 Nothing of a request stays in a worker, and each request says all that it is verified by: a reload
 needs no word to the workers, and what has begun ends with the verifier it began with.
 """
@@ -10,27 +11,30 @@ import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import structlog
 
 from broker import bundles
 from broker.uploads import Upload
-from broker.verification import Handed, Verified
+from broker.verification import Handed, Verified, verify_files
 from broker.verify_worker import ANSWER, REQUEST
 
 LIMIT_S = 60  # the worst bundle that the caps let through takes some 10 s on a slow core
 PIECE = 256 * 1024
 
+Result = TypeVar("Result")
+
 log = structlog.get_logger()
 
 
 class WorkerLost(Exception):
-    """A worker ended, or did not come to an end, while it verified a bundle."""
+    """A worker ended, or did not come to an end, at its work."""
 
 
 class Workers:
-    """Lends a process to one bundle at a time; the caller bounds how many at once."""
+    """Lends a process to one piece of work at a time; the callers bound how many at once."""
 
     def __init__(self) -> None:
         self._idle: list[_Worker] = []
@@ -42,21 +46,32 @@ class Workers:
         return [worker.process.pid for worker in (*self._idle, *self._lent)]
 
     def warm(self) -> None:
-        """Start a worker, unless there is one, so that the first bundle need not wait for it."""
+        """Start a worker, unless there is one, so that the first work need not wait for it."""
         if not self.pids:
             self._idle.append(_Worker())
 
     async def verify(self, handed: Handed, upload: Upload) -> Verified:
-        """Steps 1 to 5 in a worker.
-
-        Raises what `verification.verify` raises, and WorkerLost. A worker that is lost is gone, and
-        the next bundle has a new one.
-        """
+        """Steps 1 to 5 in a worker. Raises what `verification.verify` raises, and WorkerLost."""
         # Only what the steps read. Descriptors, not bytes: the files have no names, and a copy of
         # 16 MiB would go through this process.
         read = (bundles.MANIFEST, bundles.RESULT, handed.signature.file)
         files = {name: upload.files[name].fileno() for name in read if name in upload.files}
-        request = pickle.dumps((handed, list(files), upload.digests))
+        return await self.call(verify_files, handed, upload.digests, files=files)
+
+    async def call(
+        self,
+        work: Callable[..., Result],
+        *arguments: Any,
+        files: Mapping[str, int] | None = None,
+    ) -> Result:
+        """Return what `work`, a module's function, makes of open files and `arguments`.
+
+        The files, if any, go as descriptors and become its first argument, by their names. Raises
+        what `work` raises of ours, and WorkerLost. A worker that is lost is gone, and the next call
+        has a new one.
+        """
+        names = None if files is None else list(files)
+        request = pickle.dumps((work, names, arguments))
         try:
             worker = self._take()
         except OSError as error:
@@ -65,7 +80,7 @@ class Workers:
         keep = False
         try:
             async with asyncio.timeout(LIMIT_S):
-                answer, last = await worker.ask(request, list(files.values()))
+                answer, last = await worker.ask(request, list((files or {}).values()))
             keep = not last
         except (OSError, EOFError, TimeoutError) as error:
             raise WorkerLost(f"worker {worker.process.pid}: {error!r}") from None
@@ -122,7 +137,7 @@ class _Worker:
             self.line.close()
             raise
 
-    async def ask(self, request: bytes, descriptors: Sequence[int]) -> tuple[bytes, bool]:
+    async def ask(self, request: bytes, descriptors: Sequence[int]) -> tuple[bytearray, bool]:
         """Return the answer, and whether it is the worker's last. Raises OSError or EOFError."""
         loop = asyncio.get_running_loop()
         # At once: nothing else is on the line of an idle worker, and so little fits into it.
@@ -137,11 +152,11 @@ class _Worker:
         self.line.close()
         await asyncio.to_thread(self.process.wait)
 
-    async def _read(self, size: int) -> bytes:
+    async def _read(self, size: int) -> bytearray:
         loop, received = asyncio.get_running_loop(), bytearray()
         while len(received) < size:
             piece = await loop.sock_recv(self.line, min(PIECE, size - len(received)))
             if not piece:
                 raise EOFError("it ended")
             received += piece
-        return bytes(received)
+        return received

@@ -5,7 +5,7 @@ from uuid import UUID
 
 import asyncpg
 
-from db.pool import Executor
+from db.pool import Executor, fetch_one
 from db.queries import load
 
 SQL = load("metrics")
@@ -67,9 +67,9 @@ async def add_hardware_metrics(connection: Executor, run_id: UUID, of: HardwareM
     )
 
 
-async def model_metrics_of(pool: Executor, run_id: UUID) -> list[asyncpg.Record]:
-    """Return the cells of a run as they are stored, with the digest of each one's texts."""
-    return await pool.fetch(SQL["model_metrics_of"], run_id)
+async def model_metrics_of(pool: Executor, run_id: UUID) -> str:
+    """Return the cells of a run as they are stored, with the digest of each one, as JSON."""
+    return (await fetch_one(pool, SQL["model_metrics_of"], run_id))["cells"]
 
 
 async def hardware_metrics_of(pool: Executor, run_id: UUID) -> asyncpg.Record | None:

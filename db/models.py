@@ -1,7 +1,7 @@
 """Models with their creators and sources, and upstream's lookup tables."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from datetime import date
 from typing import Any
 from uuid import UUID
@@ -68,17 +68,17 @@ async def lookups(pool: Executor) -> dict[str, dict[str, int]]:
 
 async def add_creators(connection: Executor, creators: Sequence[NewCreator]) -> None:
     """Get-or-create creators."""
-    await connection.execute(SQL["add_creators"], *_columns(creators, 5))
+    await connection.execute(SQL["add_creators"], *_columns(creators, NewCreator))
 
 
 async def add(connection: Executor, models: Sequence[NewModel]) -> None:
     """Get-or-create models; what is known of one is not overwritten."""
-    await connection.execute(SQL["add"], *_columns(models, 17))
+    await connection.execute(SQL["add"], *_columns(models, NewModel))
 
 
-async def add_sources(connection: Executor, sources: Sequence[NewSource]) -> None:
-    """Add the sources that a model does not have yet."""
-    await connection.execute(SQL["add_sources"], *_columns(sources, 4))
+async def add_sources(connection: Executor, sources: str) -> None:
+    """Add the sources that a model does not have yet: a JSON array, as of NewSource."""
+    await connection.execute(SQL["add_sources"], sources)
 
 
 async def known(connection: Executor, model_ids: Sequence[UUID]) -> dict[UUID, asyncpg.Record]:
@@ -87,6 +87,6 @@ async def known(connection: Executor, model_ids: Sequence[UUID]) -> dict[UUID, a
     return {row["model_id"]: row for row in rows}
 
 
-def _columns(rows: Sequence[Any], width: int) -> list[list[Any]]:
-    """Turn rows into the columns that `unnest` takes."""
-    return [list(column) for column in zip(*map(astuple, rows), strict=True)] or [[]] * width
+def _columns(rows: Sequence[Any], of: type[Any]) -> list[list[Any]]:
+    """Turn rows of a dataclass into the columns that `unnest` takes."""
+    return [[getattr(row, field.name) for row in rows] for field in fields(of)]

@@ -1,6 +1,6 @@
 """The run_queue table: one function per statement of `sql/run_queue.sql`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -14,6 +14,7 @@ from db.queries import load
 SQL = load("run_queue")
 # What NOTIFY is sent on when a run becomes claimable.
 CHANNEL = "bakeoff_queue"
+PIECE_LENGTH = 2 * 1024 * 1024  # characters of jobs in one statement, the last job's aside
 # A cursor before every run.
 FIRST_PAGE = (datetime(1, 1, 1, tzinfo=UTC), UUID(int=0))
 
@@ -60,11 +61,11 @@ class LeaseGuard:
 
 @dataclass(frozen=True, slots=True)
 class QueuedRun:
-    """One row to enqueue."""
+    """One row to enqueue; `job` is JSON text, which only PostgreSQL reads."""
 
     run_id: UUID
     model_id: UUID
-    job: dict[str, Any]
+    job: str
     config_hash: str
     priority: int
     not_before: datetime | None
@@ -194,8 +195,13 @@ async def complete(
 
 
 async def find(pool: Executor, run_id: UUID) -> asyncpg.Record | None:
-    """Return a run with its model."""
+    """Return a run with its model, without its job."""
     return await pool.fetchrow(SQL["find"], run_id)
+
+
+async def job_of(pool: Executor, run_id: UUID) -> str | None:
+    """Return the job of a run as JSON text."""
+    return await pool.fetchval(SQL["job_of"], run_id)
 
 
 async def find_for_key(pool: Executor, run_id: UUID, fingerprint: str) -> asyncpg.Record | None:
@@ -205,24 +211,56 @@ async def find_for_key(pool: Executor, run_id: UUID, fingerprint: str) -> asyncp
 
 async def enqueue(connection: Executor, runs: Sequence[QueuedRun]) -> None:
     """Add runs, and wake the claims that wait when the transaction commits."""
-    await connection.execute(
-        SQL["enqueue"],
-        [r.run_id for r in runs],
-        [r.model_id for r in runs],
-        [r.job for r in runs],
-        [r.config_hash for r in runs],
-        [r.priority for r in runs],
-        [r.not_before for r in runs],
-        [r.max_attempts for r in runs],
-        [r.max_runtime_s for r in runs],
-        [r.batch_id for r in runs],
-    )
+    before = 0
+    for some in _in_pieces(runs):
+        await connection.execute(
+            SQL["enqueue"],
+            [r.run_id for r in some],
+            [r.model_id for r in some],
+            [r.job for r in some],
+            [r.config_hash for r in some],
+            [r.priority for r in some],
+            [r.not_before for r in some],
+            [r.max_attempts for r in some],
+            [r.max_runtime_s for r in some],
+            [r.batch_id for r in some],
+            before,
+        )
+        before += len(some)
     await connection.execute(SQL["announce"])
 
 
 async def enqueued(connection: Executor, run_ids: Sequence[UUID]) -> list[asyncpg.Record]:
-    """Return what is queued under these run_ids."""
+    """Return queue_id, run_id and status of what is queued under these run_ids."""
     return await connection.fetch(SQL["enqueued"], list(run_ids))
+
+
+async def compared(connection: Executor, runs: Sequence[QueuedRun]) -> dict[UUID, bool]:
+    """Return those of these runs that are queued, each with whether its job and model are these."""
+    found = {}
+    for some in _in_pieces(runs):
+        rows = await connection.fetch(
+            SQL["compared"],
+            [r.run_id for r in some],
+            [r.model_id for r in some],
+            [r.job for r in some],
+        )
+        found |= {row["run_id"]: row["same"] for row in rows}
+    return found
+
+
+def _in_pieces(runs: Sequence[QueuedRun]) -> Iterator[list[QueuedRun]]:
+    """Give runs in pieces that one statement takes: to send 32 MiB at once holds the event loop."""
+    some: list[QueuedRun] = []
+    length = 0
+    for run in runs:
+        some.append(run)
+        length += len(run.job)
+        if length >= PIECE_LENGTH:
+            yield some
+            some, length = [], 0
+    if some:
+        yield some
 
 
 async def list_page(

@@ -1,6 +1,5 @@
 """Upstream's tasks and prompts: deterministic rows, so the same cell of two runs is one row."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from db.pool import Executor
@@ -29,23 +28,11 @@ class NewPrompt:
     content_length_bytes: int
 
 
-async def add_tasks(connection: Executor, tasks: Sequence[NewTask]) -> None:
-    """Get-or-create tasks by natural key."""
-    await connection.execute(
-        SQL["add_tasks"],
-        [t.name for t in tasks],
-        [t.category for t in tasks],
-        [t.description for t in tasks],
-        [t.natural_key_hash for t in tasks],
-    )
+async def add_tasks(connection: Executor, tasks: str) -> None:
+    """Get-or-create tasks by natural key: a JSON array of objects with the members of NewTask."""
+    await connection.execute(SQL["add_tasks"], tasks)
 
 
-async def add_prompts(connection: Executor, prompts: Sequence[NewPrompt]) -> None:
-    """Get-or-create prompts; their tasks are there already."""
-    await connection.execute(
-        SQL["add_prompts"],
-        [p.task_key for p in prompts],
-        [p.file_path for p in prompts],
-        [p.content_sha256 for p in prompts],
-        [p.content_length_bytes for p in prompts],
-    )
+async def add_prompts(connection: Executor, prompts: str) -> None:
+    """Get-or-create prompts, whose tasks are there already: a JSON array, as of NewPrompt."""
+    await connection.execute(SQL["add_prompts"], prompts)

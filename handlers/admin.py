@@ -106,8 +106,8 @@ class QueueHandler(AdminHandler):
 
     async def post(self) -> None:
         """Add runs, all or none."""
-        runs = self.read_json("enqueue")["runs"]
-        added = await self.services.enqueue.add(self.admin, runs, idempotency_key(self))
+        body, key = self.read_body(), idempotency_key(self)
+        added = await self.services.enqueue.add(self.admin, body, key)
         self.answer(201, {"runs": added})
 
 
@@ -119,7 +119,9 @@ class RunHandler(AdminHandler):
     async def get(self, run_id: str) -> None:
         """Show a run with its job, its ledger and its receipt."""
         self.query()
-        self.answer(200, await self.services.queue.run(UUID(run_id)))
+        run = await self.services.queue.run(UUID(run_id))
+        job = await self.services.queue.job(UUID(run_id))
+        self.answer(200, run, members=f'{{"job": {job}}}')
 
 
 class CancelHandler(AdminHandler):

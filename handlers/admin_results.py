@@ -54,7 +54,9 @@ class ResultRowsHandler(AdminHandler):
     async def get(self, run_id: str) -> None:
         """Show the rows that the leaderboard reads of a result."""
         self.query()
-        self.answer(200, await self.services.results.rows(UUID(run_id)))
+        rows = await self.services.results.rows(UUID(run_id))
+        cells = await self.services.results.cells(UUID(run_id))
+        self.answer(200, rows, members=f'{{"model_metrics": {cells}}}')
 
 
 class ResultFileHandler(AdminHandler):

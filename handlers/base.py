@@ -138,11 +138,15 @@ class Handler(RequestHandler):
 
         Raises TooLarge, EmptyBody, InvalidJson, DuplicateKey or InvalidRequest.
         """
+        return load_schema(schema).read(self.read_body(), InvalidRequest)
+
+    def read_body(self) -> bytes:
+        """Return the body as it came. Raises TooLarge or EmptyBody."""
         if self._too_large:
             raise TooLarge(f"This address takes bodies of up to {self.max_body_bytes} bytes.")
         if not self._body:
             raise EmptyBody
-        return load_schema(schema).read(bytes(self._body), InvalidRequest)
+        return bytes(self._body)
 
     def bearer_token(self) -> str:
         """Return the token of the one Authorization header. Raises MissingToken."""

@@ -86,6 +86,7 @@ async def test_a_worker_that_dies_at_its_work_costs_a_503_and_the_lease_is_kept(
 ) -> None:
     async with one_worker(make_settings(), sigstore) as (fleet, runner, lent, pid):
         await fleet.enqueue()
+        assert await lent.lent.get() == pid  # to read the enqueue
         job = await runner.take()
         os.kill(pid, signal.SIGSTOP)
         submit = asyncio.create_task(runner.submit(job))

@@ -30,10 +30,12 @@ SELECT * FROM unnest(
 ON CONFLICT DO NOTHING
 
 -- name: add_sources
+-- The sources come as one JSON text that a worker has written: a thousand models may have 32 each.
 INSERT INTO model_sources (model_id, source_type_id, url, source_metadata, updated)
 SELECT s.model_id, s.source_type_id, s.url, s.metadata, now()
-FROM unnest($1::uuid [], $2::int [], $3::text [], $4::jsonb [])
-    AS s (model_id, source_type_id, url, metadata)
+FROM json_to_recordset($1::text::json) AS s (
+    model_id uuid, source_type_id int, url text, metadata jsonb
+)
 WHERE NOT EXISTS (
     SELECT FROM model_sources AS o
     WHERE o.model_id = s.model_id AND o.source_type_id = s.source_type_id AND o.url = s.url

@@ -652,15 +652,23 @@ UPDATE attempts SET
 WHERE run_id = $1 AND lease_seq = $2
 
 -- name: find
--- One run of ours, archived or not, with its model, as a GET shows it.
+-- One run of ours, archived or not, with its model, as a GET shows it: all but its job, which may
+-- have megabytes.
 SELECT
-    q.*,
+    q.run_id, q.queue_id, q.status, q.priority, q.attempt_count, q.max_attempts, q.claimed_by,
+    q.claimed_at, q.started_at, q.completed_at, q.created_at, q.retry_after, q.error_detail,
+    q.batch_id, q.progress, q.cancel_requested_at, q.cancel_reason, q.lease_seq, q.lease_id,
+    q.lease_expires_at, q.last_heartbeat, q.result_sha256, q.config_hash, q.max_runtime_s,
     m.name AS model_name, x.name AS quantization,
     vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) AS need_gb
 FROM every_run AS q
 LEFT JOIN models AS m ON q.model_id = m.model_id
 LEFT JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
 WHERE q.run_id = $1 AND q.job IS NOT NULL
+
+-- name: job_of
+-- The job of a run stays text: nobody in the server reads it.
+SELECT job::text AS job FROM every_run WHERE run_id = $1 AND job IS NOT NULL
 
 -- name: find_for_key
 -- A run, archived or not, and whether this key is good and who may sign for it: what a submit and a
@@ -678,16 +686,18 @@ WHERE q.run_id = $1 AND q.job IS NOT NULL
 
 -- name: enqueue
 -- Add runs; a run_id that is already queued is passed over. Those of one request are a microsecond
--- apart, so that runs of one priority are handed out in the order they were given.
+-- apart, so that runs of one priority are handed out in the order they were given; $10 of them have
+-- been added by statements before this one.
 INSERT INTO run_queue (
     queue_id, run_id, model_id, job, config_hash, priority, retry_after, max_attempts,
     max_runtime_s, batch_id, created_at
 )
 SELECT
-    gen_random_uuid(), t.run_id, t.model_id, t.job, t.config_hash, t.priority, t.not_before,
-    t.max_attempts, t.max_runtime_s, t.batch_id, now() + t.place * interval '1 microsecond'
+    gen_random_uuid(), t.run_id, t.model_id, t.job::jsonb, t.config_hash, t.priority, t.not_before,
+    t.max_attempts, t.max_runtime_s, t.batch_id,
+    now() + ($10::int + t.place) * interval '1 microsecond'
 FROM unnest(
-    $1::uuid [], $2::uuid [], $3::jsonb [], $4::text [], $5::int [], $6::timestamptz [],
+    $1::uuid [], $2::uuid [], $3::text [], $4::text [], $5::int [], $6::timestamptz [],
     $7::int [], $8::int [], $9::uuid []
 ) WITH ORDINALITY AS t (
     run_id, model_id, job, config_hash, priority, not_before, max_attempts, max_runtime_s,
@@ -697,8 +707,16 @@ ON CONFLICT (run_id) WHERE job IS NOT NULL DO NOTHING
 
 -- name: enqueued
 -- What is queued, or was and is archived, under these run_ids.
-SELECT queue_id, run_id, status, model_id, job FROM every_run
+SELECT queue_id, run_id, status FROM every_run
 WHERE run_id = any($1::uuid []) AND job IS NOT NULL
+
+-- name: compared
+-- Whether the runs that are sent again are those that are there. Compared here: the jobs may have
+-- megabytes.
+SELECT q.run_id, q.job = t.job::jsonb AND q.model_id = t.model_id AS same
+FROM unnest($1::uuid [], $2::uuid [], $3::text []) AS t (run_id, model_id, job)
+INNER JOIN every_run AS q ON t.run_id = q.run_id
+WHERE q.run_id = any($1::uuid []) AND q.job IS NOT NULL
 
 -- name: announce
 -- Wake the claims that wait, in every process, when this transaction commits.

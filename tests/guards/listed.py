@@ -23,6 +23,7 @@ STEERING = "tests/test_steering.py"
 SUBMIT = "tests/test_submit.py"
 ARCHIVED = "tests/test_archive.py"
 PRUNED = "tests/test_prune.py"
+ENQUEUE = "tests/test_enqueue_offloaded.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,30 @@ def _bounds(text: str, query: str) -> tuple[int, int]:
     end = text.find("\n-- name: ", start + 1)
     return start, len(text) if end < 0 else end
 
+
+ENQUEUED = (
+    Guard(
+        "enqueue: a run sent again has the same job",
+        f"{QUEUE}:compared",
+        "q.job = t.job::jsonb AND ",
+        "",
+        f"{ENQUEUE}::test_what_is_sent_again_is_compared_run_by_run",
+    ),
+    Guard(
+        "enqueue: a run sent again has the same model",
+        f"{QUEUE}:compared",
+        " AND q.model_id = t.model_id AS same",
+        " AS same",
+        f"{ENQUEUE}::test_what_is_sent_again_is_compared_run_by_run",
+    ),
+    Guard(
+        "enqueue: runs of several statements keep their order",
+        f"{QUEUE}:enqueue",
+        "($10::int + t.place)",
+        "($10::int * 0 + t.place)",
+        f"{ENQUEUE}::test_rows_and_jobs_go_to_the_database_in_pieces_of_text",
+    ),
+)
 
 CLAIM = (
     Guard(
@@ -1226,4 +1251,4 @@ ARCHIVING = (
     ),
 )
 
-ALL = CLAIM + ENDS + SWEEP + ADMIN + BELL + SERVER + RESULTS + ARCHIVING
+ALL = ENQUEUED + CLAIM + ENDS + SWEEP + ADMIN + BELL + SERVER + RESULTS + ARCHIVING
