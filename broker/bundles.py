@@ -7,6 +7,7 @@ returns what it read or nothing, and raises: nobody can forget to look at an ans
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from types import MappingProxyType
@@ -23,7 +24,7 @@ from broker.errors import (
     RunMismatch,
     Violation,
 )
-from broker.jobs import Cell, Job
+from broker.jobs import MAX_CELLS, Cell, Job
 from broker.strict_json import MAX_VIOLATIONS, pointer, quote
 
 RESULT = "result.json"
@@ -47,6 +48,12 @@ CAPS: Mapping[str, int] = MappingProxyType(  # bytes
     }
 )
 NAMED_MISSING = 5  # of the cells a complete result lacks
+# Members and entries of a result: 16 MiB as the harness writes it hold some 750,000. Two bytes are
+# enough for one, which becomes 200 and more: without a limit, gigabytes.
+MAX_VALUES = 1_000_000
+TOO_MANY = Violation(
+    "", "send one record for each cell of the job in /records, and no long lists beside them"
+)
 
 
 def check_names(names: Iterable[str], signature: str) -> None:
@@ -86,9 +93,16 @@ def check_manifest(manifest: bytes, digests: Mapping[str, str], run_id: str) -> 
     return document
 
 
-def parse_result(text: bytes) -> dict[str, Any]:
-    """Step 4: strict JSON that fits schemas/result.json. Raises InvalidBundle."""
-    return _read(RESULT, text, load_schema("result"))
+def parse_result(text: bytes, cells: int = MAX_CELLS) -> dict[str, Any]:
+    """Step 4: strict JSON that fits schemas/result.json.
+
+    `cells` is how many the job has. Raises InvalidBundle, and RunMismatch for far more records.
+    """
+    result = parse_strictly(text)
+    _refuse(RunMismatch, _too_many_records(result, cells))
+    with _told_of(RESULT):
+        load_schema("result").check(text, result, InvalidBundle)
+    return result
 
 
 def parse_envelope(text: bytes) -> dict[str, Any]:
@@ -98,10 +112,10 @@ def parse_envelope(text: bytes) -> dict[str, Any]:
 
 def parse_strictly(text: bytes) -> Any:
     """Return what result.json says, of whatever shape. Raises InvalidBundle."""
-    try:
+    if strict_json.holds_more(text, MAX_VALUES):
+        raise InvalidBundle(f"{RESULT} has more than {MAX_VALUES} values.", (TOO_MANY,))
+    with _told_of(RESULT):
         return strict_json.parse(text)
-    except InvalidJson as error:
-        raise InvalidBundle(f"{RESULT}: {error}") from None
 
 
 def check_binding(result: dict[str, Any], job: Job) -> None:
@@ -113,8 +127,14 @@ def check_binding(result: dict[str, Any], job: Job) -> None:
 
 
 def _read(name: str, text: bytes, schema: Schema) -> dict[str, Any]:
-    try:
+    with _told_of(name):
         return schema.read(text, InvalidBundle)
+
+
+@contextmanager
+def _told_of(name: str) -> Iterator[None]:
+    try:
+        yield
     except InvalidJson as error:  # 400 is for the request's own body; this is one of its files
         raise InvalidBundle(f"{name}: {error}") from None
     except InvalidBundle as error:
@@ -125,6 +145,15 @@ def _refuse(refusal: type[BrokerError], violations: Iterable[Violation]) -> None
     first = tuple(islice(violations, MAX_VIOLATIONS))
     if first:
         raise refusal(violations=first)
+
+
+def _too_many_records(result: Any, cells: int) -> Iterator[Violation]:
+    """Before the schema looks at each. A few too many are named one by one by step 5."""
+    records = result.get("records") if isinstance(result, dict) else None
+    if isinstance(records, list) and len(records) > cells + MAX_VIOLATIONS:
+        yield Violation(
+            "/records", f"has {len(records)} records: send one for each of the {cells} cells"
+        )
 
 
 def _other_run(manifest: dict[str, Any], run_id: str) -> Iterator[Violation]:

@@ -2,7 +2,9 @@
 
 The schemas are checked by the reference implementation (jsonschema) when they are loaded, and
 applied by jsonschema-rs. Its `iter_errors` finds all errors before it yields the first (600,000
-of them: 10 s and 1.5 GB), so arrays are taken out of a schema and validated item by item here.
+of them: 10 s and 1.5 GB), so arrays are taken out of a schema and validated item by item here. And
+each error has a copy of what it is about (6 of a hostile 16 MiB: 16 GB), so what no rule looks at
+is left out before errors are asked for.
 """
 
 import json
@@ -23,6 +25,11 @@ MAX_DETAIL = 200
 FOLDER = Path(__file__).parent / "schemas"
 
 Place = tuple[str | int, ...]
+# Rules that ask for a container's type and length at most, and those that ask for its members.
+_OF_SHAPE = frozenset({"$comment", "$defs", "$id", "$schema", "description", "exclusiveMinimum",
+                       "format", "maxItems", "maxLength", "maximum", "minItems", "minLength",
+                       "minimum", "pattern", "title", "type"})  # fmt: skip
+_OF_MEMBERS = frozenset({"additionalProperties", "if", "properties", "required", "then"})
 
 
 @cache
@@ -54,11 +61,15 @@ class Schema:
         Raises InvalidJson or DuplicateKey for the text, `refusal` with violations for the values.
         """
         document = strict_json.parse(text)
+        self.check(text, document, refusal)
+        return document
+
+    def check(self, text: bytes, document: Any, refusal: type[BrokerError]) -> None:
+        """Raise `refusal` with violations unless the parsed text fits and can be stored."""
         violations = strict_json.check_text(document) if strict_json.suspicious(text) else ()
         violations = violations or self.violations(document)
         if violations:
             raise refusal(violations=violations)
-        return document
 
     def violations(self, document: Any) -> tuple[Violation, ...]:
         """What is wrong with a parsed document, the first 50; empty when it fits.
@@ -77,8 +88,9 @@ class _Node:
     def __init__(self, schema: dict[str, Any], defs: dict[str, Any]) -> None:
         self._defs = defs
         self._arrays: list[tuple[tuple[str, ...], _Node]] = []
+        self._shell = self._without_items(schema, ())
         self._validator = jsonschema_rs.Draft202012Validator(
-            {**self._without_items(schema, ()), "$defs": defs},
+            {**self._shell, "$defs": defs},
             validate_formats=True,
             ignore_unknown_formats=False,
             mask="the value",
@@ -87,12 +99,30 @@ class _Node:
 
     def violations(self, document: Any, place: Place) -> Iterator[Violation]:
         if not self._validator.is_valid(document):
-            for error in self._validator.iter_errors(document):
+            errors = list(self._validator.iter_errors(self._thin(self._shell, document)))
+            # Were too much left out, it would be told at length, and never taken for one that fits.
+            for error in errors or self._validator.iter_errors(document):
                 yield from _told(error, place)
         for members, node in self._arrays:
             items = _reach(document, members)
             for index, item in enumerate(items if isinstance(items, list) else ()):
                 yield from node.violations(item, (*place, *members, index))
+
+    def _thin(self, schema: Any, value: Any) -> Any:
+        """The value without what no rule of the schema looks at; whole when a rule is another."""
+        if not isinstance(value, dict | list):
+            return value
+        rules = self._resolve(schema) if isinstance(schema, dict) else {}
+        if not rules.keys() <= _OF_SHAPE | _OF_MEMBERS or not _looks_at_types(rules):
+            return value
+        if isinstance(value, list):
+            return [None] * len(value)
+        members, others = rules.get("properties", {}), rules.get("additionalProperties", True)
+        return {
+            name: self._thin(members[name], child) if name in members else None
+            for name, child in value.items()
+            if name in members or others is False  # which is told by the name
+        }
 
     def _without_items(self, schema: Any, members: tuple[str, ...]) -> Any:
         """The schema to compile; on the way, each array's items become a node."""
@@ -120,6 +150,19 @@ def _reach(document: Any, members: tuple[str, ...]) -> Any:
     for name in members:
         document = document.get(name) if isinstance(document, dict) else None
     return document
+
+
+def _looks_at_types(rules: dict[str, Any]) -> bool:
+    """Whether no rule looks deeper into members than `_thin` does by `properties` alone."""
+    then = [rules[name] for name in ("if", "then") if name in rules]
+    looked_at = {name: rule for part in then for name, rule in part.get("properties", {}).items()}
+    return (
+        isinstance(rules.get("additionalProperties", True), bool)
+        and all(part.keys() <= {"properties", "required"} for part in then)
+        and all(rule.keys() <= {"type"} for rule in looked_at.values())
+        and {*looked_at, *(name for part in then for name in part.get("required", ()))}
+        <= rules.get("properties", {}).keys()
+    )
 
 
 def _told(error: jsonschema_rs.ValidationError, place: Place) -> Iterator[Violation]:

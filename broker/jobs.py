@@ -50,11 +50,16 @@ class Job:
             config=payload["config"],
             config_hash=payload.get("config_hash"),
         )
-        if len(job.tasks) * len(job.prompts) + len(job.floor_tasks) > MAX_CELLS:
+        if job.cell_count > MAX_CELLS:
             raise InvalidRequest(
                 violations=(Violation("/tasks", f"a run has at most {MAX_CELLS} cells"),)
             )
         return job
+
+    @property
+    def cell_count(self) -> int:
+        """How many cells there are."""
+        return len(self.tasks) * len(self.prompts) + len(self.floor_tasks)
 
     def cells(self) -> Iterator[Cell]:
         """Every cell a complete result fills, in the job's order."""

@@ -52,6 +52,10 @@ def _decode(text: bytes) -> str:
         raise InvalidJson(f"The text is not UTF-8 at byte {error.start}.") from None
 
 
+def _openings(text: bytes) -> int:
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
+
+
 def _check_depth(value: Any, max_depth: int) -> None:
     """Level by level, in Python: other threads may run meanwhile, and nothing recurses."""
     level = _containers([value])
@@ -96,6 +100,20 @@ def _int(digits: str) -> int:
     if len(digits.removeprefix("-")) > MAX_DIGITS:
         raise InvalidJson(f"An integer has more than {MAX_DIGITS} digits.")
     return int(digits)
+
+
+def holds_more(text: bytes, values: int) -> bool:
+    """Whether a JSON text has more members and entries than that, counted without parsing it.
+
+    Each has a comma or a bracket before it; `{}` and `[]` count as two.
+    """
+    if _openings(text) <= values:  # those in strings counted too: nearly always enough
+        return False
+    # Strings end at a quotation mark that is not escaped. Of what is no JSON, as much is counted
+    # as a parser would read.
+    plain = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    strings = plain.count(b'"') // 2  # of a member, its name and its value at most
+    return strings > 2 * values or _openings(b"".join(plain.split(b'"')[::2])) > values
 
 
 def suspicious(text: bytes) -> bool:

@@ -68,7 +68,7 @@ def verify(handed: Handed, upload: Upload) -> Verified:
     text = upload.read(bundles.RESULT)
     signer = signature.verify(text, upload.read(signature.file))
     # 4. Strict JSON of the result's schema.
-    result = bundles.parse_result(text)
+    result = bundles.parse_result(text, job.cell_count)
     # 5. The result belongs to the job that was handed out.
     bundles.check_binding(result, job)
     provenance = result["provenance"]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from broker import bundles, strict_json
 from broker.bundles import (
     CAPS,
     OPTIONAL,
@@ -15,7 +16,9 @@ from broker.bundles import (
     check_names,
     parse_result,
 )
-from broker.errors import BrokerError, DigestMismatch, InvalidBundle, RunMismatch
+from broker.documents import Schema
+from broker.errors import BrokerError, DigestMismatch, InvalidBundle, RunMismatch, Violation
+from broker.jobs import MAX_CELLS
 from tests.result_factory import (
     bundle_files,
     digests,
@@ -228,10 +231,44 @@ def test_schema_violations_come_with_pointers(result) -> None:
 
 
 def test_more_records_than_any_job_has_are_refused(result) -> None:
-    result["records"] *= 20_001
+    records = [{}] * (MAX_CELLS + 1)
     with pytest.raises(InvalidBundle) as refused:
-        parse_result(json.dumps(result).encode())
-    assert pointers(refused) == ["/records"]
+        parse_result(json.dumps(result | {"records": records}).encode())
+    assert pointers(refused)[:2] == ["/records", "/records/0"]
+
+
+def test_far_more_records_than_the_job_has_cells_are_counted_before_any_is_looked_at(
+    result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Schema, "check", None)  # whoever calls it fails
+    text = json.dumps(result | {"records": [{}] * 100_000}).encode()
+    with pytest.raises(RunMismatch) as refused:
+        parse_result(text, 24)
+    assert refused.value.violations == (
+        Violation("/records", "has 100000 records: send one for each of the 24 cells"),
+    )
+
+
+def test_a_few_records_too_many_are_named_one_by_one_later(result) -> None:
+    """50 are, so 51 are counted only."""
+    cells = len(result["records"])
+    result["records"] += result["records"][:1] * 50
+    text = json.dumps(result).encode()
+    assert parse_result(text, cells) == result
+    with pytest.raises(RunMismatch):
+        parse_result(text, cells - 1)
+
+
+def test_a_million_tiny_records_are_refused_before_they_are_parsed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(strict_json, "json", None)  # whoever parses fails
+    text = b'{"records":[' + b",".join([b'{"a":1}'] * 1_000_000) + b"]}"
+    with pytest.raises(InvalidBundle) as refused:
+        parse_result(text, 24)
+    assert str(refused.value) == ("result.json has more than 1000000 values.")
+    assert refused.value.violations == (bundles.TOO_MANY,)
+    assert "/records" in bundles.TOO_MANY.detail
 
 
 def test_a_small_legacy_payload_is_not_a_submission() -> None:

@@ -230,6 +230,55 @@ def test_a_million_errors_cost_no_more_than_the_first_fifty() -> None:
     assert len(seen) < 50
 
 
+HOSTILE = {
+    "deep nesting": ("x", [[[[[[[]]]]]]] * 6000),
+    "many members": ("x", {str(n): n for n in range(7000)}),
+    "a huge array": ("warnings", [10**10] * 7000),
+    "long strings": ("x", ["y" * 7000] * 10),
+    "many numbers": ("config", {"x": [0.123456] * 7000}),
+}
+
+
+class Spy:
+    """A compiled schema, and of what it was asked to find all errors."""
+
+    def __init__(self, validator: Any) -> None:
+        self.is_valid = validator.is_valid
+        self._validator = validator
+        self.looked_at: list[Any] = []
+
+    def iter_errors(self, document: Any) -> Any:
+        self.looked_at.append(document)
+        return self._validator.iter_errors(document)
+
+
+@pytest.mark.parametrize("place", [(), ("provenance",), ("hardware",), R0], ids=pointer)
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_what_no_rule_looks_at_is_not_copied_for_each_error(
+    kind: str, place: tuple[str | int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = Schema(load_schema("result").definition)
+    spies = []
+    for node in (schema._root, *(node for _, node in schema._root._arrays)):
+        spies.append(Spy(node._validator))
+        monkeypatch.setattr(node, "_validator", spies[-1])
+    name, bulk = HOSTILE[kind]
+    broken = changed(changed(RESULT, (*place, name), bulk), ("run_id",), ABSENT)
+    broken = changed(broken, (*R0, "tier"), "gold")
+    assert [v.pointer for v in schema.violations(broken)] == ["", "/records/0/tier"]
+    looked_at = [document for spy in spies for document in spy.looked_at]
+    assert len(looked_at) == 2
+    assert len(json.dumps(looked_at)) < 50_000 < len(json.dumps(broken))  # an array has a length
+
+
+def test_a_document_that_does_not_fit_never_does_by_what_was_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(documents._Node, "_thin", lambda self, rules, value: RESULT)
+    broken = changed(RESULT, ("run_status",), "done")
+    assert [v.pointer for v in load_schema("result").violations(broken)] == ["/run_status"]
+
+
 def test_details_are_short_and_never_hold_a_value() -> None:
     secret = "s3cret" * 1000
     for path in [("run_id",), ("run_status",), ("records",), (*R0, "tier"), (*R0, "prompt_tokens")]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.errors import DuplicateKey, InvalidJson, Violation
-from broker.strict_json import check_text, parse, pointer, suspicious
+from broker.strict_json import check_text, holds_more, parse, pointer, suspicious
 
 NOT_UTF8 = {
     "UTF-16": '{"a": 1}'.encode("utf-16"),
@@ -92,6 +92,48 @@ def test_many_shallow_arrays_are_not_depth() -> None:
 
 def test_brackets_inside_strings_are_not_depth() -> None:
     assert parse(b'"' + b"[{" * 1000 + b'"') == "[{" * 1000
+
+
+def texts_of(values: int) -> dict[str, bytes]:
+    """Texts that hold so many values, an even number that 20 divides; half of them containers."""
+    half = values // 2
+    return {
+        "a huge array": b"[" + b"1," * (values - 1) + b"1]",
+        "many members": b"{" + b",".join(b'"%d":1' % n for n in range(values - 1)) + b',"":1}',
+        "objects": b"[" + b",".join([b"{}"] * half) + b"]",
+        "deep nesting": b"[" + b",".join([b"[" * 9 + b"]" * 9] * (values // 10)) + b"]",
+        "strings that end late": b"[" + b",".join([rb'"\\\",[{"'] * values) + b"]",
+        "strings that end soon": b"[" + b",".join([rb'"\\"'] * values) + b"]",
+    }
+
+
+@pytest.mark.parametrize("kind", texts_of(20))
+def test_values_are_counted_without_parsing(kind: str) -> None:
+    text = texts_of(1000)[kind]
+    assert parse(text)
+    assert not holds_more(text, 1000)
+    assert holds_more(text, 999)
+
+
+@pytest.mark.parametrize("inside", [",", "[", "{", r"\",", r"\\,", r"\\\"[", r"\u0022,"])
+def test_what_looks_like_a_value_in_a_string_is_none(inside: str) -> None:
+    text = f'["{inside * 1000}", "{inside}"]'
+    assert len(json.loads(text)) == 2
+    assert not holds_more(text.encode(), 2)
+    assert holds_more(text.encode(), 1)
+
+
+@given(
+    st.recursive(st.text('\\",[{a'), lambda of: st.lists(of) | st.dictionaries(st.text('\\",'), of))
+)
+def test_of_any_value_no_fewer_members_and_entries_are_counted_than_it_has(value: object) -> None:
+    def count(of: object) -> int:
+        inner = of.values() if isinstance(of, dict) else of if isinstance(of, list) else ()
+        return len(list(inner)) + sum(map(count, inner))
+
+    text = json.dumps(value).encode()
+    assert not count(value) or holds_more(text, count(value) - 1)
+    assert not holds_more(text, 2 * count(value) + 1)
 
 
 def test_a_refusal_tells_line_and_column() -> None:
