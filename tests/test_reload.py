@@ -19,6 +19,7 @@ from broker.workers import Workers
 from config.settings import CONFIG_VARIABLE, NO_RECEIPT_KEYS, Settings, SettingsRefused
 from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
 from tests.fleet import SIGNER, code_of, open_fleet
+from tests.held_verification import held
 from tests.raw_http import FORM_TYPE, form, head, line_to
 from tests.result_factory import result_for
 from tests.test_submit import claimed, signed
@@ -306,6 +307,43 @@ async def test_at_sighup_requests_in_flight_go_on_and_new_files_count(
             process.send_signal(signal.SIGHUP)
             assert "LOG_LEVEL" in (await log.until("reload.refused", 2))["problem"]
             assert log.events[-2]["event"] == "reload.done"
+
+
+@pytest.mark.gen_test
+async def test_at_sighup_a_worker_at_its_work_ends_with_the_policy_it_began_with(
+    make_settings: MakeSettings,
+    sigstore: ThrowawaySigstore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = make_settings(
+        signers_file=policy(tmp_path / "signers.yaml", SIGNER), verify_workers=1
+    )
+    async with held(tmp_path, monkeypatch) as verifications:
+        with started(settings) as process:
+            server = Server(process, url_of(process))
+            log = Log(process)
+            async with reaching(settings, sigstore, server) as (fleet,):
+                runner = await fleet.sign_on()
+                await fleet.enqueue()
+                submit = asyncio.create_task(runner.submit(await runner.take()))
+                worker = await verifications.begun()
+                policy(settings.signers_file, NEWCOMER)
+                process.send_signal(signal.SIGHUP)
+                await log.until("reload.done")
+                assert not submit.done()
+                verifications.go_on()
+                assert (await submit).status_code == 201
+
+                # The same process verifies by the new policy, without a word of the reload.
+                await fleet.enqueue()
+                job = await runner.take()
+                for signer, status in ((SIGNER, 422), (NEWCOMER, 201)):
+                    files = signed(fleet, result_for(job["run_id"], job), signer)
+                    submit = asyncio.create_task(runner.submit(job, files))
+                    assert await verifications.begun() == worker
+                    verifications.go_on()
+                    assert (await submit).status_code == status
 
 
 async def until_in_flight(http: httpx.AsyncClient, count: int) -> None:

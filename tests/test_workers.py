@@ -1,6 +1,7 @@
 """The processes that verify bundles: lost ones are replaced, and none is left behind."""
 
 import asyncio
+import json
 import os
 import pickle
 import select
@@ -13,10 +14,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from auth.errors import AuthError, SignatureInvalid, SignerNotAllowed, Unverifiable
 from broker import verify_worker, workers
+from broker.bundles import CAPS, RESULT
 from broker.errors import BrokerError, DigestMismatch, InvalidBundle, RunMismatch, Violation
 from broker.errors import code_of as code_of_error
 from broker.verify_worker import REQUEST
@@ -24,6 +27,8 @@ from broker.workers import Workers
 from config.settings import Settings
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, Runner, code_of, open_fleet
+from tests.held_verification import held
+from tests.test_two_processes import Server, reaching, started, url_of
 
 MakeSettings = Callable[..., Settings]
 ORPHANS = """
@@ -34,6 +39,12 @@ workers = Workers()
 workers.warm()
 print(*workers.pids, flush=True)
 sys.stdin.read()
+"""
+
+UNTOLD = """
+from broker import verify_worker
+verify_worker._end_with_the_server = lambda: None
+verify_worker.main()
 """
 
 
@@ -192,6 +203,90 @@ def test_no_worker_outlives_a_server_that_is_killed() -> None:
         (pid,) = map(int, server.stdout.readline().split())
         server.kill()
     assert gone(pid)
+
+
+def test_a_worker_that_finds_its_server_gone_at_its_work_says_nothing_either() -> None:
+    """The thread that waits for the end of the server may be later than the work."""
+    ours, theirs = socket.socketpair()
+    with (
+        theirs,
+        subprocess.Popen(
+            [sys.executable, "-c", UNTOLD], stdin=theirs.fileno(), stderr=subprocess.PIPE
+        ) as worker,
+    ):
+        assert worker.stderr is not None
+        theirs.close()
+        with ours:
+            ours.sendall(REQUEST.pack(1000) + b"half of it")
+        assert worker.stderr.read() == b""
+
+
+@pytest.mark.gen_test
+async def test_a_server_killed_at_a_verification_takes_its_worker_along_and_the_next_one_accepts(
+    make_settings: MakeSettings,
+    sigstore: ThrowawaySigstore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = make_settings()
+    async with held(tmp_path, monkeypatch) as verifications:
+        with started(settings) as process:
+            server = Server(process, url_of(process))
+            async with reaching(settings, sigstore, server) as (fleet,):
+                runner = await fleet.sign_on()
+                run_id = await fleet.enqueue()
+                job = await runner.take()
+                files = runner.bundle(job)
+                submit = asyncio.create_task(runner.submit(job, files))
+                worker = await verifications.begun()
+                process.kill()
+                with pytest.raises(httpx.TransportError):
+                    await submit
+                assert await asyncio.to_thread(gone, worker)
+                # The worker's end of the pipe is closed as well, or this had no end.
+                assert process.stderr is not None
+                said = await asyncio.to_thread(process.stderr.read)
+                assert "Traceback" not in said
+                assert all(line.startswith("{") for line in said.splitlines())
+                assert (await fleet.row(run_id))["status"] == "CLAIMED"
+    with started(settings) as process:
+        server = Server(process, url_of(process))
+        async with reaching(settings, sigstore, server) as (fleet,):
+            again = runner.at(fleet)
+            answers = [await again.submit(job, files) for _ in range(2)]
+            assert [answer.status_code for answer in answers] == [201, 200]
+            assert answers[0].json()["sig"] == answers[1].json()["sig"]
+            assert (await fleet.row(run_id))["status"] == "COMPLETE"
+            assert await fleet.pool.fetchval("SELECT count(*) FROM submissions") == 1
+
+
+HOSTILE = {
+    # name: (members of result.json, where the problem is)
+    "deep nesting": ({"x": [json.loads("[" * 60 + "]" * 60)] * 130_000}, ""),
+    "a huge array": ({"records": [{}] * 4_000_000}, ""),
+    "long strings": ({"x": ["y" * 4_000_000] * 4, "run_status": 1}, "/run_status"),
+}
+
+
+@pytest.mark.gen_test
+async def test_a_huge_hostile_result_is_refused_by_pointer_and_its_worker_replaced(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with one_worker(make_settings(), sigstore) as (fleet, runner, lent, pid):
+        await fleet.enqueue()
+        job = await runner.take()
+        for kind, (members, place) in HOSTILE.items():
+            files = runner.bundle(job, **members)
+            assert CAPS[RESULT] * 0.6 < len(files[RESULT]) <= CAPS[RESULT], kind
+            answer = await runner.submit(job, files)
+            assert code_of(answer) == (422, "invalid_bundle"), kind
+            assert [error["pointer"] for error in answer.json()["errors"]] == [place], kind
+            used = await lent.lent.get()
+            assert await asyncio.to_thread(gone, used), kind
+            assert lent.pids == []
+        assert used != pid
+        assert (await runner.heartbeat(job)).status_code == 200
+        assert (await runner.submit(job)).status_code == 201
 
 
 FIRST = (Violation("/records/3/score", "is not a number"),)

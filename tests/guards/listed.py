@@ -24,6 +24,10 @@ SUBMIT = "tests/test_submit.py"
 ARCHIVED = "tests/test_archive.py"
 PRUNED = "tests/test_prune.py"
 ENQUEUE = "tests/test_enqueue_offloaded.py"
+WORK = "tests/test_workers.py"
+RELOAD = "tests/test_reload.py"
+BUNDLES = "tests/test_bundles.py"
+DOCUMENTS = "tests/test_documents.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1251,4 +1255,94 @@ ARCHIVING = (
     ),
 )
 
-ALL = ENQUEUED + CLAIM + ENDS + SWEEP + ADMIN + BELL + SERVER + RESULTS + ARCHIVING
+WORKERS = (
+    Guard(
+        "worker: ends with a server that is killed",
+        "broker/verify_worker.py",
+        "    threading.Thread(target=_end_with_the_server, daemon=True).start()\n",
+        "",
+        f"{WORK}::"
+        "test_a_server_killed_at_a_verification_takes_its_worker_along_and_the_next_one_accepts",
+    ),
+    Guard(
+        "worker: says nothing to a server that is gone",
+        "broker/verify_worker.py",
+        "contextlib.suppress(ConnectionError, EOFError)",
+        "contextlib.suppress()",
+        f"{WORK}::test_a_worker_that_finds_its_server_gone_at_its_work_says_nothing_either",
+    ),
+    Guard(
+        "worker: leaves signals to the server",
+        "broker/verify_worker.py",
+        "        signal.signal(number, signal.SIG_IGN)\n",
+        "        signal.signal(number, signal.SIG_DFL)\n",
+        f"{WORK}::test_signals_of_a_terminal_or_a_service_manager_are_not_for_workers",
+    ),
+    Guard(
+        "worker: is replaced after a large result, refused or not",
+        "broker/workers.py",
+        "            keep = not last\n",
+        "            keep = True\n",
+        f"{WORK}::test_after_a_large_result_its_worker_is_replaced"
+        f" {WORK}::test_a_huge_hostile_result_is_refused_by_pointer_and_its_worker_replaced",
+    ),
+    Guard(
+        "worker: one that was not waited for is not lent again",
+        "broker/workers.py",
+        "        keep = False\n",
+        "        keep = True\n",
+        f"{WORK}::test_a_worker_that_does_not_come_to_an_end_is_ended",
+    ),
+    Guard(
+        "worker: has so long and no longer",
+        "broker/workers.py",
+        "asyncio.timeout(LIMIT_S)",
+        "asyncio.timeout(None)",
+        f"{WORK}::test_a_worker_that_does_not_come_to_an_end_is_ended",
+    ),
+    Guard(
+        "worker: one that died while idle is not lent",
+        "broker/workers.py",
+        "            if worker.process.poll() is None:\n",
+        "            if worker:\n",
+        f"{WORK}::test_a_worker_that_died_while_idle_is_replaced_before_anybody_notices",
+    ),
+    Guard(
+        "worker: knows no secrets",
+        "broker/workers.py",
+        'env={"PYTHONPATH"',
+        'env={**os.environ, "PYTHONPATH"',
+        f"{WORK}::test_a_worker_knows_no_secrets",
+    ),
+    Guard(
+        "worker: verifies by what its request says, not by what it knew",
+        "auth/signers.py",
+        "    return BundleVerifier(file, policy)\n",
+        '    return globals().setdefault("KEPT", BundleVerifier(file, policy))\n',
+        f"{RELOAD}::test_at_sighup_a_worker_at_its_work_ends_with_the_policy_it_began_with",
+    ),
+    Guard(
+        "worker: counts a result's values before it parses them",
+        "broker/bundles.py",
+        "if strict_json.holds_more(text, MAX_VALUES):",
+        "if strict_json.holds_more(text, len(text)):",
+        f"{BUNDLES}::test_a_million_tiny_records_are_refused_before_they_are_parsed",
+    ),
+    Guard(
+        "worker: counts the records before the schema looks at them",
+        "broker/bundles.py",
+        "    _refuse(RunMismatch, _too_many_records(result, cells))\n",
+        "",
+        f"{BUNDLES}::"
+        "test_far_more_records_than_the_job_has_cells_are_counted_before_any_is_looked_at",
+    ),
+    Guard(
+        "worker: copies for an error only what a rule looks at",
+        "broker/documents.py",
+        "self._thin(self._shell, document)",
+        "document",
+        f"{DOCUMENTS}::test_what_no_rule_looks_at_is_not_copied_for_each_error",
+    ),
+)
+
+ALL = ENQUEUED + CLAIM + ENDS + SWEEP + ADMIN + BELL + SERVER + RESULTS + ARCHIVING + WORKERS
