@@ -1322,6 +1322,13 @@ WORKERS = (
         f"{RELOAD}::test_at_sighup_a_worker_at_its_work_ends_with_the_policy_it_began_with",
     ),
     Guard(
+        "worker: a Sigstore bundle has one reading",
+        "auth/signers.py",
+        "        _require_one_reading(raw, model)\n",
+        "",
+        "tests/test_one_reading.py::test_a_real_bundle_with_a_second_reading_is_refused_for_that",
+    ),
+    Guard(
         "worker: counts a result's values before it parses them",
         "broker/bundles.py",
         "if strict_json.holds_more(text, MAX_VALUES):",
