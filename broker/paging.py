@@ -1,4 +1,7 @@
-"""Listings a page at a time: the cursor is where the last row of a page stands, by time and id."""
+"""Listings a page at a time: the cursor is where the last row of a page stands.
+
+By time and id, or by a number of the database.
+"""
 
 import base64
 import binascii
@@ -8,6 +11,7 @@ from uuid import UUID
 from broker.errors import InvalidRequest, Violation
 
 PAGE_MAX = 1000
+INT_MAX = 2**31 - 1  # PostgreSQL's
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -31,9 +35,27 @@ def read_cursor(cursor: str) -> tuple[datetime, UUID]:
         microseconds, _, run_id = text.partition(":")
         return _EPOCH + timedelta(microseconds=int(microseconds)), UUID(run_id)
     except (ValueError, OverflowError, binascii.Error):
-        raise bad_query(
-            "/cursor", "is not a cursor this queue gave: start from the first page"
-        ) from None
+        raise _not_ours() from None
+
+
+def write_number(number: int) -> str:
+    """Return the cursor of the row of this number."""
+    return base64.urlsafe_b64encode(f"{number}".encode()).decode()
+
+
+def read_number(cursor: str) -> int:
+    """Return the number of the row before the page. Raises InvalidRequest as `read_cursor`."""
+    try:
+        number = int(base64.b64decode(cursor.encode("ascii"), altchars=b"-_", validate=True))
+    except (ValueError, binascii.Error):
+        raise _not_ours() from None
+    if not 0 <= number <= INT_MAX:
+        raise _not_ours()
+    return number
+
+
+def _not_ours() -> InvalidRequest:
+    return bad_query("/cursor", "is not a cursor this queue gave: start from the first page")
 
 
 def bad_query(at: str, detail: str) -> InvalidRequest:

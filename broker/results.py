@@ -10,7 +10,14 @@ import asyncpg
 from broker.bundles import CAPS
 from broker.errors import NotFound
 from broker.moderation import STATES, told_state
-from broker.paging import bad_query, check_limit, read_cursor, write_cursor
+from broker.paging import (
+    bad_query,
+    check_limit,
+    read_cursor,
+    read_number,
+    write_cursor,
+    write_number,
+)
 from broker.times import parse_time
 from db import metrics, submissions
 from db.submissions import Wanted
@@ -86,19 +93,28 @@ class Results:
             ],
         }
 
-    async def cells(self, run_id: UUID) -> str:
-        """Return the cells that the leaderboard reads of a run's result, as a JSON array."""
-        return await metrics.model_metrics_of(self._pool, run_id)
+    async def rows(self, run_id: UUID, cursor: str | None, limit: int) -> dict[str, Any]:
+        """Return what the leaderboard reads of a run's result: `limit` cells after `cursor`.
 
-    async def rows(self, run_id: UUID) -> dict[str, Any]:
-        """Return what else the leaderboard reads of a run's result. Raises NotFound."""
+        A result has up to 100,000: all at once would hold the event loop. Raises InvalidRequest
+        and NotFound.
+        """
+        check_limit(limit)
+        after = read_number(cursor) if cursor else None
         if await submissions.find_state(self._pool, run_id) is None:
             raise _no_result(run_id)
         run = await metrics.run_of(self._pool, run_id)
         machine = await metrics.hardware_metrics_of(self._pool, run_id)
+        found = await metrics.model_metrics_of(self._pool, run_id, after=after, limit=limit + 1)
+        shown, more = found[:limit], len(found) > limit
         return {
             "run": dict(run) if run else None,
             "hardware": dict(machine) if machine else None,
+            "model_metrics": [
+                {name: value for name, value in cell.items() if name != "prompt_id"}
+                for cell in shown
+            ],
+            "next_cursor": write_number(shown[-1]["prompt_id"]) if more else None,
         }
 
     async def open_file(self, run_id: UUID, name: str) -> StoredBytes:

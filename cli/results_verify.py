@@ -5,6 +5,7 @@ With a server, all it says is fetched and judged here: it is asked for bytes, no
 """
 
 import json
+import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -100,12 +101,16 @@ def _online(
     for run_id in tracked(run_ids, "verifying"):
         record = admin.get(f"{RESULTS}/{run_id}")
         stored = Stored(
-            record, _job(admin, run_id), admin.get(f"{RESULTS}/{run_id}/rows"), public_url,
-            receipt_keys,
+            record, _job(admin, run_id), _rows(admin, run_id), public_url, receipt_keys,
         )  # fmt: skip
         files = dict(download(admin, record))
         report = reverify(files, run_id, who.recorded(record), stored)
         yield _Verified(run_id, record["state"], report)
+
+
+def _rows(admin: AdminClient, run_id: str) -> dict[str, Any]:
+    pages = list(admin.pages(f"{RESULTS}/{run_id}/rows", sys.maxsize))
+    return {**pages[0], "model_metrics": [row for page in pages for row in page["model_metrics"]]}
 
 
 def _job(admin: AdminClient, run_id: str) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from uuid import UUID
 
 import asyncpg
 
-from db.pool import Executor, fetch_one
+from db.pool import Executor
 from db.queries import load
 
 SQL = load("metrics")
@@ -67,9 +67,11 @@ async def add_hardware_metrics(connection: Executor, run_id: UUID, of: HardwareM
     )
 
 
-async def model_metrics_of(pool: Executor, run_id: UUID) -> str:
-    """Return the cells of a run as they are stored, with the digest of each one, as JSON."""
-    return (await fetch_one(pool, SQL["model_metrics_of"], run_id))["cells"]
+async def model_metrics_of(
+    pool: Executor, run_id: UUID, *, after: int | None, limit: int
+) -> list[asyncpg.Record]:
+    """Return one page of a result's cells as they are stored, after the cursor (a prompt_id)."""
+    return await pool.fetch(SQL["model_metrics_of"], run_id, after, limit)
 
 
 async def hardware_metrics_of(pool: Executor, run_id: UUID) -> asyncpg.Record | None:

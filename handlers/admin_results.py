@@ -52,11 +52,13 @@ class ResultRowsHandler(AdminHandler):
     scopes: ClassVar[dict[str, str]] = {"GET": "read"}
 
     async def get(self, run_id: str) -> None:
-        """Show the rows that the leaderboard reads of a result."""
-        self.query()
-        rows = await self.services.results.rows(UUID(run_id))
-        cells = await self.services.results.cells(UUID(run_id))
-        self.answer(200, rows, members=f'{{"model_metrics": {cells}}}')
+        """Show the rows that the leaderboard reads of a result, a page of its cells at a time."""
+        asked = self.query("cursor", "limit")
+        rows = await self.services.results.rows(
+            UUID(run_id), asked.get("cursor"), self.page_size(asked)
+        )
+        self.link_next(asked, rows["next_cursor"])
+        self.answer(200, rows)
 
 
 class ResultFileHandler(AdminHandler):

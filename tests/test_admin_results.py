@@ -131,6 +131,40 @@ async def test_the_list_is_of_what_was_asked_for_page_by_page_in_the_order_of_ac
 
 
 @pytest.mark.gen_test
+async def test_the_rows_of_a_result_come_page_by_page_each_cell_once(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with accepted(make_settings(), sigstore) as (fleet, _, (run_id,)):
+        path = f"/results/{run_id}/rows"
+        whole = (await fleet.admin("GET", path)).json()
+        assert whole["next_cursor"] is None
+        cells = whole["model_metrics"]
+        assert len({cell["content_sha256"] for cell in cells}) == len(cells) > 2
+        page, seen = await fleet.admin("GET", f"{path}?limit=2"), []
+        while True:
+            told = page.json()
+            assert len(told["model_metrics"]) <= 2
+            assert (told["run"], told["hardware"]) == (whole["run"], whole["hardware"])
+            seen += told["model_metrics"]
+            if "Link" not in page.headers:
+                break
+            link = page.headers["Link"].removeprefix("</api/admin").partition(">")[0]
+            page = await fleet.admin("GET", link)
+        assert seen == cells
+        assert told["next_cursor"] is None
+        for query, pointer in (
+            ({"limit": "1001"}, "/limit"),
+            ({"cursor": "Zm9v"}, "/cursor"),  # foo
+            ({"cursor": "LTE="}, "/cursor"),  # -1
+            ({"cursor": "MjE0NzQ4MzY0OA=="}, "/cursor"),  # 2**31
+            ({"cursor": "é"}, "/cursor"),
+        ):
+            answer = await fleet.admin("GET", path, params=query)
+            assert code_of(answer) == (422, "invalid_request"), query
+            assert answer.json()["errors"][0]["pointer"] == pointer
+
+
+@pytest.mark.gen_test
 async def test_what_is_asked_wrongly_is_named_and_what_is_not_there_is_not_found(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:

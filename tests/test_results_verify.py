@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cli import client
 from cli.main import main
 from config.settings import Settings
 from sandbox.runner_identity import public_key_text
@@ -81,6 +82,10 @@ async def test_a_result_verifies_long_after_its_certificate_has_expired(
         (signature,) = [of["detail"] for of in result["checks"] if of["check"] == "signature"]
         logged = f"{AGES_AGO + timedelta(minutes=1):%Y-%m-%dT%H:%M:%SZ}"
         assert (SIGNER.identity in signature, logged in signature) == (True, True)
+        with monkeypatch.context() as patched:
+            patched.setattr(client, "PAGE", 1)  # the rows come in several pages
+            paged = await desk("results", "verify", run_id, *trust, "--json")
+        assert paged.json == verified.json
         printed = await desk("results", "verify", run_id, *trust)
         assert printed.err == ["1 of 1 result(s) verified"]
         assert [line.split()[0] for line in printed.out.splitlines()[2:]] == [

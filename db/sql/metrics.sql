@@ -89,20 +89,16 @@ INSERT INTO run_hardware_metrics (
 ) VALUES ($1, $2, $3, $4, $5, $6, $7)
 
 -- name: model_metrics_of
--- The cells of a run, each with the digest of its texts: one JSON text, for there may be 100,000, and
--- the server reads none of them.
+-- One page of the cells of a result, each with the digest of its texts, after the cursor ($2). A
+-- result is of one model, so a prompt names the row.
 SELECT
-    coalesce(json_agg(json_build_object(
-        'content_sha256', p.content_sha256,
-        'score', c.score,
-        'pass_fail', c.pass_fail,
-        'failure_reason', c.failure_reason,
-        'failure_detail', c.failure_detail,
-        'gflops_per_token', c.gflops_per_token
-    ) ORDER BY c.prompt_id, c.model_id), '[]')::text AS cells
+    c.prompt_id, p.content_sha256, c.score, c.pass_fail, c.failure_reason, c.failure_detail,
+    c.gflops_per_token
 FROM run_model_metrics AS c
 INNER JOIN prompts AS p ON c.prompt_id = p.prompt_id
-WHERE c.run_id = $1
+WHERE c.run_id = $1 AND ($2::int IS NULL OR c.prompt_id > $2)
+ORDER BY c.prompt_id
+LIMIT $3
 
 -- name: hardware_metrics_of
 SELECT
