@@ -175,9 +175,13 @@ async def test_at_most_fifty_violations_are_told(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
     async with claimed(make_settings(), sigstore) as (_, runner, job):
-        answer = await runner.submit(job, runner.bundle(job, records=[{}] * 1000))
+        answer = await runner.submit(job, runner.bundle(job, records=[{}] * 51))
         assert code_of(answer) == (422, "invalid_bundle")
         assert len(answer.json()["errors"]) == 50
+        # So many that naming each says nothing are only counted.
+        answer = await runner.submit(job, runner.bundle(job, records=[{}] * 1000))
+        assert code_of(answer) == (422, "run_mismatch")
+        assert [error["pointer"] for error in answer.json()["errors"]] == ["/records"]
 
 
 # Who may submit
