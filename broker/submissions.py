@@ -41,6 +41,9 @@ from db import admin, metrics, run_queue, submissions
 from db.pool import Executor, retries
 from db.run_queue import LeaseGuard
 
+# One transaction that waits for a lock must not hold up all others.
+WRITING_MIN = 2
+
 log = structlog.get_logger()
 
 
@@ -65,6 +68,8 @@ class Submissions:
         self._telemetry = telemetry
         self._room = settings.verify_max
         self._turns = asyncio.Semaphore(settings.verify_processes)
+        # Thousands of rows each: of many at once, PostgreSQL would let every heartbeat wait.
+        self._writing = asyncio.Semaphore(max(WRITING_MIN, settings.verify_processes))
         self._uploads_free = settings.uploads_max
 
     async def admit(self, claims: RunnerClaims, run_id: UUID) -> asyncpg.Record:

@@ -7,10 +7,12 @@ What it returns is small whatever the result's size is, and the parsed result en
 import io
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 from uuid import UUID
+
+import orjson
 
 from auth.signers import SignerEvidence
 from broker import bundles, cells, task_rows
@@ -95,8 +97,15 @@ def _texts(
         for cell in task_rows.cells(payload)
     }
     rows = (
-        {"content_sha256": digests[cell.task_id, cell.prompt_id], **asdict(cell)}
+        {
+            "content_sha256": digests[cell.task_id, cell.prompt_id],
+            "score": cell.score,
+            "pass_fail": cell.pass_fail,
+            "failure_reason": cell.failure_reason,
+            "failure_detail": cell.failure_detail,
+            "gflops_per_token": cell.gflops_per_token,
+        }
         for cell in metrics
     )
     while some := list(islice(rows, CELLS_PER_TEXT)):
-        yield MetricsText(len(some), json.dumps(some, ensure_ascii=False))
+        yield MetricsText(len(some), orjson.dumps(some).decode())

@@ -145,11 +145,15 @@ class Fleet:
     async def until_blocked(self, statements: int = 1) -> None:
         """Wait until so many statements of the server wait for a lock."""
         async with asyncio.timeout(10):
-            while statements > await self.pool.fetchval(  # noqa: ASYNC110 (there is no signal)
-                "SELECT count(*) FROM pg_stat_activity"
-                " WHERE datname = current_database() AND wait_event_type = 'Lock'"
-            ):
+            while statements > await self.blocked():  # noqa: ASYNC110 (there is no signal)
                 await asyncio.sleep(0.005)
+
+    async def blocked(self) -> int:
+        """Return how many statements of the server wait for a lock."""
+        return await self.pool.fetchval(
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
 
     async def overdue(self, run_id: str) -> None:
         """Let a run's lease be past its deadline."""

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from broker.submissions import WRITING_MIN
 from broker.workers import Workers
 from config.settings import Settings
 from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
@@ -522,6 +523,38 @@ async def test_more_bundles_than_may_be_verified_are_told_to_come_again(
         assert (await first).status_code == 201
         assert await refusals(fleet) == []
         assert (await runner.submit(job)).status_code == 200
+
+
+@pytest.mark.gen_test
+async def test_only_so_many_results_are_written_at_once_that_heartbeats_go_on(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified, all_verified = 0, asyncio.Event()
+    verify = Workers.verify
+
+    async def counted(self: Workers, *arguments: Any) -> Any:
+        nonlocal verified
+        outcome = await verify(self, *arguments)
+        verified += 1
+        if verified == 4:
+            all_verified.set()
+        return outcome
+
+    monkeypatch.setattr(Workers, "verify", counted)
+    async with open_fleet(make_settings(verify_workers=1), sigstore) as fleet:
+        runners = [await fleet.sign_on(f"runner-{n}") for n in range(4)]
+        await fleet.admin("POST", "/queue", json={"runs": [run_of() for _ in runners]})
+        jobs = [await runner.take() for runner in runners]
+        async with fleet.transaction() as beside:
+            await beside.execute("LOCK TABLE run_hardware_metrics")
+            pairs = zip(runners, jobs, strict=True)
+            submits = [asyncio.create_task(runner.submit(job)) for runner, job in pairs]
+            await all_verified.wait()
+            for _ in range(20):  # long enough for the others to be at the lock as well
+                await fleet.admin("GET", "/queue")
+            assert await fleet.blocked() == WRITING_MIN
+        answers = await asyncio.gather(*submits)
+        assert [answer.status_code for answer in answers] == [201] * 4
 
 
 # What is written
