@@ -194,7 +194,11 @@ class Submissions:
         self, guard: LeaseGuard, verified: Verified, upload: Upload
     ) -> tuple[asyncpg.Record, bool]:
         """Step 6: one transaction behind the fence."""
-        async with self._pool.acquire() as connection, connection.transaction():
+        async with (
+            self._writing,
+            self._pool.acquire() as connection,
+            connection.transaction(),
+        ):
             run = await run_queue.complete(connection, guard, verified.digest)
             row = None
             if run is not None:
