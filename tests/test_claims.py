@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from auth.keys import digest_of
+from broker.fitting import Capabilities
 from config.settings import Settings
+from db import run_queue
+from db.run_queue import Claimant
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import SMALL, Fleet, Runner, about, code_of, model_of, open_fleet, run_of
 
@@ -330,6 +333,68 @@ async def test_rows_of_bakeoffs_own_local_runner_are_never_handed_out(
         other = await fleet.sign_on("runner-b")
         assert (await other.claim()).status_code == 204
         assert list(await explained(other, offer(24))) == ["queue_empty"]
+
+
+# A claim looks closely only at the models whose first run is among the best: twice as many as it
+# asks for, and 16. So many models are one more than a claim for one run looks at.
+MODELS = 19
+HIDDEN = {
+    "ended": "UPDATE run_queue SET status = 'CANCELLED' WHERE priority = 1",
+    "deferred": "UPDATE run_queue SET retry_after = now() + interval '1 hour' WHERE priority = 1",
+    "bakeoff's own": "UPDATE run_queue SET job = NULL WHERE priority = 1",
+}
+
+
+async def enqueue_many_models(fleet: Fleet) -> str:
+    """Enqueue a first and a last run of many models; return a run of another, which lies between.
+
+    Its id is the last of all, so it is found by its priority alone.
+    """
+    models = [model_of(1 + number / 100) for number in range(MODELS)]
+    await enqueue_all(fleet, *(run_of(model=model, priority=1) for model in models))
+    await enqueue_all(fleet, *(run_of(model=model, priority=200) for model in models))
+    between = await fleet.enqueue(model=model_of(2), priority=100)
+    await fleet.pool.execute(
+        "UPDATE run_queue SET queue_id = 'ffffffff-ffff-ffff-ffff-ffffffffffff' WHERE run_id = $1",
+        between,
+    )
+    return between
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("hide", HIDDEN.values(), ids=HIDDEN.keys())
+async def test_of_more_models_than_are_looked_at_the_best_run_is_found(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, hide: str
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        between = await enqueue_many_models(fleet)
+        await fleet.pool.execute(hide)
+        job = (await runner.claim(capabilities=offer(24))).json()
+        assert job["run_id"] == between
+
+
+@pytest.mark.gen_test
+async def test_of_more_models_than_are_looked_at_the_best_that_another_kind_left_is_found(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runners = [await fleet.sign_on(f"runner-{number}") for number in range(MODELS + 1)]
+        between = await enqueue_many_models(fleet)
+        *firsts, last = [
+            Claimant(
+                f"runner-{number}",
+                runner.fingerprint,
+                "a key",
+                "d" * 64,
+                Capabilities(24 if number < MODELS else 48, ("fp16",)),
+            )
+            for number, runner in enumerate(runners)
+        ]
+        rows = await run_queue.claim(
+            fleet.pool, [*firsts, last], ttl=timedelta(60), max_leases=1, max_runtime_s=60
+        )
+        assert str(rows[-1]["run_id"]) == between
 
 
 @pytest.mark.gen_test

@@ -84,10 +84,33 @@ rounds (step, kind, found, chosen, taken) AS (
     -- time is the statement's: one that moves on (clock_timestamp) has no place in an index.
     CROSS JOIN LATERAL (
         SELECT ARRAY(
+            WITH fitting AS (
+                SELECT f.model_id FROM queues AS f
+                WHERE f.need_gb <= k.vram_gb AND f.quantization = any(k.quantizations)
+            ),
+
+            -- Only a model whose first run is among the best can have one of the best.
+            best AS (
+                SELECT f.model_id
+                FROM fitting AS f
+                CROSS JOIN LATERAL (
+                    SELECT b.priority, b.created_at, b.queue_id
+                    FROM run_queue AS b
+                    WHERE
+                        b.model_id = f.model_id AND b.status = 'PENDING' AND b.job IS NOT NULL
+                        AND b.retry_after IS NULL AND b.queue_id <> all(r.taken)
+                    ORDER BY b.priority, b.created_at, b.queue_id
+                    LIMIT 1
+                ) AS b
+                ORDER BY b.priority, b.created_at, b.queue_id
+                LIMIT 2 * k.asked + 16
+            )
+
             SELECT h.queue_id
-            FROM queues AS f
-            CROSS JOIN LATERAL (
-                (
+            FROM (
+                SELECT q.queue_id, q.priority, q.created_at
+                FROM best AS f
+                CROSS JOIN LATERAL (
                     SELECT q.queue_id, q.priority, q.created_at
                     FROM run_queue AS q
                     WHERE
@@ -95,9 +118,11 @@ rounds (step, kind, found, chosen, taken) AS (
                         AND q.retry_after IS NULL AND q.queue_id <> all(r.taken)
                     ORDER BY q.priority, q.created_at, q.queue_id
                     LIMIT 2 * k.asked + 16
-                )
+                ) AS q
                 UNION ALL
-                (
+                SELECT q.queue_id, q.priority, q.created_at
+                FROM fitting AS f
+                CROSS JOIN LATERAL (
                     SELECT q.queue_id, q.priority, q.created_at
                     FROM run_queue AS q
                     WHERE
@@ -105,9 +130,8 @@ rounds (step, kind, found, chosen, taken) AS (
                         AND q.retry_after <= statement_timestamp() AND q.queue_id <> all(r.taken)
                     ORDER BY q.retry_after
                     LIMIT 2 * k.asked + 16
-                )
+                ) AS q
             ) AS h
-            WHERE f.need_gb <= k.vram_gb AND f.quantization = any(k.quantizations)
             ORDER BY h.priority, h.created_at, h.queue_id
             LIMIT 2 * k.asked + 16
         ) AS heads
