@@ -146,8 +146,13 @@ def _around(rng: Rng, form: Form) -> None:
     form.after = rng.choice([b"", CRLF, b"x" * 5000, b"\r\n--" + form.boundary + CRLF])
 
 
+def _headed(rng: Rng, form: Form) -> Part:
+    """A part that has a header: an earlier change may have taken one's only header."""
+    return rng.choice([part for part in form.parts if part.headers])
+
+
 def _header_names(rng: Rng, form: Form) -> None:
-    part = rng.choice(form.parts)
+    part = _headed(rng, form)
     part.headers[0] = part.headers[0].replace(
         b"Content-Disposition",
         rng.choice(
@@ -158,7 +163,7 @@ def _header_names(rng: Rng, form: Form) -> None:
 
 
 def _disposition(rng: Rng, form: Form) -> None:
-    part = rng.choice(form.parts)
+    part = _headed(rng, form)
     _, *quoted = part.headers[0].split(b'"')
     name = quoted[0] if quoted else b"result.json"  # an earlier change took the quotes
     other = rng.choice([b"result.json", b"manifest.json", b"evil.sh", name.upper(), name + b" "])
