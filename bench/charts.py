@@ -105,7 +105,7 @@ def draw(name: str, x: str, points: Sequence[Point], log: bool) -> None:
             if known:
                 axes.plot(*zip(*known, strict=True), marker="o", label=label)
         axes.set_ylabel(unit)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.grid(alpha=0.3)
         axes.legend()
     if log:

@@ -1,9 +1,11 @@
-"""A peer at its own speed, in a process of its own: no HTTP, its library called as its docs say.
+"""A queue at its own speed, in a process of its own: no HTTP, the library called as its docs say.
 
     python -m bench.peer_process procrastinate|pgqueuer DSN seed JOBS
-    python -m bench.peer_process procrastinate|pgqueuer DSN fetch WORKERS SECONDS
+    python -m bench.peer_process procrastinate|pgqueuer|broker DSN fetch WORKERS SECONDS
 
-The last line of `fetch` is JSON: jobs fetched, and the seconds it took.
+`broker` is our own without HTTP and credentials: `Claims.claim`, each time for another of the
+runners that have signed on; it takes the settings of the environment. The last line of `fetch` is
+JSON: jobs fetched, and the seconds it took.
 """
 
 import asyncio
@@ -19,7 +21,11 @@ from uuid import uuid4
 
 import asyncpg
 
-from bench.seeding import JOB
+from bench.seeding import JOB, OFFER
+from config.logging import configure_logging
+from config.settings import load_settings
+from db.run_queue import Claimant
+from server import open_services
 
 SLICE = 20_000
 Fetch = Callable[[int], Awaitable[bool]]
@@ -92,7 +98,27 @@ async def seed_pgqueuer(dsn: str, jobs: int) -> None:
             await queries.enqueue(["run"] * count, [payload] * count, [0] * count)
 
 
-FETCH = {"procrastinate": procrastinate_fetch, "pgqueuer": pgqueuer_fetch}
+@asynccontextmanager
+async def broker_fetch(dsn: str, _workers: int) -> AsyncIterator[Fetch]:
+    """Yield `Claims.claim`, as the HTTP handler calls it, for one runner after the other."""
+    settings = load_settings()
+    configure_logging("error", "json")
+    async with open_services(settings) as services:
+        connection = await asyncpg.connect(dsn)
+        runners = iter(await connection.fetch("SELECT runner_id, fingerprint FROM runner_keys"))
+        await connection.close()
+
+        async def fetch(_number: int) -> bool:
+            runner = next(runners)
+            claimant = Claimant(
+                runner["runner_id"], runner["fingerprint"], str(uuid4()), "digest", OFFER
+            )
+            return await services.claims.claim(claimant, 0) is not None
+
+        yield fetch
+
+
+FETCH = {"procrastinate": procrastinate_fetch, "pgqueuer": pgqueuer_fetch, "broker": broker_fetch}
 SEED = {"procrastinate": seed_procrastinate, "pgqueuer": seed_pgqueuer}
 
 

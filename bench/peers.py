@@ -1,7 +1,8 @@
 """B3: claims/s of B1 against two peers, each without HTTP, in its own process, with 16 workers.
 
 procrastinate's `fetch_job` and pgqueuer's `dequeue(batch_size=1)`, on the same PostgreSQL, in
-databases of their own with as many jobs. The rounds of all three are taken in turn.
+databases of their own with as many jobs. For comparison, without a target: our broker without HTTP,
+called by as many workers. The rounds of all are taken in turn.
 
     make bench-peers      # installs the extra `bench`
 """
@@ -19,7 +20,7 @@ import asyncpg
 from bench import report, seeding
 from bench.claims import ARMS, MODELS, PENDING, RUNNERS_PER_S, Scene, plan_of
 from bench.load import plan
-from bench.peer_process import FETCH
+from bench.peer_process import SEED
 from bench.report import Figure, Limit, Options, in_turn
 from bench.seeding import open_connection
 from bench.stage import Stage, open_stage
@@ -38,6 +39,7 @@ class Peer:
 
     name: str
     dsn: str
+    environment: dict[str, str] | None = None
 
     async def seed(self, jobs: int) -> None:
         """Fill its queue."""
@@ -54,7 +56,7 @@ class Peer:
     async def _run(self, verb: str, *numbers: int) -> bytes:
         argv = [sys.executable, "-m", "bench.peer_process", self.name, self.dsn, verb]
         process = await asyncio.create_subprocess_exec(
-            *argv, *map(str, numbers), stdout=asyncio.subprocess.PIPE
+            *argv, *map(str, numbers), stdout=asyncio.subprocess.PIPE, env=self.environment
         )
         said, _ = await process.communicate()
         if process.returncode:
@@ -66,7 +68,7 @@ async def measure(stage: Stage, wanted: Options) -> Figure:
     """Seed all three, measure in turn, and return the figure."""
     count = wanted.runners or wanted.seconds * RUNNERS_PER_S
     pending = max(count, 2_000 if wanted.quick else PENDING)
-    peers = [Peer(name, stage.postgres.database_dsn(f"peer_{name}")) for name in FETCH]
+    peers = [Peer(name, stage.postgres.database_dsn(f"peer_{name}")) for name in SEED]
     async with open_connection(stage.dsn) as connection:
         for peer in peers:
             await connection.execute(f"CREATE DATABASE peer_{peer.name} TEMPLATE template0")
@@ -81,7 +83,18 @@ async def measure(stage: Stage, wanted: Options) -> Figure:
             async def claims_per_s() -> float:
                 return (await claim()).rate
 
-            arms: dict[str, Callable[[], Awaitable[float]]] = {"claim": claims_per_s}
+            broker = Peer("broker", stage.dsn, stage.environment({}))
+
+            async def without_http() -> float:
+                rate = await broker.rate(wanted.seconds)
+                await seeding.put_back(connection)
+                stage.forget_keys()
+                return rate
+
+            arms: dict[str, Callable[[], Awaitable[float]]] = {
+                "claim": claims_per_s,
+                "broker, no HTTP": without_http,
+            }
             for peer in peers:
                 arms[peer.name] = lambda peer=peer: peer.rate(wanted.seconds)
             taken = await in_turn(arms, wanted.rounds, warm_up=not wanted.quick)
@@ -96,10 +109,10 @@ def _figure(taken: dict[str, list[float]], pending: int) -> Figure:
         f"claims over HTTP against peers' fetches without, {WORKERS} workers, {pending:,} waiting",
         claims,
         "claims/s",
-        {name: Limit(claims / statistics.median(taken[name]), TARGET) for name in FETCH},
+        {name: Limit(claims / statistics.median(taken[name]), TARGET) for name in SEED},
         {
             **{name: {"rate": report.spread(rates)} for name, rates in taken.items()},
-            "versions": {name: version(name) for name in FETCH},
+            "versions": {name: version(name) for name in SEED},
         },
     )
 

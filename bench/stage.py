@@ -52,7 +52,7 @@ class Stage:
 
     def serve(self, **settings: Any) -> Server:
         """Start a server process with these settings beside the bench's own."""
-        server = self.running.enter_context(_served(self._environment(settings)))
+        server = self.running.enter_context(_served(self.environment(settings)))
         self.servers.append(server)
         return server
 
@@ -61,7 +61,8 @@ class Stage:
         with redis.Redis.from_url(self.redis.url(1)) as client:
             client.flushdb()
 
-    def _environment(self, settings: dict[str, Any]) -> dict[str, str]:
+    def environment(self, settings: dict[str, Any]) -> dict[str, str]:
+        """Return what a process of ours needs, with these settings beside the bench's own."""
         own = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         given = {
             "DATABASE_URL": self.dsn,
