@@ -4,7 +4,7 @@ Straight through the statements of db/run_queue.py, in batches and without HTTP:
 claims, beats and completes; a part of them falls silent instead, and the sweep ends their
 leases. For part of the time another session sits idle in a transaction with an old snapshot, so
 that vacuum may remove nothing that died since. New runs keep the queue at its length; finished ones
-beyond a number are deleted with their ledger, as a retention policy would.
+beyond a number are archived with their ledger, as the service does after a week.
 
     make soak CYCLES=1000000
     python -m bench.soak --cycles 100000 --models 300 --silent 0.3 --snapshot 0.3 0.6
@@ -32,7 +32,8 @@ from rich.table import Table
 from bench import report, seeding
 from bench.seeding import ADD_RUNS, JOB, OFFER, BenchRunner, open_connection
 from bench.stage import open_stage
-from db import run_queue
+from broker.archiver import BATCH
+from db import archive, run_queue
 from db.pool import fetch_one
 from db.run_queue import SQL, Beat, Claimant
 
@@ -40,13 +41,12 @@ RESULT = report.LATEST.with_name("soak.json")
 SLICES = 20
 WIDTH = 150
 TTL = timedelta(minutes=5)
-# Retention: so many finished runs stay in the table.
+# So many finished runs stay in the hot table, older ones are archived.
 FINISHED = 50_000
 RESUME = """
 UPDATE runners SET paused_at = NULL, pause_reason = NULL, resumed_at = clock_timestamp()
 WHERE paused_at IS NOT NULL
 """
-FORGET = "DELETE FROM runs WHERE run_id = any($1::uuid [])"
 SIZES = """
 SELECT
     pg_relation_size(s.relid) AS table_bytes, pg_indexes_size(s.relid) AS index_bytes,
@@ -89,7 +89,7 @@ class Churn:
         self._models = models
         self._given = given
         self._random = random.Random(given.seed)  # noqa: S311 (repeatable, not secret)
-        self._finished: deque[UUID] = deque()
+        self._ended_at: deque[float] = deque()  # of the finished runs in the hot table
         self._last = 0
         self._pending = given.pending
         self.done = 0
@@ -148,21 +148,23 @@ class Churn:
                 SQL["complete_attempt"],
                 [(r["run_id"], r["lease_seq"], now, now, now, None) for r in rows],
             )
-        self._finished.extend(row["run_id"] for row in rows)
+        self._ended_at.extend([time.monotonic()] * len(rows))
 
     async def _lapse(self, rows: Sequence[asyncpg.Record]) -> None:
         ended = await run_queue.lapse(self._connection, len(rows)) if rows else []
         assert len(ended) == len(rows), f"{len(ended)} of {len(rows)} leases ended"
-        failed = [row["run_id"] for row in ended if row["status"] == "FAILED"]
-        self._finished.extend(failed)
-        self._pending += len(ended) - len(failed)
+        failed = sum(row["status"] == "FAILED" for row in ended)
+        self._ended_at.extend([time.monotonic()] * failed)
+        self._pending += len(ended) - failed
 
     async def _renew(self) -> None:
-        """Delete the oldest finished runs beyond the retention, and fill the queue up."""
-        beyond = len(self._finished) - FINISHED
-        if beyond >= self._given.batch:
-            old = [self._finished.popleft() for _ in range(beyond)]
-            await self._connection.execute(FORGET, old)
+        """Archive the oldest finished runs beyond their number, and fill the queue up."""
+        beyond = len(self._ended_at) - FINISHED
+        if beyond >= BATCH:
+            age = timedelta(seconds=time.monotonic() - self._ended_at[beyond - 1])
+            moved, _ = await archive.archive(self._connection, age, beyond, archive.START)
+            for _ in range(moved):
+                self._ended_at.popleft()
         missing = self._given.pending - self._pending
         if missing >= 10 * self._given.batch:
             await self._connection.execute(ADD_RUNS, self._models, missing, JOB, 100, None)
