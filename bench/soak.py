@@ -7,7 +7,7 @@ that vacuum may remove nothing that died since. New runs keep the queue at its l
 beyond a number are archived with their ledger, as the service does after a week.
 
     make soak CYCLES=1000000
-    python -m bench.soak --cycles 100000 --models 300 --silent 0.3 --snapshot 0.3 0.6
+    python -m bench.soak --cycles 100000 --models 300 --silent 0.3 --snapshot 0.3 0.35
 """
 
 import argparse
@@ -249,7 +249,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pending", type=int, default=20_000, help="length of the queue")
     parser.add_argument("--silent", type=float, default=0.15, help="share of leases that lapse")
     parser.add_argument(
-        "--snapshot", type=float, nargs=2, default=(0.3, 0.6), metavar=("FROM", "TO"),
+        "--snapshot", type=float, nargs=2, default=(0.3, 0.35), metavar=("FROM", "TO"),
         help="when a session sits idle in a transaction, as shares of the cycles",
     )  # fmt: skip
     parser.add_argument("--beats", type=int, default=3, help="heartbeats of a lease")
