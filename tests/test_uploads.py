@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import tarfile
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
