@@ -15,7 +15,7 @@ class Trusted:
     """
 
     def __init__(self, verifier: BundleVerifier, stale_s: int) -> None:
-        """Believe `verifier`; call its trust root degraded once its newest key is older than `stale_s`."""
+        """Believe `verifier`, whose trust root is degraded `stale_s` after its newest key began."""
         self.verifier = verifier
         self._stale_s = stale_s
 

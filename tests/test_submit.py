@@ -19,6 +19,7 @@ from tests.result_factory import failed_record, manifest_for, result_for
 
 MakeSettings = Callable[..., Settings]
 Job = dict[str, Any]
+BYTE_ORDER_MARK = "The text begins with a byte order mark: save it as UTF-8 without BOM."
 STRANGER = EmailSubject("stranger@bakeoff.test", "https://issuer.bakeoff.test")
 WRITTEN = (
     "submissions", "submission_files", "run_model_metrics", "run_hardware_metrics",
@@ -189,8 +190,8 @@ async def test_a_bundle_that_contradicts_its_job_or_itself_is_refused_and_says_w
             ("run_mismatch", "result.json is not of the job.", "/tasks/0/expected",
              signed(fleet, {**result, "tasks": expected})),
             ("invalid_bundle", "manifest.json contradicts result.json.", "/run_status", failed),
-            ("invalid_bundle", "result.json: The text begins with a byte order mark: save it as"
-             " UTF-8 without BOM.", None, signed_text(fleet, with_mark, result)),
+            ("invalid_bundle", f"result.json: {BYTE_ORDER_MARK}", None,
+             signed_text(fleet, with_mark, result)),
         ):  # fmt: skip
             answer = await runner.submit(job, files)
             assert code_of(answer) == (422, code), answer.text
