@@ -93,6 +93,7 @@ HONEST = {
     "a domain of its own for the floor": put("floor", "records", 4, "domain"),
     "no domain": put(None, "records", 0, "domain"),
     "no scores": put(None, "model_scores"),
+    "scores without a name": put([{}, {"model_id": 1}], "model_scores"),
     "more members": put({"id": MODEL_REF, "alias": "a"}, "config", "models", 0),
 }
 
@@ -133,6 +134,7 @@ def test_a_floor_task_of_the_same_id_is_told_apart_by_what_it_says(result) -> No
     twins = payload()
     twins["floor_tasks"] = [{**twins["tasks"][0], "tier": "dumb_model", "expected": "ok"}]
     result = copy.deepcopy(result_for(RUN_ID, twins))
+    result["records"][-1]["domain"] = "of the floor"
     check_binding(result, Job.from_payload(RUN_ID, twins))
     result["tasks"][2]["expected"] = "never"
     with pytest.raises(RunMismatch) as refused:
