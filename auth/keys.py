@@ -84,7 +84,10 @@ class RunnerKey:
         """Check bakeoff's signature over the canonical JSON of `value`. Raises BadSignature."""
         digest = hashlib.sha256(canonical_json(value)).digest()
         if digest.hex() != sha256:
-            raise BadSignature("sig.sha256 is not the SHA-256 of the canonical JSON that was sent.")
+            raise BadSignature(
+                "sig.sha256 is not the SHA-256 of the canonical JSON of what was signed: that was"
+                " changed afterwards, or written otherwise."
+            )
         try:
             raw = decode_base64(signature, SIGNATURE_BYTES)
             nacl.signing.VerifyKey(self.raw).verify(digest, raw)

@@ -67,7 +67,13 @@ def verify_receipt(receipt: Mapping[str, Any], public_keys: Mapping[str, str]) -
     if sig["kid"] not in public_keys:
         raise BadSignature(f"The receipt is signed by a key that is not listed: {sig['kid']}.")
     signed = {name: value for name, value in receipt.items() if name not in UNSIGNED}
-    RunnerKey.parse(public_keys[sig["kid"]]).verify(signed, sig["sha256"], sig["signature"])
+    key = RunnerKey.parse(public_keys[sig["kid"]])
+    try:
+        key.verify(signed, sig["sha256"], sig["signature"])
+    except BadSignature as error:
+        raise BadSignature(
+            f"The receipt, or its sig, was changed after it was signed. {error}"
+        ) from None
     if signed.get("purpose") != PURPOSE:
         raise BadSignature("What is signed is no receipt: its purpose is another.")
     return signed

@@ -6,6 +6,7 @@ pickled it is what it was made of, so that a worker process verifies by exactly 
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -33,6 +34,8 @@ __all__ = [
     "load_policy",
 ]
 
+# sigstore's words for it, which a test of ours would see change.
+_OTHER_BYTES = ("Bundle message digest mismatch", "Signature is invalid for input")
 # Real bundles have 9 KiB. The upload's own cap is a setting; this one holds whatever it is set to.
 MAX_BUNDLE_BYTES = 1024 * 1024
 
@@ -70,7 +73,7 @@ class BundleVerifier:
         return _rebuilt, (self._root.file, self._policy)
 
     def trusted_root_age_s(self, now: datetime) -> float:
-        """Seconds since the trust root's file was written, for readyz and the metrics."""
+        """Seconds since the trust root's newest key came into use, for readyz and the metrics."""
         return self._root.age_s(now)
 
     def verify(self, result: bytes, bundle: bytes, expected: Signer | None) -> SignerEvidence:
@@ -117,7 +120,12 @@ class BundleVerifier:
         #    its SCT, our policy, the log entry's inclusion and promise, and the signature and log
         #    entry's body over these exact bytes. The policy comes before the signature there, so a
         #    stranger's bad signature is told "not you", and the right signer's is told "invalid".
-        self._root.verifier.verify_artifact(result, bundle, allowed)
+        try:
+            self._root.verifier.verify_artifact(result, bundle, allowed)
+        except VerificationError as error:
+            if told := _in_words(error, model, bundle.signing_certificate):
+                raise VerificationError(told) from error
+            raise
         # 5. Only now are the bundle's words facts.
         signer = allowed.match(bundle.signing_certificate)
         log_index, integrated_at = _logged(model, bundle)
@@ -204,8 +212,34 @@ def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A member that is null is one that is not there; one that is there twice is refused."""
     members = dict(pairs)
     if len(members) < len(pairs):
-        raise SignatureInvalid("The Sigstore bundle names a member twice")
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise SignatureInvalid(
+            f"The Sigstore bundle names the member {printable(twice)} twice: send the file as "
+            "cosign wrote it"
+        )
     return {name: value for name, value in members.items() if value is not None}
+
+
+def _in_words(error: VerificationError, model: BundleModel, cert: Certificate) -> str | None:
+    """What the library's refusal means to the runner, and what to do; None: its words will do."""
+    if isinstance(error, _WrongSigner):
+        return None
+    logged_at = model.verification_material.tlog_entries[0].integrated_time
+    if logged_at:
+        seen = datetime.fromtimestamp(logged_at, UTC)
+        first, last = cert.not_valid_before_utc, cert.not_valid_after_utc
+        if not first <= seen <= last:
+            return (
+                f"the certificate was not valid when the log saw the signature ({_minute(seen)}), "
+                f"but from {_minute(first)} to {_minute(last)}: sign this file again"
+            )
+    if str(error) in _OTHER_BYTES:
+        return "it is not what was signed: sign this very file again"
+    return None
+
+
+def _minute(time: datetime) -> str:
+    return f"{time:%Y-%m-%dT%H:%MZ}"
 
 
 def _require_message_signature(model: BundleModel) -> None:

@@ -4,10 +4,10 @@ A private instance's `trusted_root.json`, or Sigstore's production root as our s
 ships it; no network either way.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from urllib.parse import quote
@@ -37,7 +37,6 @@ class RootFile:
 
     name: str
     text: bytes
-    written_at: float
 
 
 class TrustRoot:
@@ -54,12 +53,16 @@ class TrustRoot:
             self.verifier = Verifier(trusted_root=root)
             self._logs, self._ct_logs = _ids(model.tlogs), _ids(model.ctlogs)
             self._authorities = frozenset(map(_name_and_key_id, root.get_fulcio_certs()))
+            self._newest = max(_starts(model))
         except Exception as error:
             raise _unusable(file.name, error) from error
 
     def age_s(self, now: datetime) -> float:
-        """Seconds since the file was written; the production root's: since it was installed."""
-        return max(0.0, now.timestamp() - self.file.written_at)
+        """Seconds since its newest key or certificate authority came into use.
+
+        Not since the file was written: a copy, or a new installation, makes no root newer.
+        """
+        return max(0.0, (now - self._newest).total_seconds())
 
     def require(self, model: BundleModel, cert: Certificate) -> None:
         """Raise `Unverifiable` unless the bundle's log, CA and CT log are in this root.
@@ -87,7 +90,7 @@ def read_root(path: Path | None) -> RootFile:
     name = str(path or "of Sigstore")
     try:
         with _root_file(path) as file:
-            return RootFile(name, file.read_bytes(), file.stat().st_mtime)
+            return RootFile(name, file.read_bytes())
     except OSError as error:
         raise _unusable(name, error) from error
 
@@ -102,6 +105,15 @@ def _ids(logs: list[TransparencyLogInstance]) -> frozenset[bytes]:
     # A log goes by the id its root declares: Rekor v2's is not the key's SHA-256 of RFC 6962.
     declared = (name.key_id for log in logs for name in (log.log_id, log.checkpoint_key_id) if name)
     return frozenset(declared)
+
+
+def _starts(model: TrustedRootModel) -> Iterator[datetime]:
+    """When each log's key and each authority came into use, as far as the root says so."""
+    logs = [log.public_key for log in (*model.tlogs, *model.ctlogs)]
+    for one in (*logs, *model.certificate_authorities, *model.timestamp_authorities):
+        if one.valid_for:
+            start = one.valid_for.start
+            yield start if start.tzinfo else start.replace(tzinfo=UTC)
 
 
 def _name_and_key_id(authority: Certificate) -> tuple[Name, bytes]:

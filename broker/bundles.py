@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from types import MappingProxyType
 from typing import Any, Self
 
-from broker import strict_json
+from broker import agreement, strict_json
 from broker.cells import judge_score
 from broker.documents import Schema, load_schema
 from broker.errors import (
@@ -51,6 +51,7 @@ NAMED_MISSING = 5  # of the cells a complete result lacks
 # Members and entries of a result: 16 MiB as the harness writes it hold some 750,000. Two bytes are
 # enough for one, which becomes 200 and more: without a limit, gigabytes.
 MAX_VALUES = 1_000_000
+_ANOTHER_RUN = Violation("/run_id", "is not the claimed run")
 TOO_MANY = Violation(
     "", "send one record for each cell of the job in /records, and no long lists beside them"
 )
@@ -85,7 +86,7 @@ def check_manifest(manifest: bytes, digests: Mapping[str, str], run_id: str) -> 
     InvalidBundle, DigestMismatch or RunMismatch; returns the manifest.
     """
     document = _read(MANIFEST, manifest, load_schema("manifest"))
-    _refuse(RunMismatch, _other_run(document, run_id))
+    _refuse(RunMismatch, _other_run(document, run_id), "manifest.json is of another run.")
     submitted = {name: digest for name, digest in digests.items() if name != MANIFEST}
     _refuse(InvalidBundle, _other_files(document["files"], submitted))
     _refuse(InvalidBundle, _other_signature(document, submitted))
@@ -121,9 +122,23 @@ def parse_strictly(text: bytes) -> Any:
 def check_binding(result: dict[str, Any], job: Job) -> None:
     """Step 5: the result is of this run, and all its cells are cells of the job, once each.
 
-    Raises RunMismatch with the first 50 violations.
+    Nor does it say of the job what was not handed out. Raises RunMismatch with the first 50
+    violations.
     """
-    _refuse(RunMismatch, _unbound(result, job))
+    if result["run_id"] != job.run_id:
+        _refuse(RunMismatch, [_ANOTHER_RUN], "result.json is of another run.")
+    unlike = agreement.unlike_the_job(result, job)
+    _refuse(RunMismatch, chain(_unbound(result, job), unlike), "result.json is not of the job.")
+
+
+def check_agreement(manifest: dict[str, Any], result: dict[str, Any]) -> None:
+    """Step 5: what the manifest repeats of result.json is what that says. Raises InvalidBundle.
+
+    Only result.json is signed. Whoever changes the manifest afterwards cannot be told from its
+    author, but must not make it say the opposite.
+    """
+    told = "manifest.json contradicts result.json."
+    _refuse(InvalidBundle, agreement.unlike_the_result(manifest, result), told)
 
 
 def _read(name: str, text: bytes, schema: Schema) -> dict[str, Any]:
@@ -141,10 +156,12 @@ def _told_of(name: str) -> Iterator[None]:
         raise InvalidBundle(f"{name} does not fit its schema.", error.violations) from None
 
 
-def _refuse(refusal: type[BrokerError], violations: Iterable[Violation]) -> None:
+def _refuse(
+    refusal: type[BrokerError], violations: Iterable[Violation], detail: str | None = None
+) -> None:
     first = tuple(islice(violations, MAX_VIOLATIONS))
     if first:
-        raise refusal(violations=first)
+        raise refusal(detail, first)
 
 
 def _too_many_records(result: Any, cells: int) -> Iterator[Violation]:
@@ -159,7 +176,7 @@ def _too_many_records(result: Any, cells: int) -> Iterator[Violation]:
 def _other_run(manifest: dict[str, Any], run_id: str) -> Iterator[Violation]:
     """Both spellings count where both are given: two readers must not see two runs."""
     if manifest.get("run_id", run_id) != run_id:
-        yield Violation("/run_id", "is not the claimed run")
+        yield _ANOTHER_RUN
     if manifest.get("bundle", {}).get("run_id", run_id) != run_id:
         yield Violation("/bundle/run_id", "is not the claimed run")
 
@@ -191,8 +208,6 @@ def _other_digests(files: dict[str, Any], submitted: Mapping[str, str]) -> Itera
 
 
 def _unbound(result: dict[str, Any], job: Job) -> Iterator[Violation]:
-    if result["run_id"] != job.run_id:
-        yield Violation("/run_id", "is not the claimed run")
     if job.config_hash and result["provenance"].get("config_hash") != job.config_hash:
         yield Violation("/provenance/config_hash", "is not the job's config_hash")
     grid = _Grid.of(job)

@@ -92,7 +92,7 @@ def reverify(
     report.check(
         "files", lambda: bundles.check_names(list(files), file), lambda _: f"{len(files)} files"
     )
-    report.check(
+    manifest = report.check(
         "manifest",
         lambda: bundles.check_manifest(files.get(bundles.MANIFEST, b""), digests, run_id),
         lambda _: "every digest is the manifest's",
@@ -106,6 +106,7 @@ def reverify(
             f"{of['run_status']}, {len(of['records'])} records" if "records" in of else LEGACY
         ),
     )
+    _check_agreement(report, manifest, result)
     if stored is not None:
         _check_stored(report, stored, result, evidence)
     return report
@@ -121,6 +122,19 @@ def _read_result(text: bytes, run_id: str, *, archived: bool) -> dict[str, Any]:
     if result["run_id"] != run_id:
         raise RunMismatch(f"result.json is not of run {run_id}.")
     return result
+
+
+def _check_agreement(
+    report: Report, manifest: dict[str, Any] | None, result: dict[str, Any] | None
+) -> None:
+    if manifest is None or result is None:
+        report.skip("agreement", "no manifest or no result to compare")
+        return
+    report.check(
+        "agreement",
+        lambda: bundles.check_agreement(manifest, result),
+        lambda _: "what the manifest repeats of result.json is what that says",
+    )
 
 
 def _check_signature(

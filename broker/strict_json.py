@@ -7,6 +7,7 @@ ways (a member named twice, NaN, a byte order mark) is refused, so that all see 
 import json
 import math
 import re
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -46,6 +47,8 @@ def parse(text: bytes, *, max_depth: int = 64) -> Any:
 
 
 def _decode(text: bytes) -> str:
+    if text.startswith(BOM_UTF8):
+        raise InvalidJson("The text begins with a byte order mark: save it as UTF-8 without BOM.")
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:

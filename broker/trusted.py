@@ -15,12 +15,12 @@ class Trusted:
     """
 
     def __init__(self, verifier: BundleVerifier, stale_s: int) -> None:
-        """Believe `verifier`; call its trust root degraded once it is older than `stale_s`."""
+        """Believe `verifier`, whose trust root is degraded `stale_s` after its newest key began."""
         self.verifier = verifier
         self._stale_s = stale_s
 
     def root_age_s(self) -> float:
-        """Seconds since the trust root's file was written."""
+        """Seconds since the trust root's newest key came into use."""
         return self.verifier.trusted_root_age_s(datetime.now(UTC))
 
     def root_state(self) -> str:
@@ -32,6 +32,7 @@ class Trusted:
         if (age_s := self.root_age_s()) <= self._stale_s:
             return "ok"
         return (
-            f"degraded: {age_s / DAY_S:.0f} days old: put a fresh trusted_root.json in its place"
-            " and send SIGHUP; the built-in root comes with a new release of the sigstore package"
+            f"degraded: its newest key is {age_s / DAY_S:.0f} days old: put a fresh"
+            " trusted_root.json in its place and send SIGHUP; the built-in root comes with a new"
+            " release of the sigstore package"
         )

@@ -15,6 +15,7 @@ from uuid import UUID
 
 from broker.bundles import CAPS
 from broker.errors import InvalidBundle, InvalidRequest, TooLarge, Violation
+from broker.strict_json import quote
 
 LEASE_FIELD = "lease_id"
 LEASE_FIELD_MAX = 36
@@ -60,7 +61,7 @@ class Spool:
             raise InvalidBundle(f"The part {name} is there twice.")
         if name != LEASE_FIELD and name not in CAPS:
             known = ", ".join([LEASE_FIELD, *CAPS])
-            raise InvalidBundle(f"A part has a name that no bundle has; known parts: {known}.")
+            raise InvalidBundle(f"The part {quote(name)} is of no bundle; known parts: {known}.")
         self._name, self._size, self._hash = name, 0, hashlib.sha256()
         if name == LEASE_FIELD:
             self._lease = bytearray()

@@ -65,14 +65,15 @@ def verify(handed: Handed, upload: Upload) -> Verified:
     # 1. Required files are there, and no others.
     bundles.check_names(list(upload.digests), signature.file)
     # 2. Every file is the one the manifest names, and the manifest is of this run.
-    bundles.check_manifest(upload.read(bundles.MANIFEST), upload.digests, job.run_id)
+    manifest = bundles.check_manifest(upload.read(bundles.MANIFEST), upload.digests, job.run_id)
     # 3. The signature holds over result.json, by the signer of this runner.
     text = upload.read(bundles.RESULT)
     signer = signature.verify(text, upload.read(signature.file))
     # 4. Strict JSON of the result's schema.
     result = bundles.parse_result(text, job.cell_count)
-    # 5. The result belongs to the job that was handed out.
+    # 5. The result belongs to the job that was handed out, and the manifest to the result.
     bundles.check_binding(result, job)
+    bundles.check_agreement(manifest, result)
     provenance = result["provenance"]
     return Verified(
         digest=upload.digests[bundles.RESULT],

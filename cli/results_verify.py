@@ -30,6 +30,7 @@ from cli.receipts import WELL_KNOWN, public_keys, read_object
 from cli.results_api import RESULTS, accepted_since, download
 
 SHOWN = 5
+ONLY_SIGNED = "signed is result.json alone: nobody vouches for the manifest, summary and dashboard"
 
 if TYPE_CHECKING:
     from broker.reverify import Report
@@ -184,6 +185,7 @@ def _show(results: Sequence[_Verified], as_json: bool) -> None:
             counted, details=[_failure(r) for r in results if not r.report.verified]
         )
     note(counted)
+    note(ONLY_SIGNED)
     if moderated := [r for r in results if r.state not in (None, "accepted")]:
         states = ", ".join(f"{result.name} is {result.state}" for result in moderated[:SHOWN])
         note(f"verified is not accepted: {len(moderated)} of them are moderated ({states})")

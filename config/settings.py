@@ -114,10 +114,11 @@ class Settings(BaseSettings):
         None, description="Sigstore trusted_root.json; none means Sigstore's production root."
     )
     trusted_root_stale_s: int = Field(
-        180 * 86_400,
+        1_095 * 86_400,
         ge=1,
-        description="A trust root older than this makes /readyz say degraded. Sigstore's changes"
-        " about twice a year, and bundles of a log that it does not know yet are unverifiable.",
+        description="A trust root whose newest key is older than this makes /readyz say degraded:"
+        " bundles of a log that it does not know yet are unverifiable. Between two keys of"
+        " Sigstore's own there have been up to 33 months.",
     )
     signers_file: Path = Field(
         Path(__file__).with_name("signers.yaml"), description="Who may sign bundles."

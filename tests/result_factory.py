@@ -76,7 +76,7 @@ def manifest_for(result: dict[str, Any], files: dict[str, bytes]) -> dict[str, A
         "timestamp": result["timestamp"],
         "config_hash": result["provenance"].get("config_hash"),
         "judge_mode": "disabled",
-        "model_ids": [MODEL_REF],
+        "model_ids": [score["model_id"] for score in result["model_scores"]],
         "run_status": result["run_status"],
         "model_scores_summary": [],
         "files": {name: {"sha256": digest} for name, digest in digests(files).items()},

@@ -90,7 +90,9 @@ def test_the_oracle_lets_what_is_honest_pass(honest: Bundle) -> None:
     assert judged(honest, sealed({**honest.files, "dashboard.html": b"<p>"})) is None
     older = honest.files[RESULT].replace(b"2025-11-23", b"2025-11-22")
     signature = honest.signer.sign(older)
-    resigned = sealed({**honest.files, RESULT: older, SIGSTORE: signature})
+    manifest = honest.files[MANIFEST].replace(b"2025-11-23", b"2025-11-22")
+    resigned = {**honest.files, RESULT: older, SIGSTORE: signature, MANIFEST: manifest}
+    resigned = sealed(resigned)
     assert judged(honest, resigned, (older, signature)) is None
 
 
@@ -112,6 +114,16 @@ def _another_run(bundle: Bundle) -> Files:
     return {**bundle.files, MANIFEST: text}
 
 
+def _another_outcome(bundle: Bundle) -> Files:
+    text = bundle.files[MANIFEST].replace(b'"run_status": "complete"', b'"run_status": "failed"')
+    return {**bundle.files, MANIFEST: text}
+
+
+def _another_model(bundle: Bundle) -> Files:
+    manifest = json.loads(bundle.files[MANIFEST]) | {"model_ids": ["other"]}
+    return {**bundle.files, MANIFEST: json.dumps(manifest).encode()}
+
+
 def _another_index(bundle: Bundle) -> Files:
     signature = json.loads(bundle.files[SIGSTORE])
     signature["verificationMaterial"]["tlogEntries"][0]["logIndex"] = "7"
@@ -123,17 +135,25 @@ def _too_few(bundle: Bundle) -> Files:
 
 
 @pytest.mark.parametrize(
-    "change", [_unsealed, _other_bytes, _stranger, _another_run, _another_index, _too_few]
-)
+    "change",
+    [_unsealed, _other_bytes, _stranger, _another_run, _another_outcome, _another_model,
+     _another_index, _too_few],
+)  # fmt: skip
 def test_the_oracle_sees_every_change(honest: Bundle, change: Callable[[Bundle], Files]) -> None:
     assert judged(honest, change(honest)) is not None
 
 
 def test_the_oracle_reads_a_signed_result_itself(honest: Bundle) -> None:
-    for old, new in ((b'"complete"', b'"incomplete"'), (b'"task-0"', b'"task-9"')):
+    for old, new in (
+        (b'"complete"', b'"incomplete"'),
+        (b'"task-0"', b'"task-9"'),
+        (b'"expected": "4"', b'"expected": "5"'),
+        (b'"seed": 7', b'"seed": 8'),
+    ):
         text = honest.files[RESULT].replace(old, new)
         signature = honest.signer.sign(text)
-        files = sealed({**honest.files, RESULT: text, SIGSTORE: signature})
+        manifest = honest.files[MANIFEST].replace(old, new)
+        files = sealed({**honest.files, RESULT: text, SIGSTORE: signature, MANIFEST: manifest})
         may = judged(honest, files, (text, signature))
         assert (may is None) == (new == b'"incomplete"'), may
 

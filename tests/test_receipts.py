@@ -306,7 +306,8 @@ async def test_the_command_line_verifies_a_receipt_against_a_server_or_a_kept_co
         assert (refused.code, "another server" in refused.err[0]) == (1, True)
         forged = json.dumps({**json.loads(answer.read_bytes()), "runner_id": "me"}).encode()
         refused = await desk("receipts", "verify", kept("forged.json", forged), "--keys", keys)
-        assert (refused.code, "proves nothing" in refused.err[0]) == (1, True)
+        assert refused.code == 1
+        assert "proves nothing: The receipt, or its sig, was changed" in refused.err[0]
         assert (await desk("receipts", "verify", answer, "--keys", result)).code == 1
         for unreadable in (tmp_path / "none", kept("text", b"?"), kept("list", b"[]")):
             assert (await desk("receipts", "verify", unreadable, "--keys", keys)).code == 2

@@ -2,11 +2,12 @@
 
 import asyncio
 import json
-import os
+import re
 import signal
 import subprocess
 import threading
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -197,16 +198,21 @@ async def test_an_old_trust_root_degrades_readiness_until_a_fresh_one_is_loaded(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, tmp_path: Path
 ) -> None:
     root = tmp_path / "trusted_root.json"
-    root.write_bytes(sigstore.trusted_root.read_bytes())
-    now = root.stat().st_mtime
-    os.utime(root, (now, now - 31 * DAY_S))
+    text = sigstore.trusted_root.read_text()
+
+    def begun(days: int) -> str:
+        """Return the trust root with keys that came into use so many days ago."""
+        start = (datetime.now(UTC) - timedelta(days=days)).isoformat()
+        return re.sub(r'"start": "[^"]+"', f'"start": "{start}"', text)
+
+    root.write_text(begun(31))
     settings = make_settings(trusted_root=root, trusted_root_stale_s=30 * DAY_S)
     async with open_fleet(settings, sigstore) as fleet:
         answer = await fleet.http.get("/readyz")
         assert (answer.status_code, answer.json()["status"]) == (200, "ready")
-        assert answer.json()["trust_root"].startswith("degraded: 31 days old: put a fresh")
+        assert answer.json()["trust_root"].startswith("degraded: its newest key is 31 days old")
         assert answer.json()["trust_root_age_s"] >= 31 * DAY_S
-        os.utime(root, (now, now - 29 * DAY_S))
+        root.write_text(begun(29))
         assert "degraded" in (await fleet.http.get("/readyz")).json()["trust_root"], "not read yet"
         assert await fleet.services.reload.run_once(lambda: settings)
         assert (await fleet.http.get("/readyz")).json()["trust_root"] == "ok"

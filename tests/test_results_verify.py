@@ -25,8 +25,9 @@ from tests.test_runner_key_policy import signed as envelope
 from tests.test_submit import listed
 
 MakeSettings = Callable[..., Settings]
-CHECKS = ["stored bytes", "files", "manifest", "signature", "result", "record", "binding", "rows",
-          "receipt"]  # fmt: skip
+CHECKS = ["stored bytes", "files", "manifest", "signature", "result", "agreement", "record",
+          "binding", "rows", "receipt"]  # fmt: skip
+ONLY_SIGNED = "signed is result.json alone: nobody vouches for the manifest, summary and dashboard"
 WHO = ("--identity", SIGNER.identity, "--issuer", SIGNER.issuer)
 # The throwaway CA is a year old; its certificates are good for ten minutes.
 AGES_AGO = datetime.now(UTC).replace(microsecond=0) - timedelta(days=300)
@@ -87,7 +88,7 @@ async def test_a_result_verifies_long_after_its_certificate_has_expired(
             paged = await desk("results", "verify", run_id, *trust, "--json")
         assert paged.json == verified.json
         printed = await desk("results", "verify", run_id, *trust)
-        assert printed.err == ["1 of 1 result(s) verified"]
+        assert printed.err == ["1 of 1 result(s) verified", ONLY_SIGNED]
         assert [line.split()[0] for line in printed.out.splitlines()[2:]] == [
             check.split()[0] for check in CHECKS[1:]
         ]
@@ -97,7 +98,7 @@ async def test_a_result_verifies_long_after_its_certificate_has_expired(
         kept.write_bytes((await fleet.http.get(WELL_KNOWN)).content)
         await decide(fleet, run_id, "revoked")
         verified = await desk("results", "verify", run_id, *trust, "--keys", kept)
-        assert (verified.code, "is revoked" in verified.err[1]) == (0, True)
+        assert (verified.code, "is revoked" in verified.err[2]) == (0, True)
         kept.write_text(json.dumps({"keys": [], "public_url": "http://queue.test"}))
         doubtful = await desk("results", "verify", run_id, *trust, "--keys", kept, "--json")
         assert (doubtful.code, outcomes(doubtful)[0]["receipt"]) == (1, "failed")
@@ -284,8 +285,8 @@ async def test_an_exported_folder_verifies_without_a_server_by_who_should_have_s
         return Outcome(code, captured.out, captured.err.splitlines())
 
     both = verify(tmp_path, *WHO)
-    assert (both.code, both.err) == (0, ["2 of 2 result(s) verified"])
-    offline = dict.fromkeys(["files", "manifest", "signature", "result"], "ok")
+    assert (both.code, both.err) == (0, ["2 of 2 result(s) verified", ONLY_SIGNED])
+    offline = dict.fromkeys(["files", "manifest", "signature", "result", "agreement"], "ok")
     assert outcomes(both) == [offline, offline]
     bundle = tmp_path / "submissions" / "runner-a" / runs[0]
     assert verify(bundle, "--signers", signers_file).code == 0
@@ -317,6 +318,13 @@ async def test_an_exported_folder_verifies_without_a_server_by_who_should_have_s
     found = broken(appended("result.json"))
     assert (found["manifest"], found["signature"]) == ("failed", "failed")
     assert broken(appended("dashboard.html"))["manifest"] == "failed"
+
+    def contradicted(copy: Path) -> None:
+        manifest = json.loads((copy / "manifest.json").read_bytes()) | {"run_status": "failed"}
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+
+    found = broken(contradicted)
+    assert (found["manifest"], found["agreement"]) == ("ok", "failed")
     assert broken(lambda copy: (copy / "notes.txt").touch())["files"] == "failed"
     assert broken(lambda copy: (copy / "sub").mkdir())["files"] == "failed"
     assert broken(lambda copy: (copy / "summary.md").unlink())["files"] == "failed"

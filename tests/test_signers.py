@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,23 @@ def test_a_tampered_bundle_is_invalid(verifier, good, edit):
         verifier.verify(RESULT, edited(good, edit), EMAIL_SIGNER)
 
 
+def test_other_bytes_than_the_signed_ones_are_told_so(verifier, good):
+    with pytest.raises(SignatureInvalid, match="it is not what was signed: sign this very file ag"):
+        verifier.verify(RESULT + b" ", good, EMAIL_SIGNER)
+    digest = b64encode(sha256(RESULT + b" ").digest()).decode()
+    message = {"algorithm": "SHA2_256", "digest": digest}
+    claimed = edited(good, lambda b: b["messageSignature"].update(messageDigest=message))
+    with pytest.raises(SignatureInvalid, match="it is not what was signed: sign this very file ag"):
+        verifier.verify(RESULT + b" ", claimed, EMAIL_SIGNER)
+
+
+def test_a_member_that_a_bundle_names_twice_is_told(verifier, good):
+    twice = good.replace(b'{"mediaType":', b'{"mediaType": 1, "mediaType":', 1)
+    told = "names the member mediaType twice: send the file as cosign wrote it"
+    with pytest.raises(SignatureInvalid, match=told):
+        verifier.verify(RESULT, twice, EMAIL_SIGNER)
+
+
 def test_the_log_entry_of_another_signature_is_invalid(verifier, instance, good):
     other = entry(json.loads(instance.sign(b"other", EMAIL)))
     swapped = edited(good, lambda b: b["verificationMaterial"].__setitem__("tlogEntries", [other]))
@@ -301,7 +319,7 @@ def test_a_signature_logged_outside_the_certificates_life_is_invalid(verifier, i
     issued = datetime.now(UTC) - timedelta(hours=1)
     logged = issued + timedelta(minutes=minutes)
     raw = instance.sign(RESULT, EMAIL, issued_at=issued, logged_at=logged)
-    with pytest.raises(SignatureInvalid, match="not valid at validation time"):
+    with pytest.raises(SignatureInvalid, match=r"not valid when the log saw .*: sign this file ag"):
         verifier.verify(RESULT, raw, EMAIL_SIGNER)
 
 
@@ -536,9 +554,37 @@ def test_the_production_root_loads_without_network_or_a_home(good):
     assert b"transparency log" in done.stdout
 
 
-def test_the_trust_roots_age_is_that_of_its_file(instance, verifier):
-    written = datetime.fromtimestamp(instance.trusted_root.stat().st_mtime, UTC)
-    assert verifier.trusted_root_age_s(written + timedelta(hours=2)) == pytest.approx(7200, abs=1)
+def test_the_trust_roots_age_is_that_of_its_newest_key_and_not_of_its_file(instance, tmp_path):
+    """A copy, or a new installation, makes no root newer."""
+    root = json.loads(instance.trusted_root.read_bytes())
+    newest = datetime(2025, 7, 4, tzinfo=UTC)
+    for age, life in enumerate(valid_for(root)):
+        life["start"] = (newest - timedelta(days=age)).isoformat()
+    path = tmp_path / "trusted_root.json"
+    path.write_text(json.dumps(root))
+    verifier = BundleVerifier(path, SignerPolicy((EMAIL_SIGNER,)))
+    assert verifier.trusted_root_age_s(newest + timedelta(hours=2)) == 7200
+    assert verifier.trusted_root_age_s(newest - timedelta(hours=2)) == 0
+
+
+@pytest.mark.parametrize("newer", range(3))
+def test_each_log_and_authority_of_a_trust_root_counts_for_its_age(instance, tmp_path, newer):
+    root = json.loads(instance.trusted_root.read_bytes())
+    now = datetime.now(UTC)
+    found = list(valid_for(root))
+    assert len(found) == 3
+    found[newer]["start"] = (now - timedelta(seconds=60)).isoformat()
+    path = tmp_path / "trusted_root.json"
+    path.write_text(json.dumps(root))
+    verifier = BundleVerifier(path, SignerPolicy((EMAIL_SIGNER,)))
+    assert verifier.trusted_root_age_s(now) == 60
+
+
+def valid_for(root):
+    """Yield the time range of each log's key and each authority of a trusted_root.json."""
+    for name in ("tlogs", "ctlogs", "certificateAuthorities", "timestampAuthorities"):
+        for one in root.get(name, ()):
+            yield one.get("publicKey", one)["validFor"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"[" * 10_000, b"\xff"])

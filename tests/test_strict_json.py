@@ -141,6 +141,11 @@ def test_a_refusal_tells_line_and_column() -> None:
         parse(b'{"a": 1,\n "b": oops}')
 
 
+def test_a_byte_order_mark_is_told_with_the_fix() -> None:
+    with pytest.raises(InvalidJson, match="save it as UTF-8 without BOM"):
+        parse(b"\xef\xbb\xbf{}")
+
+
 def test_a_refusal_never_holds_a_value_and_abridges_a_name() -> None:
     secret = "s3cret-" * 100
     for text in (f'["{secret}" 1]', f'{{"a": "{secret}", "a": "{secret}"}}', f'"{secret}'):

@@ -19,6 +19,7 @@ from tests.result_factory import failed_record, manifest_for, result_for
 
 MakeSettings = Callable[..., Settings]
 Job = dict[str, Any]
+BYTE_ORDER_MARK = "The text begins with a byte order mark: save it as UTF-8 without BOM."
 STRANGER = EmailSubject("stranger@bakeoff.test", "https://issuer.bakeoff.test")
 WRITTEN = (
     "submissions", "submission_files", "run_model_metrics", "run_hardware_metrics",
@@ -168,6 +169,35 @@ async def test_a_result_that_does_not_fit_is_told_a_pointer_per_violation(
         assert code_of(answer) == (422, "invalid_bundle")
         pointers = {error["pointer"] for error in answer.json()["errors"]}
         assert pointers == {"/tasks", "/records/3/quality_heuristic", "/records/4"}
+        await assert_still_mine(fleet, runner, job)
+
+
+@pytest.mark.gen_test
+async def test_a_bundle_that_contradicts_its_job_or_itself_is_refused_and_says_which_file(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with claimed(make_settings(), sigstore) as (fleet, runner, job):
+        result = result_for(job["run_id"], job)
+        good = signed(fleet, result)
+        other = {**result, "run_id": "00000000-0000-4000-8000-000000000000"}
+        expected = [{**job["tasks"][0], "expected": "anything"}, *job["tasks"][1:]]
+        failed = listed({**result, "run_status": "failed"}, good)
+        with_mark = b"\xef\xbb\xbf" + good["result.json"]
+        for code, detail, pointer, files in (
+            ("run_mismatch", "manifest.json is of another run.", "/run_id", listed(other, good)),
+            ("run_mismatch", "result.json is of another run.", "/run_id",
+             listed(result, signed_text(fleet, json.dumps(other).encode(), other))),
+            ("run_mismatch", "result.json is not of the job.", "/tasks/0/expected",
+             signed(fleet, {**result, "tasks": expected})),
+            ("invalid_bundle", "manifest.json contradicts result.json.", "/run_status", failed),
+            ("invalid_bundle", f"result.json: {BYTE_ORDER_MARK}", None,
+             signed_text(fleet, with_mark, result)),
+        ):  # fmt: skip
+            answer = await runner.submit(job, files)
+            assert code_of(answer) == (422, code), answer.text
+            assert answer.json()["detail"] == detail
+            told = [error["pointer"] for error in answer.json().get("errors", ())]
+            assert told == ([pointer] if pointer else []), answer.text
         await assert_still_mine(fleet, runner, job)
 
 

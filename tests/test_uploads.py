@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import tarfile
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -350,6 +351,14 @@ def test_what_is_beyond_a_cap_is_not_written() -> None:
     spool.write(b"00000000-0000-4000-8000-000000000000")
     assert len(spool.finish().read("manifest.json")) == CAPS["manifest.json"]
     spool.close()
+
+
+@pytest.mark.parametrize("name", ["x.zip", "../../etc/x", "\x1b[2J" + "y" * 10_000])
+def test_a_part_that_no_bundle_has_is_named(name: str) -> None:
+    with pytest.raises(InvalidBundle) as refused:
+        Spool().begin(name)
+    assert json.dumps(name)[:40] in str(refused.value)
+    assert (len(str(refused.value)) < 300, str(refused.value).isprintable()) == (True, True)
 
 
 def test_a_part_is_known_by_its_field_and_not_by_its_file_name() -> None:

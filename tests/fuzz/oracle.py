@@ -58,7 +58,8 @@ def why_not_stored(bundle: Bundle, files: Files, signed: Iterable[Pair]) -> str 
     """Return why these files must not be a result of the bundle's run, None if they may."""
     try:
         wrong = _wrong_names(bundle, files) or _wrong_manifest(bundle, files)
-        return wrong or _wrong_result(bundle, files, signed)
+        wrong = wrong or _wrong_result(bundle, files, signed)
+        return wrong or _contradiction(read_json(files[MANIFEST]), read_json(files[RESULT]))
     except Unreadable as error:
         return f"unreadable: {error}"
 
@@ -154,6 +155,40 @@ def _wrong_by_itself(bundle: Bundle, result: bytes) -> str | None:
         return "the result has a cell twice, or one that is not of the job"
     if value["run_status"] == "complete" and wanted != set(cells):
         return "the result is complete and lacks a cell"
+    return _wrong_words(job, value)
+
+
+def _wrong_words(job: dict[str, Any], value: dict[str, Any]) -> str | None:
+    """What a result says of its job, beside the records, and was not handed out."""
+    config, seed = value["config"], job["config"].get("run", {}).get("seed")
+    told = config.get("run")
+    run = told if isinstance(told, dict) else {}
+    if run.get("name") not in (None, job["run_id"]):
+        return "the result's config is of another run"
+    if any(each not in (None, seed) for each in (run.get("seed"), value["provenance"].get("seed"))):
+        return "the result is of another seed"
+    handed = {one["id"]: one for one in [*job["tasks"], *job["floor_tasks"], *job["prompts"]]}
+    prompts = config.get("prompts")
+    listed = [*(value.get("tasks") or ()), *(prompts if isinstance(prompts, list) else ())]
+    for one in listed:
+        name = one.get("id") if isinstance(one, dict) else None
+        if isinstance(name, str) and name in handed:
+            of = handed[name]
+            if any(of.get(k) is not None and one[k] not in (None, of[k]) for k in of.keys() & one):
+                return "the result has a task or prompt that was not handed out like this"
+    return None
+
+
+def _contradiction(manifest: dict[str, Any], result: dict[str, Any]) -> str | None:
+    """What the manifest repeats of the result, and is not there. Times it may spell otherwise."""
+    hashes = (manifest.get("config_hash"), result["provenance"].get("config_hash"))
+    if None not in hashes and hashes[0] != hashes[1]:
+        return "the manifest has another configuration than the result"
+    if manifest.get("run_status") not in (None, result["run_status"]):
+        return "the manifest has another outcome than the result"
+    names = (json.dumps(name) for name in manifest.get("model_ids") or ())
+    if any(name not in json.dumps(result) for name in names):
+        return "the manifest has a model that the result does not name"
     return None
 
 

@@ -1025,6 +1025,22 @@ SERVER = (
         "tests/test_runner_key_policy.py",
     ),
     Guard(
+        "result: what it says of the job is what was handed out",
+        "broker/bundles.py",
+        "chain(_unbound(result, job), unlike)",
+        "_unbound(result, job)",
+        f"{SUBMIT}::"
+        "test_a_bundle_that_contradicts_its_job_or_itself_is_refused_and_says_which_file",
+    ),
+    Guard(
+        "manifest: what it repeats of the result is what that says",
+        "broker/verification.py",
+        "    bundles.check_agreement(manifest, result)\n",
+        "",
+        f"{SUBMIT}::"
+        "test_a_bundle_that_contradicts_its_job_or_itself_is_refused_and_says_which_file",
+    ),
+    Guard(
         "manifest: its signature is a file of the bundle",
         "broker/bundles.py",
         "    _refuse(InvalidBundle, _other_signature(document, submitted))\n",
