@@ -113,7 +113,7 @@ rolling: $(VENV)/.test  ## replace three servers behind nginx, twice, with runne
 
 requirements: $(VENV)/.test  ## resolve setup.cfg into the pinned, hashed requirements.txt
 	@$(PIP) install pip-tools
-	@CUSTOM_COMPILE_COMMAND='make requirements' $(BIN)/pip-compile -q --generate-hashes --strip-extras --no-emit-find-links --no-emit-index-url --output-file requirements.txt setup.cfg
+	@CUSTOM_COMPILE_COMMAND='make requirements' $(BIN)/pip-compile -q --generate-hashes --no-strip-extras --no-emit-find-links --no-emit-index-url --output-file requirements.txt setup.cfg
 
 clean:  ## remove the virtual environment and caches
 	@rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from auth.errors import PolicyRefused
+from config.unreadable import why_unreadable
 
 SCHEMA_VERSION = "bakeoff-results-signers/v1"
 GITHUB = "https://github.com/"
@@ -206,6 +207,10 @@ def _pair_problems(signer: Signer) -> list[str]:
     return []
 
 
+class _KeyTwice(yaml.YAMLError):
+    """A mapping names a member twice; the message says which."""
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is there twice: YAML keeps the last, a reviewer reads the first."""
 
@@ -213,15 +218,19 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.YAMLError(f"{_shown(key)} is there twice")
+                raise _KeyTwice(f"{_shown(key)} is there twice")
         return super().construct_mapping(node, deep)
 
 
 def _document(path: Path) -> Mapping[str, Any]:
     try:
         document = yaml.load(path.read_text("utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except _KeyTwice as error:
         raise PolicyRefused(f"The signer policy {path} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise PolicyRefused(
+            f"The signer policy {path} cannot be read: {why_unreadable(error)}"
+        ) from error
     if not isinstance(document, dict):
         raise PolicyRefused(
             f"The signer policy {path} is not a mapping that starts with schema_version"

@@ -27,6 +27,7 @@ from sigstore_models.trustroot.v1 import TransparencyLogInstance
 from sigstore_models.trustroot.v1 import TrustedRoot as TrustedRootModel
 
 from auth.errors import PolicyRefused, Unverifiable
+from config.unreadable import why_unreadable
 
 _PRODUCTION = "https://tuf-repo-cdn.sigstore.dev"
 
@@ -125,13 +126,13 @@ def _name_and_key_id(authority: Certificate) -> tuple[Name, bytes]:
 
 
 def _unusable(name: str, error: Exception) -> PolicyRefused:
-    return PolicyRefused(f"The trust root {name} cannot be used: {printable(error)}")
+    return PolicyRefused(f"The trust root {name} cannot be used: {why_unreadable(error)}")
 
 
 def _unknown(what: str, name: str) -> Unverifiable:
     return Unverifiable(
-        f"The bundle's {what} ({printable(name)}) is not in this server's trust root, which may be "
-        "older than the bundle: ask its operator to refresh it, and submit again"
+        f"The bundle's {what} ({printable(name)}) is not in the trust root in use here, which may "
+        "be older than the bundle"
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from auth.errors import AuthError
+from auth.errors import AuthError, Unverifiable
 from auth.signers import SignerEvidence
 from broker import bundles
 from broker.documents import load_schema
@@ -204,4 +204,6 @@ def _told_evidence(evidence: SignerEvidence) -> str:
 def _reason(error: Exception) -> str:
     violations = getattr(error, "violations", ())
     told = [f"{v.pointer or '(whole file)'} {v.detail}" for v in violations[:TOLD]]
+    if isinstance(error, Unverifiable):
+        told.append("name the trust root of its time with --trusted-root")
     return "; ".join([str(error), *told])

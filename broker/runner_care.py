@@ -95,6 +95,8 @@ class RunnerCare:
             return "revoked"
         if row["paused"]:
             return "paused"
+        if row["signed_off"]:
+            return "signed_off"
         if row["status"] == "DEAD" or row["silent_for"] > self._stale_after:
             return "stale"
         if row["drain_requested_at"] is not None:

@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import structlog
 
-from auth.errors import AuthError
+from auth.errors import AuthError, Unverifiable
 from auth.tokens import RunnerClaims
 from broker.bundles import RESULT
 from broker.diagnosis import FINISHED, refuse_lease
@@ -150,7 +150,12 @@ class Submissions:
             await refuse_lease(self._pool, _guard(claims, run, upload))
         # Once: what has begun ends with this verifier, also after a reload.
         signature = signature_of(run, claims.runner_id, self._trusted.verifier)
-        return await self._in_worker(Handed(str(run["run_id"]), run["job"], signature), upload)
+        try:
+            return await self._in_worker(Handed(str(run["run_id"]), run["job"], signature), upload)
+        except Unverifiable as error:
+            raise Unverifiable(
+                f"{error}: ask this server's operator to refresh it, and submit again"
+            ) from None
 
     async def receipt(self, run_id: UUID) -> asyncpg.Record | None:
         """Return the accepted submission of a run."""

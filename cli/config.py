@@ -1,12 +1,16 @@
 """`bakeoff-queue config`: the settings in effect."""
 
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit, urlunsplit
 
 import typer
 
-from cli.output import AsJson, note, print_json, print_members
+from cli.output import AsJson, CommandFailed, ExitCode, note, print_json, print_members
 from cli.settings import read_settings
+
+if TYPE_CHECKING:
+    from config.settings import Settings
 
 app = typer.Typer(help="The settings: show them, check them.", no_args_is_help=True)
 
@@ -26,10 +30,36 @@ def show(
 
 @app.command()
 def check() -> None:
-    """Exit 0 if the settings are good; otherwise a line for each thing wrong, and exit 2."""
-    for lack in read_settings().lacks:
-        note(f"warning: `serve` will refuse to start: {lack}")
+    """Exit 0 if `serve` takes the settings; otherwise a line for each thing wrong, and exit 2.
+
+    The files they name are read. No server is asked: `/readyz` of a process tells of those.
+    """
+    settings = read_settings()
+    if problems := [*settings.lacks, *_unusable(settings)]:
+        first, *others = problems
+        raise CommandFailed(first, code=ExitCode.USAGE, details=others)
     note("the settings are good")
+
+
+def _unusable(settings: "Settings") -> Iterator[str]:
+    """Yield a line for each setting that is well-formed and names what `serve` cannot use."""
+    from auth.errors import PolicyRefused
+    from auth.signer_policy import load_policy
+    from auth.trust_root import TrustRoot, read_root
+    from broker.redis_topology import RedisUrlRefused, open_topology
+    from config.settings import PREFIX
+
+    uses: dict[str, Callable[[], object]] = {
+        "redis_lease_url": lambda: open_topology(settings.redis_lease_url),
+        "redis_token_url": lambda: open_topology(settings.redis_token_url),
+        "trusted_root": lambda: TrustRoot(read_root(settings.trusted_root)),
+        "signers_file": lambda: load_policy(settings.signers_file),
+    }
+    for name, use in uses.items():
+        try:
+            use()
+        except (RedisUrlRefused, PolicyRefused) as error:
+            yield f"{PREFIX}{name.upper()}: {error}"
 
 
 @app.command()
@@ -55,7 +85,7 @@ def reference_page() -> str:
     for name, field in Settings.model_fields.items():
         default = "" if field.default is None else _shown(field.default, redact=True)
         if name == "signers_file":
-            default = "config/signers.yaml"
+            default = "signers.yaml of the package"
         lines.append(f"| `{PREFIX}{name.upper()}` | `{default}` | {field.description or ''} |")
     return "\n".join(lines) + "\n"
 

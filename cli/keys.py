@@ -15,6 +15,7 @@ from cli.output import (
     ExitCode,
     Yes,
     moment,
+    needs_yes,
     note,
     print_json,
     print_members,
@@ -175,9 +176,5 @@ def _held(admin: AdminClient, runner_id: str) -> list[str]:
 
 
 def _preview(key: dict[str, Any], held: list[str]) -> CommandFailed:
-    return CommandFailed(
-        f"nothing was changed: this would revoke the key {key['fingerprint'][:SHOWN]} of"
-        f" {key.get('runner_id')} and free {len(held)} run(s); add --yes to do it",
-        code=ExitCode.USAGE,
-        details=held,
-    )
+    revoked = f"revoke the key {key['fingerprint'][:SHOWN]} of {key.get('runner_id')}"
+    return needs_yes(f"{revoked} and free {len(held)} run(s)", held)

@@ -1,8 +1,8 @@
 """What commands print: tables or JSON on stdout, one line per error or note on stderr.
 
-A command that cannot do its work raises `CommandFailed`; `cli/main.py` prints it and exits with
-its code. Text from files and servers is stripped of control characters, so that nothing but us
-moves the operator's cursor.
+A command that cannot do its work, or was not told to, raises `CommandFailed`; `cli/main.py` prints
+it and exits with its code. Text from files and servers is stripped of control characters, so that
+nothing but us moves the operator's cursor.
 """
 
 import json
@@ -15,10 +15,11 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from rich.text import Text
 
 Item = TypeVar("Item")
+GAP = 2  # between the columns of a table
+BY_JSON = "(--json shows it)"  # in place of a member that has thousands of characters
 MAX_DETAILS = 20  # lines under an error; more would push the error itself off the screen
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -34,6 +35,7 @@ class ExitCode(IntEnum):
     NOT_FOUND = 3
     CONFLICT = 4
     UNREACHABLE = 5
+    UNCONFIRMED = 6  # nothing is wrong: the command says what it would do, and waits for --yes
 
 
 class CommandFailed(Exception):
@@ -57,6 +59,12 @@ def usage_error(line: str) -> CommandFailed:
     return CommandFailed(line, code=ExitCode.USAGE)
 
 
+def needs_yes(deed: str, details: Sequence[str] = ()) -> CommandFailed:
+    """Return the end of a command that was not told --yes: what it would do (exit 6)."""
+    line = f"nothing was changed: this would {deed}; add --yes to do it"
+    return CommandFailed(line, code=ExitCode.UNCONFIRMED, details=details)
+
+
 def moment(option: str, text: str) -> str:
     """Return an RFC 3339 time in UTC, as the API wants it; `option` is named when it is none."""
     try:
@@ -76,7 +84,7 @@ def tracked(items: Sequence[Item], what: str) -> Iterator[Item]:
 
 def print_failure(failure: CommandFailed) -> None:
     """Print the error's line and, indented below it, the first of its details."""
-    note(f"error: {failure.line}")
+    note(failure.line if failure.code is ExitCode.UNCONFIRMED else f"error: {failure.line}")
     for detail in failure.details[:MAX_DETAILS]:
         note(f"  {one_line(detail)}")
     if len(failure.details) > MAX_DETAILS:
@@ -96,18 +104,13 @@ def print_json(value: Any) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print rows under their headings; a missing value is `-`."""
-    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row))
-    _print(table)
+    headings = [Text(column, style="bold") for column in columns]
+    _print([headings, *([_cell(value) for value in row] for row in rows)])
 
 
 def print_members(members: Mapping[str, Any]) -> None:
     """Print the members of one thing, a line each."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-    for name, value in members.items():
-        table.add_row(Text(one_line(name), style="bold"), _cell(value))
-    _print(table)
+    _print([[Text(one_line(name), style="bold"), _cell(value)] for name, value in members.items()])
 
 
 def one_line(text: str) -> str:
@@ -122,7 +125,13 @@ def _cell(value: Any) -> Text:
     return Text(one_line(text))
 
 
-def _print(table: Table) -> None:
-    # As wide as it needs, on terminals too: rich would fold or cut off an id, and neither can be
-    # pasted into the next command.
-    Console(highlight=False, width=10_000).print(table)
+def _print(rows: Sequence[Sequence[Text]]) -> None:
+    # Not rich's Table: it folds or cuts off an id, and neither can be pasted into the next command;
+    # made wide enough, it pads every line to the longest, which a terminal folds into blank ones.
+    widths = [max(cell.cell_len for cell in column) for column in zip(*rows, strict=True)]
+    console = Console(highlight=False)
+    for row in rows:
+        line = Text()
+        for cell, width in zip(row[:-1], widths, strict=False):
+            line.append_text(cell).append(" " * (width - cell.cell_len + GAP))
+        console.print(line.append_text(row[-1]), soft_wrap=True)

@@ -6,7 +6,7 @@ nothing from the connections that serve runners.
 
 from typing import TYPE_CHECKING, Any
 
-from cli.output import AsJson, Yes, note, print_json, print_table, usage_error
+from cli.output import AsJson, Yes, needs_yes, note, print_json, print_table
 from cli.settings import in_database, read_settings
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def prune(yes: Yes = False, as_json: AsJson = False) -> None:
     elif total == 0:
         note("nothing is past its time")
     else:
-        raise usage_error(f"this would delete {total} rows; add --yes to do it")
+        raise needs_yes(f"delete {total} rows")
 
 
 def _progress(of: "Retention", found: int) -> Any:

@@ -12,15 +12,16 @@ import typer
 from cli.client import DEFAULT_URL, AdminClient, Token, Url, connect
 from cli.harness_config import Run, read_runs
 from cli.output import (
+    BY_JSON,
     AsJson,
     CommandFailed,
     ExitCode,
     Yes,
+    needs_yes,
     note,
     print_json,
     print_members,
     print_table,
-    usage_error,
 )
 
 QUEUE = "/api/admin/queue"
@@ -105,7 +106,7 @@ def show(run_id: RunId, url: Url = DEFAULT_URL, token: Token = "", as_json: AsJs
     if as_json:
         return print_json(run)
     attempts = run.pop("attempts", [])
-    print_members(run)
+    print_members(run | ({"receipt": BY_JSON} if run.get("receipt") else {}))
     return _print_attempts(attempts)
 
 
@@ -148,10 +149,8 @@ def _change(
         if not yes:
             run = admin.get(f"{QUEUE}/{run_id}")
             work = f", claimed by {run['claimed_by']}" if run.get("claimed_by") else ""
-            raise usage_error(
-                f"nothing was changed: this would {verb} 1 run, {run_id} ({run.get('model')},"
-                f" {run.get('status')}{work}); add --yes to do it"
-            )
+            about = f"{run.get('model')}, {run.get('status')}{work}"
+            raise needs_yes(f"{verb} 1 run, {run_id} ({about})")
         answer = admin.post(f"{QUEUE}/{run_id}/{verb}", {"reason": reason}).body
     print_json(answer) if as_json else print_members(answer)
 

@@ -12,11 +12,12 @@ from cli import results_export, results_verify
 from cli.client import DEFAULT_URL, AdminClient, Token, Url, connect
 from cli.keys import find_key
 from cli.output import (
+    BY_JSON,
     AsJson,
     CommandFailed,
-    ExitCode,
     Yes,
     moment,
+    needs_yes,
     note,
     print_json,
     print_members,
@@ -97,7 +98,7 @@ def show(run_id: RunId, url: Url = DEFAULT_URL, token: Token = "", as_json: AsJs
     if as_json:
         return print_json(result)
     files, history = result.pop("files"), result.pop("history")
-    print_members(result)
+    print_members(result | {"receipt": BY_JSON})
     _print_listed(("name", "bytes", "sha256"), files)
     _print_listed(("at", "by", "former", "state", "reason"), history)
     return None
@@ -205,12 +206,9 @@ def _chosen(
 
 
 def _preview(state: str, found: Sequence[Mapping[str, Any]]) -> CommandFailed:
-    return CommandFailed(
-        f"nothing was changed: this would make {len(found)} result(s) {state}; add --yes to do it",
-        code=ExitCode.USAGE,
-        details=[
-            f"{of['run_id']}  {of['state']}  {of['runner_id']}  {of['model']}" for of in found
-        ],
+    return needs_yes(
+        f"make {len(found)} result(s) {state}",
+        [f"{of['run_id']}  {of['state']}  {of['runner_id']}  {of['model']}" for of in found],
     )
 
 

@@ -69,9 +69,11 @@ def export(
         ]
     if as_json:
         print_json({"results": done})
-    else:
+    elif done:
         print_table(COLUMNS, ([result[name] for name in COLUMNS] for result in done))
-    _sum_up(done)
+    if not done:
+        return note(f"nothing matched: no result that counts was accepted at {since} or later")
+    return _sum_up(done)
 
 
 def _export(admin: AdminClient, run_id: str, folder: Path, runner_key: bool) -> dict[str, Any]:

@@ -176,16 +176,16 @@ def _show(results: Sequence[_Verified], as_json: bool) -> None:
         print_table(
             ("check", "outcome", "detail"), ((f.check, f.outcome, f.detail) for f in findings)
         )
-    else:
+    elif results:
         print_table(("result", "state", "verified", "failed"), map(_line, results))
     good = sum(result.report.verified for result in results)
     counted = f"{good} of {len(results)} result(s) verified"
     if good < len(results):
-        raise CommandFailed(
-            counted, details=[_failure(r) for r in results if not r.report.verified]
-        )
-    note(counted)
-    note(ONLY_SIGNED)
+        bad = (result for result in results if not result.report.verified)
+        raise CommandFailed(counted, details=[f"{each.name}: {_failure(each)}" for each in bad])
+    note(counted if results else "nothing matched: no result was accepted then or later")
+    if results:
+        note(ONLY_SIGNED)
     if moderated := [r for r in results if r.state not in (None, "accepted")]:
         states = ", ".join(f"{result.name} is {result.state}" for result in moderated[:SHOWN])
         note(f"verified is not accepted: {len(moderated)} of them are moderated ({states})")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.client import DEFAULT_URL, Token, Url, connect
-from cli.output import AsJson, Yes, moment, print_json, print_members, print_table, usage_error
+from cli.output import AsJson, Yes, moment, needs_yes, print_json, print_members, print_table
 
 RUNNERS = "/api/admin/runners"
 RunnerId = Annotated[str, typer.Argument(help="The runner's name on the allowlist.")]
@@ -83,11 +83,8 @@ def _steer(
     with connect(url, token) as admin:
         if not yes:
             runner = admin.get(f"{RUNNERS}/{runner_id}")
-            raise usage_error(
-                f"nothing was changed: this would {verb} 1 runner, {runner_id}"
-                f" ({runner['state']}, {len(runner['current_runs'])} run(s) in work);"
-                " add --yes to do it"
-            )
+            work = f"{runner['state']}, {len(runner['current_runs'])} run(s) in work"
+            raise needs_yes(f"{verb} 1 runner, {runner_id} ({work})")
         answer = admin.post(f"{RUNNERS}/{runner_id}/{verb}", body).body
     print_json(answer) if as_json else print_members(answer)
 

@@ -16,6 +16,7 @@ from cli.output import (
     CommandFailed,
     ExitCode,
     Yes,
+    needs_yes,
     note,
     print_json,
     print_members,
@@ -76,7 +77,7 @@ def revoke(token_id: Annotated[str, typer.Argument()], yes: Yes = False) -> None
     except ValueError:
         raise usage_error(f"{token_id} is not a token_id; see `bakeoff-queue tokens ls`") from None
     if not yes:
-        raise usage_error(f"this would revoke the token {wanted}; add --yes to do it")
+        raise needs_yes(f"revoke the token {wanted}")
     from db import admin
 
     name = in_database(lambda pool: admin.revoke_token(pool, wanted))

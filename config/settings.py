@@ -9,6 +9,7 @@ config.yaml. A mistyped name is an error in each of them.
 import difflib
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,6 +17,8 @@ import yaml
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from config.unreadable import why_unreadable
 
 PREFIX = "BAKEOFF_QUEUE_"
 CONFIG_VARIABLE = f"{PREFIX}CONFIG"
@@ -121,7 +124,10 @@ class Settings(BaseSettings):
         " Sigstore's own there have been up to 33 months.",
     )
     signers_file: Path = Field(
-        Path(__file__).with_name("signers.yaml"), description="Who may sign bundles."
+        Path(__file__).with_name("signers.yaml"),
+        description="Who may sign bundles. The default is the commented example inside the"
+        " installed package, next to its config/settings.py: copy it, name your signers, and set"
+        " its path.",
     )
     verify_workers: int = Field(
         0,
@@ -299,24 +305,32 @@ def _entries(setting: str, ring: SecretStr) -> list[tuple[str, str]]:
 
 def load_settings(**arguments: Any) -> Settings:
     """Read the settings. Raises SettingsRefused with a line for each thing wrong."""
-    _refuse_unknown_variables()
+    problems = _unknown_variables()
     try:
-        return Settings(**arguments)
+        settings = Settings(**arguments)
+    except SettingsRefused as refused:
+        problems.append(str(refused))
     except ValidationError as error:
-        raise SettingsRefused("\n".join(_explain(item) for item in error.errors())) from None
+        problems += map(_explain, error.errors())
+    else:
+        if not problems:
+            return settings
+    raise SettingsRefused("\n".join(problems))
 
 
-def _refuse_unknown_variables() -> None:
+def _unknown_variables() -> list[str]:
     names = {PREFIX + name.upper() for name in Settings.model_fields}
     known = names | {f"{name}_FILE" for name in names} | CLIENT_VARIABLES | {CONFIG_VARIABLE}
     unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
-    if unknown:
-        raise SettingsRefused("\n".join(_unknown(name, known) for name in unknown))
+    bare = {name.removeprefix(PREFIX) for name in known}
+    return [_unknown(name.removeprefix(PREFIX), bare, PREFIX) for name in unknown]
 
 
-def _unknown(name: str, known: set[str]) -> str:
+def _unknown(name: str, known: set[str], prefix: str = "") -> str:
+    """Say so, with the name that was meant. What all names begin with makes none alike."""
     near = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
+    hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+    return f"{prefix}{name}: no such setting{hint}"
 
 
 def _explain(item: Any) -> str:
@@ -324,7 +338,16 @@ def _explain(item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         return _unknown(name, set(Settings.model_fields))
+    if isinstance(item["input"], _Unreadable):
+        return item["input"].problem
     return f"{PREFIX}{name.upper()}: {message}" if name else message
+
+
+@dataclass(frozen=True, slots=True)
+class _Unreadable:
+    """In place of a value that was in a file: no setting takes it, so all else is checked too."""
+
+    problem: str
 
 
 class _SecretFiles(PydanticBaseSettingsSource):
@@ -336,10 +359,10 @@ class _SecretFiles(PydanticBaseSettingsSource):
         if path is None or f"{field_name}_file" in Settings.model_fields:
             return None, field_name, False
         try:
-            return Path(path).read_text().strip(), field_name, False
-        except OSError as error:
-            variable = f"{PREFIX}{field_name.upper()}_FILE"
-            raise SettingsRefused(f"{variable}: cannot read {path}: {error.strerror}") from None
+            return Path(path).read_text("utf-8").strip(), field_name, False
+        except (OSError, UnicodeDecodeError) as error:
+            problem = f"{PREFIX}{field_name.upper()}_FILE: cannot read {path}"
+            return _Unreadable(f"{problem}: {why_unreadable(error)}"), field_name, False
 
     def __call__(self) -> dict[str, Any]:
         found = {name: self.get_field_value(f, name)[0] for name, f in _fields(self).items()}
@@ -363,11 +386,11 @@ def _fields(source: PydanticBaseSettingsSource) -> dict[str, FieldInfo]:
 
 def _read_queue_section(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise SettingsRefused(f"{CONFIG_VARIABLE}: cannot read {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise SettingsRefused(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        document = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsRefused(
+            f"{CONFIG_VARIABLE}: cannot read {path}: {why_unreadable(error)}"
+        ) from None
     section = (document or {}).get("queue", {}) if isinstance(document or {}, dict) else None
     if not isinstance(section, dict):
         raise SettingsRefused(f"{path}: `queue:` must hold the settings by name")

@@ -70,7 +70,7 @@ async def standings(pool: Executor, fingerprints: Sequence[str]) -> list[asyncpg
 
 
 async def sign_off(pool: Executor, runner_id: str) -> None:
-    """Mark a runner DEAD: it said goodbye."""
+    """Mark a runner DEAD, without a process: it said goodbye."""
     await pool.execute(SQL["sign_off"], runner_id)
 
 

@@ -95,6 +95,7 @@ def _welcome(stack: Stack, url: str, token: str, data: Path | None) -> list[str]
         "# for the commands below and all other commands",
         f"export BAKEOFF_QUEUE_URL={url}",
         f"export BAKEOFF_QUEUE_TOKEN={token}",
+        f"export BAKEOFF_QUEUE_TRUSTED_ROOT={shlex.quote(str(stack.sigstore.trusted_root))}",
         "",
         "# look",
         f"curl -sS -H {authorization} {url}/api/admin/queue",
@@ -103,5 +104,8 @@ def _welcome(stack: Stack, url: str, token: str, data: Path | None) -> list[str]
         "# enqueue the demo's grid, then start a runner (its key is on the allowlist)",
         shlex.join(add),
         shlex.join(runner),
+        "",
+        "# verify again all that was accepted, under the throwaway Sigstore's trust root",
+        shlex.join([program, "results", "verify", "--since", "2000-01-01T00:00:00Z"]),
         "",
     ]

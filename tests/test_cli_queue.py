@@ -219,6 +219,17 @@ def test_show_lists_the_members_and_the_attempts(admin: Admin, shell: Shell) -> 
     assert shell("queue", "show", RUN_ID, "--json").json == RUN | {"attempts": [ATTEMPT]}
 
 
+def test_a_long_value_pads_no_other_line(admin: Admin, shell: Shell) -> None:
+    receipt = {"signature": "s" * 2000}
+    run = RUN | {"receipt": receipt, "error_detail": "e" * 300, "attempts": [ATTEMPT]}
+    admin.answer("GET", f"{QUEUE}/{RUN_ID}", 200, run)
+    lines = shell("queue", "show", RUN_ID).out.splitlines()
+    assert [line for line in lines if line != line.rstrip()] == []
+    assert sum(len(line) > 200 for line in lines) == 1
+    assert ["receipt", "(--json", "shows", "it)"] in [line.split() for line in lines]
+    assert shell("queue", "show", RUN_ID, "--json").json["receipt"] == receipt
+
+
 def test_show_of_a_run_that_is_not_there_is_exit_3(admin: Admin, shell: Shell) -> None:
     admin.answer("GET", f"{QUEUE}/{RUN_ID}", 404, problem("not_found", "No such run."))
     assert shell("queue", "show", RUN_ID).code == 3
@@ -229,8 +240,9 @@ def test_cancel_without_yes_changes_nothing_and_says_what_it_would(
 ) -> None:
     admin.answer("GET", f"{QUEUE}/{RUN_ID}", 200, RUN)
     outcome = shell("queue", "cancel", RUN_ID, "--reason", "wrong prompt")
-    assert outcome.code == 2
+    assert outcome.code == 6
     [line] = outcome.err
+    assert line.startswith("nothing was changed: ")
     assert f"would cancel 1 run, {RUN_ID}" in line
     assert "claimed by gpu-1" in line
     assert [seen.method for seen in admin.seen] == ["GET"]
@@ -325,7 +337,7 @@ def test_keys_rm_without_yes_shows_the_runs_it_would_free(admin: Admin, shell: S
     admin.answer("GET", QUEUE, 200, {"runs": [RUN, RUN | {"claimed_by": "gpu-2"}]})
     admin.answer("GET", QUEUE, 200, {"runs": []})
     outcome = shell("keys", "rm", FINGERPRINT, "--reason", "stolen")
-    assert outcome.code == 2
+    assert outcome.code == 6
     assert "free 1 run(s); add --yes" in outcome.err[0]
     assert RUN_ID in outcome.err[1]
     assert [seen.query.get("status") for seen in admin.seen] == [None, "CLAIMED", "IN_PROGRESS"]

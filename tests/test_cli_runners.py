@@ -99,7 +99,7 @@ async def test_pause_and_drain_without_yes_change_nothing_and_say_what_they_woul
         await fleet.enqueue()
         await runner.take()
         told = await desk("runners", verb, "runner-a", *options)
-        assert (told.code, told.out) == (2, "")
+        assert (told.code, told.out) == (6, "")
         [line] = told.err
         assert f"would {verb} 1 runner, runner-a (busy, 1 run(s) in work); add --yes" in line
         assert (await fleet.admin("GET", "/runners/runner-a")).json()["state"] == "busy"
@@ -148,8 +148,9 @@ async def test_requeue_asks_for_yes_and_puts_a_run_back(
         command = ("queue", "requeue", run_id, "--reason", "new driver")
         await runner.fail(await runner.take())
         told = await desk(*command)
-        assert (told.code, told.out) == (2, "")
+        assert (told.code, told.out) == (6, "")
         [line] = told.err
+        assert not line.startswith("error")
         assert f"would requeue 1 run, {run_id} (SmolLM2-1.7B-Instruct, FAILED)" in line
         assert "add --yes" in line
         assert (await fleet.row(run_id))["status"] == "FAILED"

@@ -141,7 +141,7 @@ def test_a_minted_token_works_until_it_is_revoked(settings) -> None:
     with serving(settings) as (_, port):
         url = f"http://127.0.0.1:{port}/api/admin/queue"
         assert httpx.get(url, **token).status_code == 200
-        assert run("tokens", "revoke", minted["token_id"], **settings).returncode == 2
+        assert run("tokens", "revoke", minted["token_id"], **settings).returncode == 6
         assert run("tokens", "revoke", minted["token_id"], "--yes", **settings).returncode == 0
         assert httpx.get(url, **token).status_code == 401
     listed = run("tokens", "ls", "--json", **settings).stdout
@@ -166,6 +166,21 @@ def test_config_check_tells_every_mistake(settings) -> None:
     assert "LISTEN_PORT" in done.stderr
     assert "LEASE_TTL_S" in done.stderr
     assert run("config", "check", **settings).returncode == 0
+
+
+def test_config_check_refuses_what_serve_would(settings, tmp_path) -> None:
+    secrets = tmp_path / "token-keys"
+    secrets.write_text(KEY_RING)
+    wrong = {
+        "trusted_root": secrets, "signers_file": "/nowhere/signers.yaml", "receipt_keys": "",
+        "redis_token_url": "http://redis",
+    }  # fmt: skip
+    done = run("config", "check", **{**settings, **wrong})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == len(wrong)
+    for name in wrong:
+        assert PREFIX + name.upper() in done.stderr
+    assert "k" * 32 not in done.stderr
 
 
 def test_the_settings_page_is_the_generated_one() -> None:

@@ -232,6 +232,8 @@ async def test_signing_off_releases_every_lease_and_ends_the_token(
         assert (await other.take())["run_id"] == run_ids[0]
         status = "SELECT status FROM runners WHERE runner_id = 'runner-a'"
         assert await fleet.pool.fetchval(status) == "DEAD"
+        # One that fell silent is DEAD as well, and stale.
+        assert (await fleet.admin("GET", "/runners/runner-a")).json()["state"] == "signed_off"
         await runner.register()
         assert await fleet.pool.fetchval(status) == "IDLE"
         assert (await runner.take())["run_id"] == run_ids[1]

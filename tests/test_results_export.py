@@ -212,7 +212,7 @@ async def test_the_commands_list_show_and_moderate_and_say_first_what_they_would
         assert (await desk("results", "ls", "--key", "00" * 8)).code == 3
 
         asked = await desk("results", "dispute", "--key", key, "--reason", "key lost")
-        assert (asked.code, "3 result(s) disputed" in asked.err[0], len(asked.err)) == (2, True, 4)
+        assert (asked.code, "3 result(s) disputed" in asked.err[0], len(asked.err)) == (6, True, 4)
         assert (await shown(fleet, runs[0]))["state"] == "accepted"
         done = await desk("results", "dispute", "--key", key, "--reason", "key lost", "--yes")
         assert (done.code, len(done.out.splitlines())) == (0, 4)

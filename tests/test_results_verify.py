@@ -107,6 +107,13 @@ async def test_a_result_verifies_long_after_its_certificate_has_expired(
         foreign = ThrowawaySigstore.create(tmp_path / "foreign").trusted_root
         unknown = await desk("results", "verify", run_id, "--trusted-root", foreign, "--json")
         assert (unknown.code, outcomes(unknown)[0]["signature"]) == (1, "failed")
+        # It is this root that is too old, not a server's; and each failure names its result.
+        (told,) = unknown.err[1:]
+        assert run_id in told
+        assert told.endswith("; name the trust root of its time with --trusted-root")
+        none = await desk("results", "verify", "--since", "2999-01-01T00:00:00Z")
+        assert (none.code, none.out) == (0, "")
+        assert none.err == ["nothing matched: no result was accepted then or later"]
         other = ("--identity", "other@bakeoff.test", "--issuer", SIGNER.issuer)
         refused = await desk("results", "verify", run_id, *trust, *other, "--json")
         assert (refused.code, outcomes(refused)[0]["signature"]) == (1, "failed")

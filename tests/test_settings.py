@@ -89,6 +89,45 @@ def test_every_mistyped_variable_has_a_line(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(str(refused.value).splitlines()) == 2
 
 
+def test_a_name_is_like_another_by_what_comes_after_the_prefix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(f"{PREFIX}NOPE", "1")
+    with pytest.raises(SettingsRefused, match=f"^{PREFIX}NOPE: no such setting$"):
+        load_settings()
+
+
+def test_each_thing_wrong_has_a_line_whatever_else_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(f"{PREFIX}NOPE", "1")
+    monkeypatch.setenv(f"{PREFIX}LISTEN_PORT", "99999")
+    for name in ("TOKEN_KEYS", "DATABASE_LISTEN_URL", "TRUSTED_ROOT", "DRAIN_S"):
+        monkeypatch.setenv(f"{PREFIX}{name}_FILE", str(tmp_path / "missing"))
+    (tmp_path / "binary").write_bytes(b"\xff")
+    monkeypatch.setenv(f"{PREFIX}RECEIPT_KEYS_FILE", str(tmp_path / "binary"))
+    with pytest.raises(SettingsRefused) as refused:
+        load_settings()
+    lines = str(refused.value).splitlines()
+    names = [line.removeprefix(PREFIX).partition(":")[0] for line in lines]
+    assert sorted(names) == [
+        "DATABASE_LISTEN_URL_FILE", "DRAIN_S_FILE", "LISTEN_PORT", "NOPE", "RECEIPT_KEYS_FILE",
+        "TOKEN_KEYS_FILE", "TRUSTED_ROOT_FILE",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["k1: [%SECRET%", "k1:SECRET: @x", "k1: !!x {SECRET", "\xff"])
+def test_a_file_that_is_no_yaml_is_not_quoted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, "latin-1")
+    monkeypatch.setenv(CONFIG_VARIABLE, str(path))
+    with pytest.raises(SettingsRefused, match=CONFIG_VARIABLE) as refused:
+        load_settings()
+    assert "SECRET" not in str(refused.value)
+
+
 def test_what_the_command_line_reads_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"{PREFIX}URL", "http://127.0.0.1")
     monkeypatch.setenv(f"{PREFIX}TOKEN", "t")

@@ -594,3 +594,14 @@ def test_a_trust_root_that_cannot_be_used_is_refused_at_start(tmp_path, content)
         path.write_bytes(content)
     with pytest.raises(PolicyRefused, match=r"trusted_root\.json"):
         BundleVerifier(path, SignerPolicy((EMAIL_SIGNER,)))
+
+
+@pytest.mark.parametrize(
+    "content", ["k1:S3CRET", '"S3CRET"', '{"S3CRET": "S3CRET"}', '{"tlogs": "S3CRET"}']
+)
+def test_a_file_that_is_no_trust_root_is_not_quoted(tmp_path, content):
+    path = tmp_path / "token-keys"
+    path.write_text(content)
+    with pytest.raises(PolicyRefused) as refused:
+        BundleVerifier(path, SignerPolicy((EMAIL_SIGNER,)))
+    assert "S3CRET" not in str(refused.value)

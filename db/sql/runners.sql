@@ -37,7 +37,8 @@ WHERE k.fingerprint = any($1::text []) AND r.capabilities IS NOT NULL
 SELECT drain_requested_at IS NOT NULL FROM runners WHERE runner_id = $1
 
 -- name: sign_off
-UPDATE runners SET status = 'DEAD' WHERE runner_id = $1
+-- No process of the runner is left, and it said so: one that fell silent keeps its instance_id.
+UPDATE runners SET status = 'DEAD', instance_id = NULL WHERE runner_id = $1
 
 -- name: remember_nonce
 -- Nothing is returned when this key has used the nonce before. Nonces whose signature would be
@@ -82,6 +83,7 @@ RETURNING runner_id
 SELECT
     r.runner_id, r.hostname, r.version, r.status, r.capabilities, r.registered_at, r.started_at,
     r.last_heartbeat, clock_timestamp() - r.last_heartbeat AS silent_for,
+    r.status = 'DEAD' AND r.instance_id IS NULL AS signed_off,
     is_paused(r.paused_at, r.paused_until) AS paused, r.paused_at, r.paused_until, r.pause_reason,
     r.drain_requested_at, k.fingerprint AS key_fingerprint,
     k.revoked_at, k.capability_caps, k.max_leases,
