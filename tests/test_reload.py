@@ -34,7 +34,7 @@ NOT_ALLOWED = (422, "signer_not_allowed")
 
 def policy(path: Path, *signers: EmailSubject) -> Path:
     """Write a signer policy that trusts these."""
-    entries = [f"- {{identity: {each.email}, issuer: {each.issuer}}}\n" for each in signers]
+    entries = [f"- {{identity: '{each.email}', issuer: {each.issuer}}}\n" for each in signers]
     path.write_text(
         "schema_version: bakeoff-results-signers/v1\ntrusted_identities:\n" + "".join(entries)
     )
