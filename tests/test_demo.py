@@ -192,11 +192,12 @@ def test_an_occupied_port_is_one_line_with_the_fix(base):
 
 def dev_is_up(dev: subprocess.Popen[str]) -> dict[str, str]:
     """What `dev` prints for the shell to set, once it is up."""
-    lines = read_until("sandbox.runner", dev)
+    lines = read_until("results verify", dev)
     exports = (line.removeprefix("export ") for line in lines if line.startswith("export "))
     settings = dict(each.split("=", 1) for each in exports)
     curl = next(line for line in lines if line.startswith("curl "))
     assert settings["BAKEOFF_QUEUE_TOKEN"] in curl
+    assert Path(settings["BAKEOFF_QUEUE_TRUSTED_ROOT"]).is_file()
     return settings
 
 

@@ -107,7 +107,9 @@ async def test_a_bundle_of_a_log_we_did_not_know_verifies_once_the_fresh_root_is
     settings = make_settings(trusted_root=root)
     async with claimed(settings, sigstore) as (fleet, runner, job):
         fleet.sigstore = newer
-        assert code_of(await runner.submit(job)) == (422, "unverifiable")
+        refused = await runner.submit(job)
+        assert code_of(refused) == (422, "unverifiable")
+        assert "ask this server's operator to refresh it" in refused.json()["detail"]
         root.write_bytes(newer.trusted_root.read_bytes())
         assert await fleet.services.reload.run_once(lambda: settings)
         assert (await runner.submit(job)).status_code == 201

@@ -91,6 +91,9 @@ async def test_an_export_is_byte_identical_goes_on_where_it_stopped_and_overwrit
         assert (named.code, "not accepted any more" in named.err[0]) == (0, True)
         assert left_over(archive) == []
 
+        none = await desk("results", "export", "--since", "2999-01-01T00:00:00Z", archive)
+        assert (none.code, none.out, len(none.err)) == (0, "", 1)
+        assert none.err[0].startswith("nothing matched: ")
         assert (await desk("results", "export", archive)).code == 2
         assert (await desk("results", "export", "not-a-run", archive)).code == 2
         assert (await desk("results", "export", runs[0], *ALL, archive)).code == 2
