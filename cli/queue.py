@@ -106,7 +106,7 @@ def show(run_id: RunId, url: Url = DEFAULT_URL, token: Token = "", as_json: AsJs
     if as_json:
         return print_json(run)
     attempts = run.pop("attempts", [])
-    print_members(run | ({"receipt": BY_JSON} if run.get("receipt") else {}))
+    print_members(run | {name: BY_JSON for name in ("job", "receipt") if run.get(name)})
     return _print_attempts(attempts)
 
 

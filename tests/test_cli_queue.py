@@ -221,12 +221,14 @@ def test_show_lists_the_members_and_the_attempts(admin: Admin, shell: Shell) -> 
 
 def test_a_long_value_pads_no_other_line(admin: Admin, shell: Shell) -> None:
     receipt = {"signature": "s" * 2000}
-    run = RUN | {"receipt": receipt, "error_detail": "e" * 300, "attempts": [ATTEMPT]}
+    long = {"job": receipt, "receipt": receipt, "error_detail": "e" * 300}
+    run = RUN | long | {"attempts": [ATTEMPT]}
     admin.answer("GET", f"{QUEUE}/{RUN_ID}", 200, run)
     lines = shell("queue", "show", RUN_ID).out.splitlines()
     assert [line for line in lines if line != line.rstrip()] == []
     assert sum(len(line) > 200 for line in lines) == 1
-    assert ["receipt", "(--json", "shows", "it)"] in [line.split() for line in lines]
+    for name in ("job", "receipt"):
+        assert [name, "(--json", "shows", "it)"] in [line.split() for line in lines]
     assert shell("queue", "show", RUN_ID, "--json").json["receipt"] == receipt
 
 
