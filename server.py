@@ -109,6 +109,7 @@ async def open_services(
         receipt_keys = ReceiptKeys(settings.receipt_ring)
         receipts = Receipts(receipt_keys, settings.public_url)
         keys = LeaseKeys(leases.client)
+        stack.push_async_callback(keys.flush)  # when all who put keys have ended
         claims = Claims(pool, settings, keys, telemetry)
         if workers is None:
             workers = Workers()
@@ -163,7 +164,6 @@ async def open_services(
             tally=QueueTally(pool, telemetry),
             version=version,
         )
-        await keys.flush()
 
 
 def make_app(services: Services) -> Application:
