@@ -57,13 +57,15 @@ from handlers import (
     admin,
     admin_results,
     admin_runners,
+    error_page,
     health,
     public,
     queue,
     runners,
     submit,
 )
-from handlers.base import NoSuchPath, log_request
+from handlers.base import log_request
+from handlers.no_such_path import NoSuchPath
 
 # More than the largest bundle: the caps are the handlers' own, with answers that say so.
 BODY_MAX = 64 * 1024 * 1024
@@ -168,7 +170,9 @@ async def open_services(
 
 def make_app(services: Services) -> Application:
     """Return the application: every address of every module."""
-    modules = (runners, queue, submit, admin, admin_runners, admin_results, health, public)
+    modules = (
+        runners, queue, submit, admin, admin_runners, admin_results, health, public, error_page,
+    )  # fmt: skip
     return Application(
         [route for module in modules for route in module.routes(services)],
         default_handler_class=NoSuchPath,

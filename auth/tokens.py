@@ -12,6 +12,7 @@ from uuid import UUID
 
 import jwt
 
+from auth import admin_tokens
 from auth.errors import InvalidToken, TokenExpired
 
 ISSUER = "bakeoff-queue"
@@ -64,6 +65,8 @@ class Tokens:
 
     def read(self, token: str) -> RunnerClaims:
         """Return what a token says. Raises InvalidToken or TokenExpired."""
+        if token.startswith(admin_tokens.PREFIX):
+            raise InvalidToken("This is an admin token; this address takes a runner's.")
         if len(token) > _MAX_LENGTH or not _COMPACT.fullmatch(token):
             raise InvalidToken("The bearer token is not a compact JWT: register to get one.")
         try:

@@ -82,6 +82,10 @@ class KeyRevoked(BrokerError):
 class RunnerPaused(BrokerError):
     """This runner is paused: ask an admin to resume it."""
 
+    def __init__(self, reason: str | None) -> None:
+        told = f": {reason}" if reason else ""
+        super().__init__(f"This runner is paused{told}. Ask an admin to resume it.")
+
 
 class NonceReused(BrokerError):
     """This nonce was used by another registration: draw a new one."""

@@ -27,12 +27,13 @@ from broker.errors import (
     Internal,
     InvalidRequest,
     MethodNotAllowed,
-    NotFound,
     TooLarge,
     UnsupportedMediaType,
+    Violation,
     code_of,
 )
 from broker.services import Services
+from broker.strict_json import pointer, quote
 from broker.times import rfc3339
 from handlers.errors import RETRY_AFTER_S, STATUS, problem, refusal_of
 
@@ -151,7 +152,9 @@ class Handler(RequestHandler):
     def bearer_token(self) -> str:
         """Return the token of the one Authorization header. Raises MissingToken."""
         headers = self.request.headers.get_list("Authorization")
-        scheme, _, token = (headers[0] if len(headers) == 1 else "").partition(" ")
+        if len(headers) > 1:  # a proxy might have gone by the other one
+            raise MissingToken("The Authorization header was sent twice: send it once.")
+        scheme, _, token = (headers[0] if headers else "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise MissingToken
         return token
@@ -176,10 +179,14 @@ class Handler(RequestHandler):
         """Return the query's parameters. Raises InvalidRequest for one unknown or given twice."""
         given = self.request.query_arguments
         for name, values in given.items():
-            if name not in known or len(values) > 1:
-                raise InvalidRequest(
-                    f"The query takes each of these once: {', '.join(known) or 'nothing'}."
-                )
+            if name in known and len(values) == 1:
+                continue
+            wrong = "is sent more than once" if name in known else "is unknown"
+            takes = f"this address takes {', '.join(known) or 'none'}"
+            raise InvalidRequest(
+                f"The query's parameter {quote(name)} {wrong}: {takes}.",
+                (Violation(pointer([name]), f"{wrong}: {takes}"),),
+            )
         return {name: self.get_query_argument(name) for name in given}
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
@@ -198,7 +205,7 @@ class Handler(RequestHandler):
         if self._unread:
             self.set_header("Connection", "close")
         self.set_header("Content-Type", "application/problem+json")
-        document = problem(error, self.request_id)
+        document = problem(error, self.request_id, self.services.settings.public_url)
         self.finish(to_json({**document, "server_time": datetime.now(UTC)}))
 
     def finish(self, chunk: str | bytes | dict[str, Any] | None = None) -> "Future[None]":
@@ -271,19 +278,6 @@ class Handler(RequestHandler):
 
     def _methods(self) -> list[str]:
         return [method for method in self.SUPPORTED_METHODS if self._implements(method)]
-
-
-class NoSuchPath(Handler):
-    """Every path that is not ours."""
-
-    async def check(self) -> None:
-        """Answer before anything is read."""
-        raise NotFound("There is no such address here.")
-
-    def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """Answer 404 also to methods that Tornado refuses first: there is nothing to allow."""
-        error = NotFound("There is no such address here.")
-        super().write_error(404, exc_info=(NotFound, error, None))
 
 
 def told_as(raised: BaseException) -> Exception:

@@ -8,7 +8,8 @@ from auth import errors as auth
 from broker import errors as broker
 from broker.errors import Violation, code_of
 
-TYPE_BASE = "https://bakeoff-queue.example/errors#"
+# Where this service explains its codes, below its public URL (handlers/error_page.py).
+ERRORS_PATH = "/errors"
 RETRY_AFTER_S = 5
 
 STATUS: dict[type[Exception], int] = {
@@ -63,11 +64,11 @@ def refusal_of(error: BaseException) -> Exception:
     return broker.Internal()
 
 
-def problem(error: Exception, request_id: str) -> dict[str, Any]:
-    """Return the problem document of an error of the table."""
+def problem(error: Exception, request_id: str, public_url: str) -> dict[str, Any]:
+    """Return the problem document of an error of the table; its type is an address of ours."""
     code = code_of(error)
     document: dict[str, Any] = {
-        "type": TYPE_BASE + code,
+        "type": f"{public_url}{ERRORS_PATH}#{code}",
         "title": code.replace("_", " ").capitalize(),
         "status": STATUS[type(error)],
         "detail": str(error),

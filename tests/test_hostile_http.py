@@ -20,9 +20,9 @@ from structlog.testing import capture_logs
 import server
 from config.settings import Settings
 from handlers.base import HEADERS
-from handlers.errors import STATUS, TYPE_BASE
+from handlers.errors import ERRORS_PATH, STATUS
 from sandbox.sigstore_instance import ThrowawaySigstore
-from tests.fleet import Fleet, Runner, code_of, open_fleet
+from tests.fleet import AUDIENCE, Fleet, Runner, code_of, open_fleet
 from tests.raw_http import Line, exchange, head, line_to
 
 MakeSettings = Callable[..., Settings]
@@ -80,7 +80,7 @@ def assert_ours(answer: Any) -> None:
         document = answer.json()
         assert document["status"] == answer.status_code
         assert document["request_id"] == answer.headers["X-Request-Id"]
-        assert document["type"] == TYPE_BASE + document["code"]
+        assert document["type"] == f"{AUDIENCE}{ERRORS_PATH}#{document['code']}"
         assert {"title", "detail", "retryable", "server_time"} <= document.keys()
         assert answer.status_code not in (429, 503) or int(answer.headers["Retry-After"]) > 0
 
