@@ -20,6 +20,39 @@ from sandbox.stack import CATALOGUE, DemoRunner, Stack, admin_api, open_stack
 HOST = "127.0.0.1"
 RUNNER = DemoRunner("demo-runner", 24)
 SERVER = "server"
+# What POST /api/admin/queue takes, at its shortest; it fits RUNNER.
+ONE_RUN = json.dumps(
+    {
+        "runs": [
+            {
+                "model": {
+                    "name": "Llama-3.2-1B-Instruct",
+                    "parameter_count_b": 1.24,
+                    "architecture": "Dense",
+                    "quantization": "q8_0",
+                    "file_format": "GGUF",
+                    "sources": [
+                        {
+                            "source_type": "huggingface",
+                            "url": "https://huggingface.co/meta-llama/Llama-3.2-1B-Instruct",
+                        }
+                    ],
+                },
+                "tasks": [
+                    {
+                        "id": "capital-australia",
+                        "domain": "geography",
+                        "user_prompt": "What is the capital of Australia?",
+                        "expected": "Canberra",
+                        "scorer": "contains",
+                    }
+                ],
+                "prompts": [{"id": "plain", "system": "Answer in one sentence."}],
+                "config": {},
+            }
+        ]
+    }
+)
 
 
 class DevFailed(SandboxError):
@@ -88,6 +121,7 @@ def _welcome(stack: Stack, url: str, token: str, data: Path | None) -> list[str]
     runner = [sys.executable, "-P", "-m", module, *options]
     add = [program, "queue", "add", f"{CATALOGUE}/config.yaml", "--models", f"{CATALOGUE}/models"]
     authorization = shlex.quote(f"Authorization: Bearer {token}")
+    as_json = "-H 'Content-Type: application/json'"
     return [
         f"bakeoff-queue serves at {url}; Ctrl-C stops it",
         f"data are kept in {stack.kept}" if data else "data are gone then: --data DIR keeps them",
@@ -104,6 +138,8 @@ def _welcome(stack: Stack, url: str, token: str, data: Path | None) -> list[str]
         "# enqueue the demo's grid, then start a runner (its key is on the allowlist)",
         shlex.join(add),
         shlex.join(runner),
+        "# or enqueue one run over HTTP (docs/api.md)",
+        f"curl -sS -H {authorization} {as_json} {url}/api/admin/queue -d {shlex.quote(ONE_RUN)}",
         "",
         "# verify again all that was accepted, under the throwaway Sigstore's trust root",
         shlex.join([program, "results", "verify", "--since", "2000-01-01T00:00:00Z"]),
