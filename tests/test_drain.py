@@ -25,10 +25,10 @@ MakeSettings = Callable[..., Settings]
 LONG_S = 1000.0
 PROMPT_S = 20
 LARGE = "x" * 24_000_000
-# The server has looked for a run.
-ASKED = """
+# The server looks at what the queue has, which it does for claims that wait, and for no others.
+LOOKS = """
 SELECT count(*) > 0 FROM pg_stat_activity
-WHERE datname = current_database() AND pid <> pg_backend_pid() AND query LIKE '%claim_key%'
+WHERE datname = current_database() AND pid <> pg_backend_pid() AND query LIKE '%AS claimable,%'
 """
 CLAIMED = "SELECT status = 'CLAIMED' FROM run_queue WHERE run_id = $1"
 
@@ -110,12 +110,12 @@ def ends_the_connection(answer: httpx.Response | None) -> bool:
 async def test_a_parked_claim_is_answered_at_once_and_may_be_sent_again_at_once(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
-    # Parked claims look again all the time, so that the database soon shows one that has asked.
+    # It looks again all the time, so that the database soon shows it.
     often = {"drain_notice_s": LONG_S, "claim_recheck_s": 0.05}
     async with stage(make_settings, sigstore, **often) as (process, fleet):
         runner = await fleet.sign_on()
         parked = asyncio.create_task(runner.claim(wait_s=50))
-        await shows(fleet, ASKED)
+        await shows(fleet, LOOKS)
         process.terminate()
         async with asyncio.timeout(PROMPT_S):
             answer = await parked
