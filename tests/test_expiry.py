@@ -204,8 +204,8 @@ async def test_rows_of_bakeoffs_own_local_runner_never_lapse(
     async with open_fleet(make_settings(), sigstore) as fleet:
         run_id = await fleet.enqueue()
         await fleet.pool.execute(
-            "INSERT INTO run_queue (queue_id, run_id, status, lease_expires_at)"
-            " VALUES ($1, $2, 'IN_PROGRESS', '2000-01-01Z')",
+            "INSERT INTO run_queue (queue_id, run_id, status, lease_slot, lease_expires_at)"
+            " VALUES ($1, $2, 'IN_PROGRESS', 1, '2000-01-01Z')",
             uuid.uuid4(),
             run_id,
         )

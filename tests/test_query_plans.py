@@ -100,6 +100,54 @@ def test_reads_no_more_than_it_needs(seeded: Seeded, name: str) -> None:
     assert touched <= pages, json.dumps(plan, indent=1)
 
 
+RUN, LEASE = "00000000-0000-0000-0000-000000000001", "00000000-0000-0000-0000-000000000002"
+GUARD = [RUN, LEASE, "runner-a", "a-key"]
+OF_ONE_RUN = {
+    "complete": [*GUARD, "0"],
+    "release": [*GUARD, "why", "2026-01-01"],
+    "fail": [*GUARD, "timeout", "why", 1, 1],
+    "cancel_live": [RUN, "why"],
+    "beat": [[RUN], [LEASE], ["runner-a"], ["a-key"], [None], TTL, 86_400],
+}
+
+
+@pytest.fixture(scope="module")
+def idle(postgres: servers.Postgres) -> Iterator[str]:
+    """A database whose statistics were made while nothing was leased."""
+    admin, dsn = postgres.database_dsn("postgres"), postgres.database_dsn("idle")
+    asyncio.run(_execute(admin, "CREATE DATABASE idle TEMPLATE bakeoff STRATEGY FILE_COPY"))
+    asyncio.run(_seed_idle(dsn))
+    yield dsn
+    asyncio.run(_execute(admin, "DROP DATABASE idle (FORCE)"))
+
+
+@pytest.mark.parametrize("name", OF_ONE_RUN)
+def test_who_names_a_run_finds_it_by_its_name_when_nothing_was_leased_yet(
+    idle: str, name: str
+) -> None:
+    """A small index of what is leased looks cheaper then, and is read whole later."""
+    plan = asyncio.run(_explain(idle, SQL[name], OF_ONE_RUN[name]))
+    conditions = [scan.get("Index Cond", "") for scan in _reads(plan, "run_queue")]
+    assert conditions, json.dumps(plan, indent=1)
+    for condition in conditions:
+        assert "run_id" in condition or "queue_id" in condition, json.dumps(plan, indent=1)
+
+
+def _reads(plan: dict[str, Any], table: str) -> Iterator[dict[str, Any]]:
+    if plan.get("Relation Name") == table and plan["Node Type"] != "ModifyTable":
+        yield plan
+    for below in plan.get("Plans", []):
+        yield from _reads(below, table)
+
+
+async def _seed_idle(dsn: str) -> None:
+    async with seeding.open_connection(dsn) as connection:
+        models = await seeding.add_models(connection, "q8_0", 1, MODELS)
+        await seeding.add_runs(connection, models, 20_000)
+        await seeding.sign_on(connection, 64)
+        await connection.execute("VACUUM (ANALYZE)")
+
+
 def _scanned(plan: dict[str, Any], table: str) -> Iterator[dict[str, Any]]:
     if plan["Node Type"] == "Seq Scan" and plan["Relation Name"] == table:
         yield plan

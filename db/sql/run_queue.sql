@@ -492,7 +492,7 @@ SELECT
     count(*) AS live,
     count(*) FILTER (WHERE lease_expires_at <= clock_timestamp()) AS overdue
 FROM run_queue
-WHERE status IN ('CLAIMED', 'IN_PROGRESS') AND job IS NOT NULL
+WHERE status IN ('CLAIMED', 'IN_PROGRESS') AND lease_slot IS NOT NULL AND job IS NOT NULL
 
 -- name: tally
 -- How many runs are in each state, and for how long the oldest one that could be claimed has waited,
@@ -510,7 +510,7 @@ GROUP BY status
 UNION ALL
 SELECT status, count(*), 0
 FROM run_queue
-WHERE status IN ('CLAIMED', 'IN_PROGRESS') AND job IS NOT NULL
+WHERE status IN ('CLAIMED', 'IN_PROGRESS') AND lease_slot IS NOT NULL AND job IS NOT NULL
 GROUP BY status
 UNION ALL
 SELECT f.status, sum(f.runs)::bigint, 0
@@ -533,6 +533,7 @@ WITH overdue AS MATERIALIZED (
     SELECT q.*, q.attempt_count + 1 AS failures FROM run_queue AS q
     WHERE
         q.status IN ('CLAIMED', 'IN_PROGRESS') AND q.job IS NOT NULL
+        AND q.lease_slot IS NOT NULL -- of every lease that is live, and of the index
         AND q.lease_expires_at <= clock_timestamp()
     LIMIT $1
     FOR UPDATE SKIP LOCKED

@@ -642,8 +642,8 @@ SWEEP = (
     Guard(
         "lapse: live leases only",
         f"{QUEUE}:lapse",
-        "q.status IN ('CLAIMED', 'IN_PROGRESS') AND q.job IS NOT NULL\n        AND q.lease_expires_at",
-        "q.job IS NOT NULL\n        AND q.lease_expires_at",
+        "q.status IN ('CLAIMED', 'IN_PROGRESS') AND q.job IS NOT NULL\n        AND q.lease_slot",
+        "q.job IS NOT NULL\n        AND q.lease_slot",
         "tests/test_query_plans.py",  # a CHECK holds the rest: no other state has a deadline
     ),
     Guard(
@@ -654,10 +654,17 @@ SWEEP = (
         f"{EXPIRY}::test_one_pass_ends_the_leases_behind_their_deadline_and_leaves_the_others",
     ),
     Guard(
+        "lapse: by the index of live leases",
+        f"{QUEUE}:lapse",
+        "        AND q.lease_slot IS NOT NULL -- of every lease that is live, and of the index\n",
+        "",
+        "tests/test_query_plans.py",
+    ),
+    Guard(
         "lapse: bakeoff's own rows stay",
         f"{QUEUE}:lapse",
-        "q.status IN ('CLAIMED', 'IN_PROGRESS') AND q.job IS NOT NULL\n        AND q.lease_expires_at",
-        "q.status IN ('CLAIMED', 'IN_PROGRESS')\n        AND q.lease_expires_at",
+        "q.status IN ('CLAIMED', 'IN_PROGRESS') AND q.job IS NOT NULL\n        AND q.lease_slot",
+        "q.status IN ('CLAIMED', 'IN_PROGRESS')\n        AND q.lease_slot",
         f"{EXPIRY}::test_rows_of_bakeoffs_own_local_runner_never_lapse",
     ),
     Guard(
