@@ -640,13 +640,6 @@ ENDS = (
 
 SWEEP = (
     Guard(
-        "lapse: live leases only",
-        f"{QUEUE}:lapse",
-        "q.status IN ('CLAIMED', 'IN_PROGRESS') AND q.job IS NOT NULL\n        AND q.lease_slot",
-        "q.job IS NOT NULL\n        AND q.lease_slot",
-        "tests/test_query_plans.py",  # a CHECK holds the rest: no other state has a deadline
-    ),
-    Guard(
         "lapse: overdue leases only",
         f"{QUEUE}:lapse",
         "        AND q.lease_expires_at <= clock_timestamp()\n",
