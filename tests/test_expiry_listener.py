@@ -318,6 +318,7 @@ async def test_an_expired_key_brings_the_sweep_and_is_not_believed(
         await runner.take()
         # The key of a live lease expires; the overdue lease's does not. The database knows better.
         await fleet.overdue(silent)
+        await fleet.services.heartbeats._keys.flush()  # or it would be written after this one
         await client.set(f"lease:{job['queue_id']}:1", 1, px=1)
         async with asyncio.timeout(10):
             while await swept.get() == 0:

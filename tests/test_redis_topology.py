@@ -195,6 +195,7 @@ async def test_a_server_on_a_cluster_leases_lapses_and_revokes(
         # Heard from here on: the listener may subscribe at any moment, and sweeps when it does.
         async with client, fleet.rings() as rings:
             await fleet.overdue(run_id)
+            await fleet.services.heartbeats._keys.flush()  # or it would be written after this one
             await client.set(f"lease:{job['queue_id']}:1", 1, px=1)
             await rings.get()
         assert (await fleet.row(run_id))["status"] == "PENDING"
