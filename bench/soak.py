@@ -189,7 +189,7 @@ async def measure(dsn: str, given: argparse.Namespace) -> list[Slice]:
     async with open_connection(dsn) as connection, AsyncExitStack() as held:
         models = await seeding.add_models(connection, "q8_0", 1, given.models)
         await seeding.add_runs(connection, models, given.pending)
-        runners = await seeding.sign_on(connection, 4 * given.batch)
+        runners = await seeding.sign_on(connection, given.runners)
         churn = Churn(connection, runners, models, given)
         snapshot = False
         for number in range(SLICES):
@@ -245,6 +245,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--cycles", type=int, default=1_000_000, help="leases, whatever ends them")
     parser.add_argument("--batch", type=int, default=64, help="runners that claim together")
+    parser.add_argument("--runners", type=int, default=10_000, help="that take turns")
     parser.add_argument("--models", type=int, default=40, help="distinct models")
     parser.add_argument("--pending", type=int, default=20_000, help="length of the queue")
     parser.add_argument("--silent", type=float, default=0.15, help="share of leases that lapse")
