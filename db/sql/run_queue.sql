@@ -710,9 +710,9 @@ LEFT JOIN runner_keys AS k ON k.fingerprint = $2
 WHERE q.run_id = $1 AND q.job IS NOT NULL
 
 -- name: enqueue
--- Add runs; a run_id that is already queued is passed over. Those of one request are a microsecond
--- apart, so that runs of one priority are handed out in the order they were given; $10 of them have
--- been added by statements before this one.
+-- Add runs whose row in `runs` this transaction has just made, so none of them is queued already.
+-- Those of one request are a microsecond apart, so that runs of one priority are handed out in the
+-- order they were given; $10 of them have been added by statements before this one.
 INSERT INTO run_queue (
     queue_id, run_id, model_id, job, config_hash, priority, retry_after, max_attempts,
     max_runtime_s, batch_id, created_at
@@ -728,7 +728,6 @@ FROM unnest(
     run_id, model_id, job, config_hash, priority, not_before, max_attempts, max_runtime_s,
     batch_id, place
 )
-ON CONFLICT (run_id) WHERE job IS NOT NULL DO NOTHING
 
 -- name: enqueued
 -- What is queued, or was and is archived, under these run_ids.

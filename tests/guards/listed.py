@@ -833,13 +833,6 @@ ADMIN = (
     ),
     Guard(
         "enqueue: a run_id is queued once",
-        f"{QUEUE}:enqueue",
-        "ON CONFLICT (run_id) WHERE job IS NOT NULL DO NOTHING",
-        "",
-        "tests/test_admin_queue.py",
-    ),
-    Guard(
-        "enqueue: and never twice",
         TABLES,
         "CREATE UNIQUE INDEX run_queue_run_id",
         "CREATE INDEX run_queue_run_id",
