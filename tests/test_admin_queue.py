@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+import asyncpg
 import httpx
 import pytest
 
@@ -200,6 +201,21 @@ async def test_a_run_that_this_queue_did_not_make_is_not_touched(
         assert code_of(answer) == (409, "conflict")
         assert await fleet.pool.fetchval("SELECT count(*) FROM runs") == 1
         assert await fleet.pool.fetchval("SELECT count(*) FROM run_queue") == 0
+
+
+@pytest.mark.gen_test
+async def test_the_database_holds_a_run_once(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        run_id = await fleet.enqueue()
+        with pytest.raises(asyncpg.UniqueViolationError, match="run_queue_run_id"):
+            await fleet.pool.execute(
+                "INSERT INTO run_queue (queue_id, run_id, model_id, job, config_hash)"
+                " SELECT gen_random_uuid(), run_id, model_id, job, config_hash"
+                " FROM run_queue WHERE run_id = $1",
+                run_id,
+            )
 
 
 @pytest.mark.gen_test
