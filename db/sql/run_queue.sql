@@ -64,9 +64,9 @@ kinds AS MATERIALIZED (
 
 queues AS MATERIALIZED (
     SELECT
-        m.model_id, x.name AS quantization,
+        w.*, x.name AS quantization,
         vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) AS need_gb
-    FROM waiting_models() AS w
+    FROM queue_heads() AS w
     INNER JOIN models AS m ON w.model_id = m.model_id
     INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
     WHERE EXISTS (SELECT FROM kinds)
@@ -85,25 +85,17 @@ rounds (step, kind, found, chosen, taken) AS (
     CROSS JOIN LATERAL (
         SELECT ARRAY(
             WITH fitting AS (
-                SELECT f.model_id FROM queues AS f
+                SELECT f.* FROM queues AS f
                 WHERE f.need_gb <= k.vram_gb AND f.quantization = any(k.quantizations)
             ),
 
-            -- Only a model whose first run is among the best can have one of the best.
+            -- Only a model whose first run is among the best can have one of the best. First runs
+            -- that a kind before this one took count too, so as many more are looked at.
             best AS (
-                SELECT f.model_id
-                FROM fitting AS f
-                CROSS JOIN LATERAL (
-                    SELECT b.priority, b.created_at, b.queue_id
-                    FROM run_queue AS b
-                    WHERE
-                        b.model_id = f.model_id AND b.status = 'PENDING' AND b.job IS NOT NULL
-                        AND b.retry_after IS NULL AND b.queue_id <> all(r.taken)
-                    ORDER BY b.priority, b.created_at, b.queue_id
-                    LIMIT 1
-                ) AS b
-                ORDER BY b.priority, b.created_at, b.queue_id
-                LIMIT 2 * k.asked + 16
+                SELECT f.* FROM fitting AS f
+                WHERE f.queue_id IS NOT NULL
+                ORDER BY f.priority, f.created_at, f.queue_id
+                LIMIT 2 * k.asked + 16 + cardinality(r.taken)
             )
 
             SELECT h.queue_id
@@ -116,6 +108,8 @@ rounds (step, kind, found, chosen, taken) AS (
                     WHERE
                         q.model_id = f.model_id AND q.status = 'PENDING' AND q.job IS NOT NULL
                         AND q.retry_after IS NULL AND q.queue_id <> all(r.taken)
+                        AND (q.priority, q.created_at, q.queue_id)
+                        >= (f.priority, f.created_at, f.queue_id)
                     ORDER BY q.priority, q.created_at, q.queue_id
                     LIMIT 2 * k.asked + 16
                 ) AS q
@@ -131,6 +125,7 @@ rounds (step, kind, found, chosen, taken) AS (
                     ORDER BY q.retry_after
                     LIMIT 2 * k.asked + 16
                 ) AS q
+                WHERE f.deferred
             ) AS h
             ORDER BY h.priority, h.created_at, h.queue_id
             LIMIT 2 * k.asked + 16
@@ -312,7 +307,7 @@ SELECT
     l.runs AS deferred,
     l.next_retry,
     l.next_retry - statement_timestamp() AS due_in
-FROM waiting_models() AS w
+FROM queue_heads() AS w
 INNER JOIN models AS m ON w.model_id = m.model_id
 INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
 CROSS JOIN LATERAL (

@@ -12,6 +12,7 @@ QUEUE = "db/sql/run_queue.sql"
 KEYS = "db/sql/runner_keys.sql"
 RUNNERS = "db/sql/runners.sql"
 TABLES = "db/migrations/20261123000002_queue.sql"
+HEADS = "db/migrations/20261124000009_queue_heads.sql"
 ARCHIVE = "db/sql/archive.sql"
 PRUNE = "db/sql/prune.sql"
 
@@ -334,36 +335,36 @@ CLAIM = (
     ),
     Guard(
         "claim: the best models: PENDING runs only",
-        f"{QUEUE}:claim",
-        " AND b.status = 'PENDING' AND b.job",
-        " AND b.job",
+        HEADS,
+        "q.status = 'PENDING' AND q.job IS NOT NULL AND q.retry_after IS NULL\n            AND q.model_id > r",
+        "q.job IS NOT NULL AND q.retry_after IS NULL\n            AND q.model_id > r",
         f"{CLAIMS}::test_of_more_models_than_are_looked_at_the_best_run_is_found",
     ),
     Guard(
         "claim: the best models: no row of bakeoff's own",
-        f"{QUEUE}:claim",
-        " AND b.job IS NOT NULL\n",
-        "\n",
+        HEADS,
+        " AND q.job IS NOT NULL AND q.retry_after IS NULL\n            AND q.model_id > r",
+        " AND q.retry_after IS NULL\n            AND q.model_id > r",
         f"{CLAIMS}::test_of_more_models_than_are_looked_at_the_best_run_is_found",
     ),
     Guard(
         "claim: the best models: not before retry_after",
-        f"{QUEUE}:claim",
-        "AND b.retry_after IS NULL AND b.queue_id",
-        "AND b.queue_id",
+        HEADS,
+        " AND q.retry_after IS NULL\n            AND q.model_id > r",
+        "\n            AND q.model_id > r",
         f"{CLAIMS}::test_of_more_models_than_are_looked_at_the_best_run_is_found",
     ),
     Guard(
         "claim: the best models: by priority and age",
         f"{QUEUE}:claim",
-        "        ORDER BY b.priority, b.created_at, b.queue_id\n                LIMIT",
-        "        ORDER BY b.queue_id\n                LIMIT",
+        "ORDER BY f.priority, f.created_at, f.queue_id",
+        "ORDER BY f.queue_id",
         f"{CLAIMS}::test_of_more_models_than_are_looked_at_the_best_run_is_found",
     ),
     Guard(
-        "claim: the best models: what another kind took is no more theirs",
+        "claim: the best models: what another kind took does not crowd out the rest",
         f"{QUEUE}:claim",
-        " AND b.queue_id <> all(r.taken)",
+        " + cardinality(r.taken)",
         "",
         f"{CLAIMS}::test_of_more_models_than_are_looked_at_the_best_that_another_kind_left_is_found",
     ),
