@@ -795,7 +795,32 @@ SWEEP = (
     ),
 )
 
+_RUNNER_PAGES = (
+    "tests/test_admin_runners.py::test_pages_are_in_one_order_lose_none_and_show_none_twice"
+)
+
 ADMIN = (
+    Guard(
+        "runners: the next page begins after the last row",
+        f"{RUNNERS}:overview",
+        "runner_id > $2",
+        "runner_id >= $2",
+        _RUNNER_PAGES,
+    ),
+    Guard(
+        "runners: a page is filled with those that registered here",
+        f"{RUNNERS}:overview",
+        "key_fingerprint IS NOT NULL AND ",
+        "",
+        _RUNNER_PAGES,
+    ),
+    Guard(
+        "runners: a cursor is a runner's name",
+        "broker/paging.py",
+        "    if not _RUNNER_ID.fullmatch(name):\n        raise _not_ours()\n",
+        "",
+        "tests/test_admin_runners.py::test_a_query_that_makes_no_sense_is_422",
+    ),
     Guard(
         "cancel: a run that nobody works on",
         f"{QUEUE}:cancel_pending",
