@@ -1073,7 +1073,44 @@ ROWS = "tests/test_result_rows.py"
 VERIFY = "tests/test_results_verify.py"
 EXPORT = "tests/test_results_export.py"
 
+_STALE = "tests/test_results_export.py"
+
 RESULTS = (
+    Guard(
+        "export: a folder that is still written is locked",
+        "cli/unfinished.py",
+        "fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        f"{_STALE}::test_nobody_deletes_a_folder_that_an_export_still_writes",
+    ),
+    Guard(
+        "export: a folder that is locked is not deleted",
+        "cli/unfinished.py",
+        "fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        f"{_STALE}::test_nobody_deletes_a_folder_that_an_export_still_writes",
+    ),
+    Guard(
+        "export: a young folder is not deleted",
+        "cli/unfinished.py",
+        " or time.time() - folder.st_mtime < STALE_S",
+        "",
+        f"{_STALE}::test_nothing_is_deleted_but_what_a_killed_export_left",
+    ),
+    Guard(
+        "export: a folder that was renamed is not deleted",
+        "cli/unfinished.py",
+        "not os.path.samestat(folder, path.lstat())",
+        "False",
+        f"{_STALE}::test_a_folder_that_becomes_a_result_while_it_is_looked_at_stays_whole",
+    ),
+    Guard(
+        "export: a folder with other files is not deleted",
+        "cli/unfinished.py",
+        "each.name in names and ",
+        "",
+        f"{_STALE}::test_nothing_is_deleted_but_what_a_killed_export_left",
+    ),
     Guard(
         "moderate: the state is the one the admin saw",
         f"{RESULTS_SQL}:moderate",
