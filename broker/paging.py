@@ -1,10 +1,11 @@
 """Listings a page at a time: the cursor is where the last row of a page stands.
 
-By time and id, or by a number of the database.
+By time and id, by a number of the database, or by a runner's name.
 """
 
 import base64
 import binascii
+import re
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -12,6 +13,8 @@ from broker.errors import InvalidRequest, Violation
 
 PAGE_MAX = 1000
 INT_MAX = 2**31 - 1  # PostgreSQL's
+# As the allowlist takes them (schemas/runner_key.json).
+_RUNNER_ID = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9])?")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -52,6 +55,23 @@ def read_number(cursor: str) -> int:
     if not 0 <= number <= INT_MAX:
         raise _not_ours()
     return number
+
+
+def write_name(runner_id: str) -> str:
+    """Return the cursor of the runner of this name."""
+    return base64.urlsafe_b64encode(runner_id.encode()).decode()
+
+
+def read_name(cursor: str) -> str:
+    """Return the name of the runner before the page. Raises InvalidRequest as `read_cursor`."""
+    try:
+        name = base64.b64decode(cursor.encode("ascii"), altchars=b"-_", validate=True).decode()
+    except (ValueError, binascii.Error):
+        raise _not_ours() from None
+    # PostgreSQL takes no U+0000, and a name has at most 128 characters.
+    if not _RUNNER_ID.fullmatch(name):
+        raise _not_ours()
+    return name
 
 
 def _not_ours() -> InvalidRequest:

@@ -1,6 +1,7 @@
 """Runners as admins see and steer them: list, pause, resume, drain."""
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -8,6 +9,7 @@ import asyncpg
 
 from broker.credentials import Admin
 from broker.errors import NotFound
+from broker.paging import check_limit, read_name, write_name
 from broker.registry import capped
 from broker.times import time_to_come
 from config.settings import Settings
@@ -21,6 +23,14 @@ _SHOWN = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class RunnerPage:
+    """Some runners, and where the next ones begin."""
+
+    runners: list[dict[str, Any]]
+    next_cursor: str | None
+
+
 class RunnerCare:
     """Looks at the fleet, and steers single runners."""
 
@@ -29,16 +39,26 @@ class RunnerCare:
         self._settings = settings
         self._stale_after = timedelta(seconds=settings.lease_ttl_s + settings.claim_wait_max_s)
 
-    async def list_all(self) -> list[dict[str, Any]]:
-        """Return every runner that has registered, by name."""
-        return [self._shown(row) for row in await runners.overview(self._pool)]
+    async def page(self, cursor: str | None, limit: int) -> RunnerPage:
+        """Return `limit` runners that have registered after `cursor`, by name.
+
+        Raises InvalidRequest.
+        """
+        check_limit(limit)
+        after = read_name(cursor) if cursor else None
+        rows = await runners.list_page(self._pool, after=after, limit=limit + 1)
+        shown, more = rows[:limit], len(rows) > limit
+        return RunnerPage(
+            [self._shown(row) for row in shown],
+            write_name(shown[-1]["runner_id"]) if more else None,
+        )
 
     async def show(self, runner_id: str) -> dict[str, Any]:
         """Return one runner. Raises NotFound."""
-        rows = await runners.overview(self._pool, runner_id)
-        if not rows:
+        row = await runners.show(self._pool, runner_id)
+        if row is None:
             raise NotFound(f"No runner {runner_id} has registered here.")
-        return self._shown(rows[0])
+        return self._shown(row)
 
     async def pause(
         self, by: Admin, runner_id: str, reason: str, until: str | None

@@ -8,8 +8,6 @@ was interrupted, or is made every night, goes on where it stopped.
 import hashlib
 import os
 import re
-import shutil
-import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +27,7 @@ from cli.output import (
     usage_error,
 )
 from cli.results_api import RESULTS, accepted_since, download
+from cli.unfinished import delete_stale, unfinished
 
 # The archive is a repository that is checked out anywhere: no hidden folder, no dots at an end, no
 # separators, and no device of Windows, which opens `nul.txt` as one, too.
@@ -59,6 +58,10 @@ def export(
     *names, folder = targets
     if bool(names) == bool(since):
         raise usage_error("say what to export: RUN_IDs or --since, and then the folder")
+    from broker.bundles import CAPS
+
+    for stale in delete_stale(Path(folder), CAPS):
+        note(f"deleted {stale}, which an export that was killed has left")
     with connect(url, token) as admin:
         run_ids = [_run_id(name) for name in names] or accepted_since(
             admin, str(since), state="accepted"
@@ -134,8 +137,7 @@ def _write(admin: AdminClient, record: Mapping[str, Any], folder: Path, place: P
     from broker.bundles import CAPS
 
     folder.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
-    try:
+    with unfinished(folder) as beside:
         wanted = {file["name"]: file["sha256"] for file in record["files"]}
         if unknown := wanted.keys() - CAPS.keys():
             raise _Refused(f"{', '.join(sorted(unknown))} is no file of a bundle")
@@ -154,8 +156,6 @@ def _write(admin: AdminClient, record: Mapping[str, Any], folder: Path, place: P
             if not place.exists():
                 raise
             _compare(place, record)  # another export was faster
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _sum_up(done: list[dict[str, Any]]) -> None:

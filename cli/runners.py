@@ -1,5 +1,7 @@
 """`bakeoff-queue runners`: the machines that have registered, and what to do with one."""
 
+import sys
+from itertools import chain
 from typing import Annotated, Any
 
 import typer
@@ -17,11 +19,12 @@ app = typer.Typer(help="Runners: who is there, pause, resume, drain.", no_args_i
 def list_runners(url: Url = DEFAULT_URL, token: Token = "", as_json: AsJson = False) -> None:
     """List the runners that have registered."""
     with connect(url, token) as admin:
-        listed = admin.get(RUNNERS)
+        pages = list(admin.pages(RUNNERS, sys.maxsize))
+    runners = list(chain.from_iterable(page["runners"] for page in pages))
     if as_json:
-        return print_json(listed)
+        return print_json({"runners": runners})
     columns = ("runner_id", "state", "last_heartbeat", "vram_gb", "quantizations", "current_runs")
-    return print_table(columns, (_row(runner) for runner in listed["runners"]))
+    return print_table(columns, (_row(runner) for runner in runners))
 
 
 @app.command()

@@ -8,10 +8,12 @@ from uuid import UUID
 
 import asyncpg
 
-from db.pool import Executor, fetch_one
+from db.pool import Executor, fetch_one, fetch_planned
 from db.queries import load
 
 SQL = load("runners")
+# A cursor before every runner.
+FIRST_PAGE = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +107,15 @@ async def bury(pool: Executor, silent_for: timedelta) -> list[str]:
     return [row["runner_id"] for row in await pool.fetch(SQL["bury"], silent_for)]
 
 
-async def overview(pool: Executor, runner_id: str | None = None) -> list[asyncpg.Record]:
-    """Return the runners that have registered here, or the one of this name."""
-    return await pool.fetch(SQL["overview"], runner_id)
+async def list_page(pool: asyncpg.Pool, *, after: str | None, limit: int) -> list[asyncpg.Record]:
+    """Return one page of the runners that have registered here, by name, after the cursor."""
+    return await fetch_planned(pool, SQL["overview"], None, after or FIRST_PAGE, limit)
+
+
+async def show(pool: asyncpg.Pool, runner_id: str) -> asyncpg.Record | None:
+    """Return the runner of this name as the list has it, if it has registered here."""
+    rows = await fetch_planned(pool, SQL["overview"], runner_id, FIRST_PAGE, 1)
+    return rows[0] if rows else None
 
 
 async def is_draining(pool: Executor, runner_id: str) -> bool:

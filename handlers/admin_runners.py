@@ -16,9 +16,11 @@ class RunnersHandler(AdminHandler):
     scopes: ClassVar[dict[str, str]] = {"GET": "read"}
 
     async def get(self) -> None:
-        """List the runners that have registered."""
-        self.query()
-        self.answer(200, {"runners": await self.services.runner_care.list_all()})
+        """List the runners that have registered, by name, a page at a time."""
+        asked = self.query("cursor", "limit")
+        page = await self.services.runner_care.page(asked.get("cursor"), self.page_size(asked))
+        self.link_next(asked, page.next_cursor)
+        self.answer(200, {"runners": page.runners, "next_cursor": page.next_cursor})
 
 
 class RunnerHandler(AdminHandler):

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 from structlog.testing import capture_logs
 
+from cli import client
 from config.settings import Settings
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.cli_admin import Outcome, Shell
@@ -64,6 +65,26 @@ async def test_ls_shows_each_runner_with_its_state_and_what_it_works_on(
         assert idle.split()[:2] == ["runner-b", "idle"]
         runners = (await desk("runners", "ls", "--json")).json["runners"]
         assert [runner["current_runs"] for runner in runners] == [[run_id], []]
+
+
+@pytest.mark.gen_test
+async def test_ls_shows_all_runners_however_many_pages_they_take(
+    make_settings: MakeSettings,
+    sigstore: ThrowawaySigstore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = [f"runner-{letter}" for letter in "abcde"]
+    monkeypatch.setattr(client, "PAGE", 2)
+    async with operating(make_settings(), sigstore, monkeypatch, capsys) as (fleet, desk):
+        for name in names:
+            await fleet.sign_on(name)
+        listed = await desk("runners", "ls")
+        assert (listed.code, listed.err) == (0, [])
+        assert [line.split()[0] for line in listed.out.splitlines()] == ["runner_id", *names]
+        told = (await desk("runners", "ls", "--json")).json
+        assert list(told) == ["runners"]  # one document, with nothing left to ask for
+        assert [runner["runner_id"] for runner in told["runners"]] == names
 
 
 @pytest.mark.gen_test

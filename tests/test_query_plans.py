@@ -20,10 +20,13 @@ from db.queries import load
 from sandbox import servers
 
 SQL = {**load("run_queue"), **load("archive")}
+RUNNERS = load("runners")
 PENDING, UNFIT, LATER, DUE, DONE, LIVE = 89_000, 50_000, 10_000, 1_000, 48_000, 2_000
 MODELS = 40
 FIRST = ("0001-01-01", "00000000-0000-0000-0000-000000000000")
 TTL = timedelta(minutes=5)
+# As the service plans its hot statements, and its listings (db/pool.fetch_planned).
+GENERIC, CUSTOM = "force_generic_plan", "force_custom_plan"
 DONE_NOW = """
 UPDATE run_queue SET status = 'COMPLETE', completed_at = now() WHERE queue_id IN (
     SELECT queue_id FROM run_queue WHERE status = 'PENDING' LIMIT $1
@@ -100,6 +103,19 @@ def test_reads_no_more_than_it_needs(seeded: Seeded, name: str) -> None:
     assert touched <= pages, json.dumps(plan, indent=1)
 
 
+@pytest.mark.parametrize(("page", "pages"), [(True, 1_200), (False, 20)])
+def test_a_page_of_runners_reads_its_own_rows_and_no_others(
+    seeded: Seeded, page: bool, pages: int
+) -> None:
+    """A hundred and one of 2,000 runners, or one: not all of them, nor all their keys."""
+    arguments = [None, "", 101] if page else [seeded.idle[0].runner_id, "", 1]
+    plan = asyncio.run(_explain(seeded.dsn, RUNNERS["overview"], arguments, CUSTOM))
+    for table in ("runners", "runner_keys", "run_queue"):
+        assert not list(_scanned(plan, table)), json.dumps(plan, indent=1)
+    touched = plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
+    assert touched <= pages, json.dumps(plan, indent=1)
+
+
 RUN, LEASE = "00000000-0000-0000-0000-000000000001", "00000000-0000-0000-0000-000000000002"
 GUARD = [RUN, LEASE, "runner-a", "a-key"]
 OF_ONE_RUN = {
@@ -155,12 +171,15 @@ def _scanned(plan: dict[str, Any], table: str) -> Iterator[dict[str, Any]]:
         yield from _scanned(below, table)
 
 
-async def _explain(dsn: str, statement: str, arguments: Sequence[Any]) -> dict[str, Any]:
+async def _explain(
+    dsn: str, statement: str, arguments: Sequence[Any], mode: str = GENERIC
+) -> dict[str, Any]:
     async with seeding.open_connection(dsn) as connection:
         await connection.execute(f"PREPARE pinned AS {statement}")
         given = f"({', '.join(map(_literal, arguments))})" if arguments else ""
         transaction = connection.transaction()
         await transaction.start()
+        await connection.execute(f"SET LOCAL plan_cache_mode = {mode}")
         explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE pinned{given}"
         row = await fetch_one(connection, explain)
         await transaction.rollback()  # the next plan meets the same rows
@@ -173,7 +192,7 @@ def _literal(value: Any) -> str:
         return f"'{value.total_seconds()} seconds'"
     if isinstance(value, list):
         return "'{" + ",".join("NULL" if v is None else str(v) for v in value) + "}'"
-    return f"'{value}'"
+    return "NULL" if value is None else f"'{value}'"
 
 
 async def _seed(dsn: str) -> Seeded:

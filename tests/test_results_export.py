@@ -1,7 +1,12 @@
 """`results export`, and the commands that list and moderate: real commands, a real server."""
 
 import hashlib
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +15,7 @@ import pytest
 
 from cli import results_export
 from cli.client import BYTES, AdminClient
+from cli.unfinished import delete_stale, unfinished
 from config.settings import Settings
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.archive import problems
@@ -157,6 +163,95 @@ def test_an_export_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
         pytest.raises(KeyboardInterrupt),
     ):
         results_export._write(AdminClient(http), record, tmp_path, tmp_path / "place")
+    assert list(tmp_path.iterdir()) == []
+
+
+def left(archive: Path, name: str, *files: str, days: float = 2) -> Path:
+    """Make a folder as a killed export leaves it, of so many days ago."""
+    folder = archive / name
+    folder.mkdir()
+    for file in files:
+        (folder / file).write_text("{}")
+    then = time.time() - days * 86_400
+    os.utime(folder, (then, then))
+    return folder
+
+
+@pytest.mark.gen_test
+async def test_the_next_export_deletes_what_a_killed_one_left(
+    make_settings: MakeSettings,
+    sigstore: ThrowawaySigstore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    async with operating(make_settings(), sigstore, monkeypatch, capsys) as (fleet, desk):
+        run_id = await hand_in(fleet, await fleet.sign_on())
+        stale = left(tmp_path, ".export-abcd1234", "result.json", "summary.md")
+        done = await desk("results", "export", run_id, tmp_path)
+        assert (done.code, done.err[0]) == (
+            0, f"deleted {stale}, which an export that was killed has left",
+        )  # fmt: skip
+        assert left_over(tmp_path) == []
+        await desk("results", "export", run_id, tmp_path / "none-yet")  # no folder, nothing to do
+        assert left_over(tmp_path / "none-yet") == []
+
+
+def test_nothing_is_deleted_but_what_a_killed_export_left(tmp_path: Path) -> None:
+    names = {"result.json"}
+    left(tmp_path, ".export-young", "result.json", days=0.9)
+    left(tmp_path, ".export-of-mine", "result.json", "notes.txt")
+    left(tmp_path, ".exports", "result.json")
+    left(tmp_path, "submissions", "result.json")
+    deep = left(tmp_path, ".export-deep")
+    (deep / "result.json").mkdir()
+    os.utime(deep, (0, 0))
+    linked = left(tmp_path, ".export-linked")
+    (linked / "result.json").symlink_to(tmp_path / "submissions" / "result.json")
+    os.utime(linked, (0, 0))
+    (tmp_path / ".export-link").symlink_to(left(tmp_path, "elsewhere", "result.json"))
+    (tmp_path / ".export-file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    assert delete_stale(tmp_path, names) == []
+    assert sorted(tmp_path.rglob("*")) == before
+    assert delete_stale(tmp_path / "no-such-folder", names) == []
+
+
+def test_nobody_deletes_a_folder_that_an_export_still_writes(tmp_path: Path) -> None:
+    """However old: its laptop was asleep for a week."""
+    with unfinished(tmp_path) as folder:
+        (folder / "result.json").write_text("{}")
+        os.utime(folder, (0, 0))
+        assert delete_stale(tmp_path, {"result.json"}) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_becomes_a_result_while_it_is_looked_at_stays_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = left(tmp_path, ".export-abcd1234", "result.json")
+    monkeypatch.setattr(
+        "cli.unfinished.fcntl.flock", lambda *_: folder.rename(tmp_path / "a-result")
+    )
+    assert delete_stale(tmp_path, {"result.json"}) == []
+    assert files_of(tmp_path / "a-result") == {"result.json": b"{}"}
+
+
+def test_a_killed_export_holds_its_folder_no_more(tmp_path: Path) -> None:
+    """SIGKILL in the middle of it: the lock goes with the process."""
+    program = (
+        "import os, signal, sys, pathlib\n"
+        "from cli.unfinished import unfinished\n"
+        "with unfinished(pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'result.json').touch()\n"
+        "    os.utime(folder, (0, 0))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    root = Path(__file__).parents[1]
+    killed = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=root, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    [folder] = tmp_path.iterdir()
+    assert delete_stale(tmp_path, {"result.json"}) == [folder]
     assert list(tmp_path.iterdir()) == []
 
 

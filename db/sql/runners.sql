@@ -79,7 +79,10 @@ WHERE
 RETURNING runner_id
 
 -- name: overview
--- Every runner that has registered here, with its key, what it holds and how long it was silent.
+-- Up to $3 runners that have registered here, by name, after the cursor ($2), or the one called $1:
+-- each with its key, what it holds and how long it was silent. The page is cut first, in the order of
+-- the primary key: who has registered has a key (a foreign key), and bakeoff's own runners have none.
+-- The LIMIT of one key keeps the planner from reading all keys to join them.
 SELECT
     r.runner_id, r.hostname, r.version, r.status, r.capabilities, r.registered_at, r.started_at,
     r.last_heartbeat, clock_timestamp() - r.last_heartbeat AS silent_for,
@@ -92,9 +95,19 @@ SELECT
         FROM run_queue AS q
         WHERE q.claimed_by = r.runner_id AND q.lease_slot IS NOT NULL
     ) AS current_runs
-FROM runners AS r
-INNER JOIN runner_keys AS k ON r.key_fingerprint = k.fingerprint
-WHERE $1::text IS NULL OR r.runner_id = $1
+FROM (
+    SELECT * FROM runners
+    WHERE
+        key_fingerprint IS NOT NULL AND runner_id > $2
+        AND ($1::text IS NULL OR runner_id = $1)
+    ORDER BY runner_id
+    LIMIT $3
+) AS r
+CROSS JOIN LATERAL (
+    SELECT fingerprint, revoked_at, capability_caps, max_leases FROM runner_keys
+    WHERE fingerprint = r.key_fingerprint
+    LIMIT 1
+) AS k
 ORDER BY r.runner_id
 
 -- name: pause

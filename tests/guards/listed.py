@@ -796,7 +796,32 @@ SWEEP = (
     ),
 )
 
+_RUNNER_PAGES = (
+    "tests/test_admin_runners.py::test_pages_are_in_one_order_lose_none_and_show_none_twice"
+)
+
 ADMIN = (
+    Guard(
+        "runners: the next page begins after the last row",
+        f"{RUNNERS}:overview",
+        "runner_id > $2",
+        "runner_id >= $2",
+        _RUNNER_PAGES,
+    ),
+    Guard(
+        "runners: a page is filled with those that registered here",
+        f"{RUNNERS}:overview",
+        "key_fingerprint IS NOT NULL AND ",
+        "",
+        _RUNNER_PAGES,
+    ),
+    Guard(
+        "runners: a cursor is a runner's name",
+        "broker/paging.py",
+        "    if not _RUNNER_ID.fullmatch(name):\n        raise _not_ours()\n",
+        "",
+        "tests/test_admin_runners.py::test_a_query_that_makes_no_sense_is_422",
+    ),
     Guard(
         "cancel: a run that nobody works on",
         f"{QUEUE}:cancel_pending",
@@ -1049,7 +1074,44 @@ ROWS = "tests/test_result_rows.py"
 VERIFY = "tests/test_results_verify.py"
 EXPORT = "tests/test_results_export.py"
 
+_STALE = "tests/test_results_export.py"
+
 RESULTS = (
+    Guard(
+        "export: a folder that is still written is locked",
+        "cli/unfinished.py",
+        "fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        f"{_STALE}::test_nobody_deletes_a_folder_that_an_export_still_writes",
+    ),
+    Guard(
+        "export: a folder that is locked is not deleted",
+        "cli/unfinished.py",
+        "fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        f"{_STALE}::test_nobody_deletes_a_folder_that_an_export_still_writes",
+    ),
+    Guard(
+        "export: a young folder is not deleted",
+        "cli/unfinished.py",
+        " or time.time() - folder.st_mtime < STALE_S",
+        "",
+        f"{_STALE}::test_nothing_is_deleted_but_what_a_killed_export_left",
+    ),
+    Guard(
+        "export: a folder that was renamed is not deleted",
+        "cli/unfinished.py",
+        "not os.path.samestat(folder, path.lstat())",
+        "False",
+        f"{_STALE}::test_a_folder_that_becomes_a_result_while_it_is_looked_at_stays_whole",
+    ),
+    Guard(
+        "export: a folder with other files is not deleted",
+        "cli/unfinished.py",
+        "each.name in names and ",
+        "",
+        f"{_STALE}::test_nothing_is_deleted_but_what_a_killed_export_left",
+    ),
     Guard(
         "moderate: the state is the one the admin saw",
         f"{RESULTS_SQL}:moderate",
