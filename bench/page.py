@@ -51,7 +51,7 @@ def fleet() -> str:
     """Return the tables of the simulated fleet."""
     found = _read("fleet")
     requests = _table(
-        (f"{found['runners']:,} runners", "per s", "p50 ms", "p99 ms"),
+        (f"{found['runners']:,} runners", "per s", "p50 ms", "p99 ms", "resent"),
         ([kind, *map(str, each.values())] for kind, each in found["requests"].items()),
     )
     cores = _table(("program", "cores"), ((n, f"{c:.2f}") for n, c in found["cores"].items()))

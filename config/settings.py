@@ -8,7 +8,6 @@ config.yaml. A mistyped name is an error in each of them.
 
 import difflib
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,14 +17,13 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from config.key_rings import parse_key_ring, parse_seed_ring
 from config.unreadable import why_unreadable
 
 PREFIX = "BAKEOFF_QUEUE_"
 CONFIG_VARIABLE = f"{PREFIX}CONFIG"
 # Read by the command line's admin commands (cli/), not part of the service's settings.
 CLIENT_VARIABLES = {f"{PREFIX}URL", f"{PREFIX}TOKEN"}
-MIN_SECRET_BYTES = 32
-SEED_BYTES = 32
 DAY_S = 86_400
 # PostgreSQL's intervals and Python's timedelta hold it; who wants to keep things for ever says so.
 MAX_RETENTION_S = 1000 * 365 * DAY_S
@@ -262,45 +260,6 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Say which source wins: arguments, environment, secret files, YAML."""
         return init_settings, env_settings, _SecretFiles(settings_cls), _QueueSection(settings_cls)
-
-
-def parse_key_ring(ring: SecretStr) -> dict[str, bytes]:
-    """Read `kid:secret[,kid:secret]`. Raises ValueError, which never holds a secret."""
-    keys = {kid: secret.encode() for kid, secret in _entries("token_keys", ring)}
-    for kid, secret in keys.items():
-        if len(secret) < MIN_SECRET_BYTES:
-            raise ValueError(
-                f"token_keys: the secret of {kid} is shorter than {MIN_SECRET_BYTES} bytes;"
-                " make one with `openssl rand -hex 32`"
-            )
-    return keys
-
-
-def parse_seed_ring(ring: SecretStr) -> dict[str, bytes]:
-    """Read `kid:seed[,kid:seed]`, the seeds in hex. Raises ValueError, which never holds a seed."""
-    return {kid: _seed(kid, text) for kid, text in _entries("receipt_keys", ring)}
-
-
-def _seed(kid: str, text: str) -> bytes:
-    if not re.fullmatch(rf"[0-9a-fA-F]{{{2 * SEED_BYTES}}}", text):
-        raise ValueError(
-            f"receipt_keys: the seed of {kid} is not {SEED_BYTES} bytes in hex;"
-            " make one with `openssl rand -hex 32`"
-        )
-    return bytes.fromhex(text)
-
-
-def _entries(setting: str, ring: SecretStr) -> list[tuple[str, str]]:
-    """Split `kid:secret[,kid:secret]`; each kid names one secret."""
-    entries: list[tuple[str, str]] = []
-    for position, entry in enumerate(filter(None, ring.get_secret_value().split(",")), start=1):
-        kid, colon, secret = entry.strip().partition(":")
-        if not kid or not colon:
-            raise ValueError(f"{setting}: entry {position} is not of the form kid:secret")
-        if kid in dict(entries):
-            raise ValueError(f"{setting}: the kid {kid} appears twice")
-        entries.append((kid, secret))
-    return entries
 
 
 def load_settings(**arguments: Any) -> Settings:

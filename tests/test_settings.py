@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from config.key_rings import parse_key_ring, parse_seed_ring
 from config.settings import (
     CONFIG_VARIABLE,
     PREFIX,
     Settings,
     SettingsRefused,
     load_settings,
-    parse_key_ring,
-    parse_seed_ring,
 )
 from server import ServerRefused, open_services
 

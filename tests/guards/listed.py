@@ -929,6 +929,20 @@ BELL = (
         " tests/test_expiry_listener.py::test_a_restart_that_loses_the_notification_setting_is_noticed_when_we_reconnect",
     ),
     Guard(
+        "lease keys: what a key waited to be written is off its life",
+        "broker/lease_keys.py",
+        "(expires - now) * 1000",
+        "(expires - now + GATHER_S) * 1000",
+        "tests/test_lease_keys.py::test_a_key_does_not_live_longer_for_the_time_that_it_gathered",
+    ),
+    Guard(
+        "lease keys: one of a lapsed lease is written with a life",
+        "broker/lease_keys.py",
+        "max(1, int((expires - now) * 1000))",
+        "int((expires - now) * 1000)",
+        "tests/test_lease_keys.py::test_a_key_whose_lease_lapsed_while_it_gathered_still_rings",
+    ),
+    Guard(
         "listener: only lease keys ring",
         "broker/expiry_node.py",
         'elif message["type"] == "message" and message["data"].startswith(PREFIX.encode()):',
@@ -980,6 +994,13 @@ BELL = (
 )
 
 SERVER = (
+    Guard(
+        "stop: writes the lease keys that gathered, whatever ended it",
+        "server.py",
+        "        stack.push_async_callback(keys.flush)  # when all who put keys have ended\n",
+        "",
+        "tests/test_lease_keys.py::test_a_server_whose_body_raises_writes_the_keys_that_gathered",
+    ),
     Guard(
         "stop: a second signal ends it at once",
         "server.py",
