@@ -27,7 +27,11 @@ replayed AS (
     SELECT r.place, q.queue_id
     FROM requests AS r
     INNER JOIN admitted AS a ON r.fingerprint = a.fingerprint
-    INNER JOIN run_queue AS q ON r.runner_id = q.claimed_by AND r.claim_key = q.claim_key
+    CROSS JOIN LATERAL (
+        SELECT q.queue_id FROM run_queue AS q
+        WHERE q.claimed_by = r.runner_id AND q.claim_key = r.claim_key
+        OFFSET 0 -- a probe each: as a join it may become a merge with the keys of all leases
+    ) AS q
 ),
 
 -- A runner's lowest free lease slot. Two claims of one runner in two processes may see the same
