@@ -117,22 +117,22 @@ CLAIM = (
     Guard(
         "claim: a lease is given again to a good key only",
         f"{QUEUE}:claim",
-        "    INNER JOIN admitted AS a ON r.fingerprint = a.fingerprint\n    INNER JOIN run_queue",
-        "    INNER JOIN run_queue",
+        "    INNER JOIN admitted AS a ON r.fingerprint = a.fingerprint\n    CROSS JOIN",
+        "    CROSS JOIN",
         f"{RACES}::test_a_claim_sent_again_by_a_key_whose_time_is_over_does_not_get_its_lease",
     ),
     Guard(
         "claim: a lease is given again to its holder only",
         f"{QUEUE}:claim",
-        "ON r.runner_id = q.claimed_by AND r.claim_key",
-        "ON r.claim_key",
+        "WHERE q.claimed_by = r.runner_id AND q.claim_key",
+        "WHERE q.claim_key",
         f"{RACES}::test_the_same_idempotency_key_gives_the_same_lease_while_it_lives",
     ),
     Guard(
         "claim: only the same key is a claim sent again",
         f"{QUEUE}:claim",
-        "q.claimed_by AND r.claim_key = q.claim_key",
-        "q.claimed_by",
+        "r.runner_id AND q.claim_key = r.claim_key",
+        "r.runner_id",
         f"{RACES}::test_a_runner_may_hold_as_many_leases_as_its_key_says",
     ),
     Guard(
