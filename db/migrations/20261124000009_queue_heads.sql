@@ -1,11 +1,11 @@
 -- migrate:up
 
--- The models that have PENDING runs, each with its first ready run, if it has one, and whether it
--- has deferred ones: an index probe each, however long their queues are. A claim goes on from the
+-- The models that have PENDING runs, each with its first ready run, if it has one, and whether a
+-- deferred one has come due: an index probe each, however long their queues are. A claim goes on from the
 -- first run and so steps only once over the entries of runs that were claimed before, which stay in
 -- the index while some session holds an old snapshot.
 CREATE FUNCTION queue_heads() RETURNS TABLE (
-    model_id uuid, priority int, created_at timestamptz, queue_id uuid, deferred boolean
+    model_id uuid, priority int, created_at timestamptz, queue_id uuid, due boolean
 )
 STABLE PARALLEL SAFE ROWS 30 LANGUAGE sql
 BEGIN ATOMIC
@@ -28,23 +28,24 @@ WITH RECURSIVE ready AS (
 
 later AS (
     (
-        SELECT q.model_id FROM run_queue AS q
+        SELECT q.model_id, q.retry_after FROM run_queue AS q
         WHERE q.status = 'PENDING' AND q.job IS NOT NULL AND q.retry_after IS NOT NULL
-        ORDER BY q.model_id LIMIT 1
+        ORDER BY q.model_id, q.retry_after LIMIT 1
     )
     UNION ALL
     SELECT n.* FROM later AS l
     CROSS JOIN LATERAL (
-        SELECT q.model_id FROM run_queue AS q
+        SELECT q.model_id, q.retry_after FROM run_queue AS q
         WHERE
             q.status = 'PENDING' AND q.job IS NOT NULL AND q.retry_after IS NOT NULL
             AND q.model_id > l.model_id
-        ORDER BY q.model_id LIMIT 1
+        ORDER BY q.model_id, q.retry_after LIMIT 1
     ) AS n
 )
 
 SELECT
-    coalesce(r.model_id, l.model_id), r.priority, r.created_at, r.queue_id, l.model_id IS NOT NULL
+    coalesce(r.model_id, l.model_id), r.priority, r.created_at, r.queue_id,
+    coalesce(l.retry_after <= statement_timestamp(), false)
 FROM ready AS r FULL JOIN later AS l ON r.model_id = l.model_id;
 END;
 DROP FUNCTION waiting_models();

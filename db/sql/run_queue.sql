@@ -129,7 +129,7 @@ rounds (step, kind, found, chosen, taken) AS (
                     ORDER BY q.retry_after
                     LIMIT 2 * k.asked + 16
                 ) AS q
-                WHERE f.deferred
+                WHERE f.due
             ) AS h
             ORDER BY h.priority, h.created_at, h.queue_id
             LIMIT 2 * k.asked + 16
