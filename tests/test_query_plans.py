@@ -162,6 +162,15 @@ def test_a_claim_asks_for_its_key_alone_whatever_the_planner_thinks_of_probes(id
     assert probe in conditions, json.dumps(plan, indent=1)
 
 
+def test_a_claim_enters_each_models_queue_at_its_head(idle: str) -> None:
+    """What died before the head, while a session holds an old snapshot, is stepped over once."""
+    asked = [[24], ["q8_0"], *[["runner-a"]] * 2, *[["a-key"]] * 2, [1], TTL, 1, 86_400]
+    plan = asyncio.run(_explain(idle, SQL["claim"], asked))
+    conditions = [read.get("Index Cond", "") for read in _reads(plan, "run_queue")]
+    head = "(ROW(priority, created_at, queue_id) >= ROW(f.priority, f.created_at, f.queue_id))"
+    assert any(head in re.sub(r"\bf_\d+\.", "f.", condition) for condition in conditions)
+
+
 def _reads(plan: dict[str, Any], table: str) -> Iterator[dict[str, Any]]:
     if plan.get("Relation Name") == table and plan["Node Type"] != "ModifyTable":
         yield plan

@@ -1,9 +1,9 @@
 -- migrate:up
 
 -- The models that have PENDING runs, each with its first ready run, if it has one, and whether a
--- deferred one has come due: an index probe each, however long their queues are. A claim goes on from the
--- first run and so steps only once over the entries of runs that were claimed before, which stay in
--- the index while some session holds an old snapshot.
+-- deferred one has come due: an index probe each, however long their queues are. A claim goes on
+-- from the first run and so steps only once over the entries of runs that were claimed before, which
+-- stay in the index while some session holds an old snapshot.
 CREATE FUNCTION queue_heads() RETURNS TABLE (
     model_id uuid, priority int, created_at timestamptz, queue_id uuid, due boolean
 )

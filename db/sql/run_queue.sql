@@ -94,10 +94,10 @@ rounds (step, kind, found, chosen, taken) AS (
             ),
 
             -- Only a model whose first run is among the best can have one of the best. First runs
-            -- that a kind before this one took count too, so as many more are looked at.
+            -- that a kind before this one took count too, so as many more are looked at. A model
+            -- that has only deferred runs is the last here (NULL) and finds none below.
             best AS (
                 SELECT f.* FROM fitting AS f
-                WHERE f.queue_id IS NOT NULL
                 ORDER BY f.priority, f.created_at, f.queue_id
                 LIMIT 2 * k.asked + 16 + cardinality(r.taken)
             )
