@@ -374,6 +374,41 @@ async def test_of_more_models_than_are_looked_at_the_best_run_is_found(
         assert job["run_id"] == between
 
 
+# Before the first of a model's queue a claim looks at nothing; these lie behind it.
+FIRST = {
+    "ended": "UPDATE run_queue SET priority = 0 WHERE run_id = $1",
+    "deferred": "UPDATE run_queue SET retry_after = now() - interval '1 s' WHERE run_id = $1",
+    "bakeoff's own": "UPDATE run_queue SET priority = 0 WHERE run_id = $1",
+}
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("why", HIDDEN)
+async def test_runs_behind_the_first_that_nobody_may_take_do_not_crowd_out_the_others(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, why: str
+) -> None:
+    """Two ask together, so 20 runs are looked at."""
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runners = [await fleet.sign_on(f"runner-{number}") for number in range(2)]
+        first = await fleet.enqueue(priority=100)
+        await enqueue_all(fleet, *(run_of(priority=1) for _ in range(20)))
+        last = await fleet.enqueue(priority=200)
+        await fleet.pool.execute(HIDDEN[why])
+        await fleet.pool.execute(FIRST[why], first)
+        rows = await run_queue.claim(
+            fleet.pool,
+            [
+                Claimant(
+                    f"runner-{number}", runner.fingerprint, "a key", "d" * 64,
+                    Capabilities(24, tuple(sorted(QUANTIZATIONS))),
+                )
+                for number, runner in enumerate(runners)
+            ],
+            ttl=timedelta(60), max_leases=1, max_runtime_s=60,
+        )  # fmt: skip
+        assert [str(row["run_id"]) for row in rows] == [first, last]
+
+
 @pytest.mark.gen_test
 async def test_of_more_models_than_are_looked_at_the_best_that_another_kind_left_is_found(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore

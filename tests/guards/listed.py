@@ -217,7 +217,7 @@ CLAIM = (
         f"{QUEUE}:claim",
         "AND q.retry_after <= statement_timestamp()",
         "AND q.retry_after IS NOT NULL",
-        f"{CLAIMS}::test_a_deferred_run_waits_for_its_time_and_says_when",
+        f"{CLAIMS}::test_runs_behind_the_first_that_nobody_may_take_do_not_crowd_out_the_others",
     ),
     Guard(
         "claim: what has come due takes its place in the queue's order",
@@ -281,7 +281,7 @@ CLAIM = (
         "AND q.status = 'PENDING' AND q.job IS NOT NULL\n"
         "                        AND q.retry_after IS NULL",
         "AND q.job IS NOT NULL AND q.retry_after IS NULL",
-        f"{CLAIMS}::test_runs_that_have_ended_do_not_stand_in_the_way_of_those_that_wait",
+        f"{CLAIMS}::test_runs_behind_the_first_that_nobody_may_take_do_not_crowd_out_the_others",
     ),
     Guard(
         "claim: what one kind of runner took is not another's",
@@ -310,7 +310,7 @@ CLAIM = (
         "AND q.status = 'PENDING' AND q.job IS NOT NULL\n"
         "                        AND q.retry_after IS NULL",
         "AND q.status = 'PENDING' AND q.retry_after IS NULL",
-        f"{CLAIMS}::test_rows_of_bakeoffs_own_local_runner_are_never_handed_out",
+        f"{CLAIMS}::test_runs_behind_the_first_that_nobody_may_take_do_not_crowd_out_the_others",
     ),
     Guard(
         "claim: a run that another claim takes is passed over",
