@@ -235,6 +235,7 @@ DROP TABLE runner_keys;
 DROP FUNCTION vram_need_gb(double precision, double precision, numeric);
 -- Our rows need our columns: without them they would look like upstream's.
 DELETE FROM run_queue WHERE job IS NOT NULL;
+ALTER TABLE run_queue ALTER COLUMN prompt_id SET NOT NULL;
 DROP INDEX run_queue_live;
 ALTER TABLE run_queue RESET (fillfactor, autovacuum_vacuum_scale_factor);
 ALTER TABLE run_queue
