@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev serve test lint history fuzz fuzz-parsers guards bench bench-quick bench-claims bench-heartbeats bench-peers bench-depth bench-wakeup bench-parked bench-expiry bench-balanced bench-submits bench-finished bench-charts bench-page soak fleet rolling requirements clean
+.PHONY: help demo dev serve test lint history fuzz fuzz-parsers guards upstream bench bench-quick bench-claims bench-heartbeats bench-peers bench-depth bench-wakeup bench-parked bench-expiry bench-balanced bench-submits bench-finished bench-charts bench-page soak fleet rolling requirements clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ fuzz-parsers: $(VENV)/.test  ## let atheris look for paths through the five pars
 
 guards: $(VENV)/.test  ## remove each guard in a copy and show the test that fails: ONLY=claim
 	@$(BIN)/python -m tests.guards $(if $(ONLY),--only '$(ONLY)')
+
+upstream: $(VENV)/.test  ## replay real files of bakeoff through real servers: DIR=... (harness/*/job.json)
+	@$(BIN)/python -m tests.upstream $(DIR)
 
 bench: $(VENV)/.bench  ## B1 to B9 of the performance page: the table, and bench/results/latest.json
 	@$(BIN)/python -m bench.all $(ARGS)

@@ -39,7 +39,8 @@ FROM quantization_methods AS x WHERE x.name = 'q8_0';
 INSERT INTO runner_keys (fingerprint, public_key, runner_id, added_by, max_leases)
 SELECT 'key-' || n, decode(lpad(to_hex(n), 64, '0'), 'hex'), 'bench-' || n, 'bench', 64
 FROM generate_series(0, 999) AS n;
-INSERT INTO runners (runner_id, key_fingerprint) SELECT runner_id, fingerprint FROM runner_keys;
+INSERT INTO runners (runner_id, public_key, key_fingerprint)
+SELECT runner_id, '', fingerprint FROM runner_keys;
 """
 # A job of some kilobytes is as long as a real one, and is stored outside the row like one.
 FILL = """
@@ -47,8 +48,10 @@ WITH made AS (
     INSERT INTO runs (run_id, submitted_at, publisher_id)
     SELECT gen_random_uuid(), now(), 'bench' FROM generate_series(1, $1) RETURNING run_id
 )
-INSERT INTO run_queue (queue_id, run_id, model_id, job, config_hash, status, created_at)
-SELECT gen_random_uuid(), run_id, (SELECT model_id FROM models), '{"tasks": [], "prompts": []}', '',
+INSERT INTO run_queue (queue_id, run_id, model_id, judge_model_id, job, config_hash, status,
+    created_at)
+SELECT gen_random_uuid(), run_id, (SELECT model_id FROM models), (SELECT model_id FROM models),
+    '{"tasks": [], "prompts": []}', '',
     'PENDING', now()
 FROM made
 """
@@ -72,9 +75,9 @@ numbered AS (
     SELECT run_id, (row_number() OVER ())::int AS n FROM made
 ),
 queued AS (
-    INSERT INTO run_queue (queue_id, run_id, model_id, job, config_hash, status, claimed_by,
-        lease_seq, created_at, completed_at)
-    SELECT gen_random_uuid(), run_id, (SELECT model_id FROM models),
+    INSERT INTO run_queue (queue_id, run_id, model_id, judge_model_id, job, config_hash, status,
+        claimed_by, lease_seq, created_at, completed_at)
+    SELECT gen_random_uuid(), run_id, (SELECT model_id FROM models), (SELECT model_id FROM models),
         '{"tasks": [], "prompts": []}', '', 'COMPLETE', 'bench-' || n % 1000, 2,
         now() - interval '60 days' + n * interval '1 second',
         now() - interval '30 days' + n * interval '1 second'

@@ -34,7 +34,15 @@ from sandbox.runner_client import RunnerClient
 from sandbox.runner_identity import Identity, load_key
 from sandbox.runner_life import Patience, Runner
 from sandbox.sigstore_instance import EmailSubject
-from sandbox.stack import CATALOGUE, ISSUER, DemoRunner, Stack, admin_api, open_stack
+from sandbox.stack import (
+    CATALOGUE,
+    CATALOGUE_FILES,
+    ISSUER,
+    DemoRunner,
+    Stack,
+    admin_api,
+    open_stack,
+)
 from sandbox.stopping import Stopped, stoppable
 
 PUBLIC_URL = "http://queue.bench.test"
@@ -145,7 +153,7 @@ class Rolling:
     def _enqueue(self) -> None:
         batch = str(uuid.uuid4())
         # The last one is there to fit nobody.
-        runs = read_runs(CATALOGUE / "config.yaml", CATALOGUE / "models", batch)[:-1]
+        runs = read_runs(CATALOGUE / "config.yaml", CATALOGUE_FILES, batch)[:-1]
         wanted = (runs * (RUNS_PER_RESTART // len(runs) + 1))[:RUNS_PER_RESTART]
         self._api.post("/api/admin/queue", {"runs": wanted})
 

@@ -45,20 +45,20 @@ WITH made AS (
     SELECT gen_random_uuid(), now(), 'bench' FROM generate_series(1, $2) RETURNING run_id
 ),
 numbered AS (SELECT run_id, row_number() OVER () AS n FROM made)
-INSERT INTO run_queue
-    (queue_id, run_id, model_id, job, config_hash, priority, retry_after, created_at)
-SELECT gen_random_uuid(), run_id, ($1::uuid[])[1 + n % cardinality($1)], $3, '', $4,
-    now() + $5::interval, now() - interval '1 hour' + n * interval '1 microsecond'
-FROM numbered
+INSERT INTO run_queue (queue_id, run_id, model_id, judge_model_id, job, config_hash, priority,
+    retry_after, created_at)
+SELECT gen_random_uuid(), run_id, m.model_id, m.model_id, $3, '', $4, now() + $5::interval,
+    now() - interval '1 hour' + n * interval '1 microsecond'
+FROM numbered, LATERAL (SELECT ($1::uuid[])[1 + n % cardinality($1)] AS model_id) AS m
 """
 ADD_KEYS = """
 INSERT INTO runner_keys (fingerprint, public_key, runner_id, added_by, max_leases)
 SELECT f, k, r, 'bench', $4 FROM unnest($1::text[], $2::bytea[], $3::text[]) AS t (f, k, r)
 """
 ADD_RUNNERS = """
-INSERT INTO runners (runner_id, hostname, capabilities, key_fingerprint, registered_at, started_at,
-    last_heartbeat, status)
-SELECT r, 'bench', c, f, now(), now(), now(), 'IDLE'
+INSERT INTO runners (runner_id, public_key, hostname, capabilities, key_fingerprint, registered_at,
+    started_at, last_heartbeat, status)
+SELECT r, '', 'bench', c, f, now(), now(), now(), 'IDLE'
 FROM unnest($1::text[], $2::text[], $3::jsonb[]) AS t (r, f, c)
 """
 LEASE = """

@@ -118,7 +118,9 @@ class Wakeups:
 
     async def _enqueue(self) -> None:
         run_id = uuid4()
-        run = QueuedRun(run_id, self._model, json.dumps(JOB), "", 100, None, 5, None, None)
+        run = QueuedRun(
+            run_id, self._model, self._model, json.dumps(JOB), "", 100, None, 5, None, None
+        )
         async with self._connection.transaction():
             await self._connection.execute(
                 "INSERT INTO runs (run_id, submitted_at, publisher_id) VALUES ($1, now(), 'bench')",

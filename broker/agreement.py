@@ -5,6 +5,7 @@ members, leave them out, and name its own paths, server and costs. Rows are made
 the records alone, so what is passed over here misleads a reader of the files, and no row.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
@@ -16,6 +17,9 @@ from broker.strict_json import pointer
 Place = tuple[str | int, ...]
 HANDED_OUT = "is not what was handed out"
 OF_RESULT = "is not what result.json says"
+# Of a model in the config, what its answers depend on and no machine may choose.
+_OF_A_MODEL = ("id", "mode", "enabled", "ctx", "num_params", "num_active_params")
+_JUDGE, _DATASET = ("config", "judge"), ("config", "dataset")
 
 
 def unlike_the_job(result: Mapping[str, Any], job: Job) -> Iterator[Violation]:
@@ -25,19 +29,34 @@ def unlike_the_job(result: Mapping[str, Any], job: Job) -> Iterator[Violation]:
     run = {"name": job.run_id, "seed": seed}
     yield from _unlike(run, config.get("run"), ("config", "run"), HANDED_OUT)
     yield from _unlike({"seed": seed}, result["provenance"], ("provenance",), HANDED_OUT)
-    models = {job.model_ref, *_ids(job.config.get("models"), "id")}
     for place, listed, member in (
-        (("config", "models"), config.get("models"), "id"),
+        (("config", "models"), config["models"], "id"),
         (("model_scores",), result.get("model_scores"), "model_id"),
+        (("model_metadata",), result.get("model_metadata"), "id"),
     ):
         for index, model in enumerate(_ids(listed, member)):
-            if model not in models | {None}:
+            if model not in (job.model_ref, None):
                 yield Violation(pointer((*place, index, member)), "is not the job's model")
+    for index, model in enumerate(config["models"]):
+        yield from _other_weights(job.config["models"][0], model, ("config", "models", index))
+    yield from _other_weights(_members(job.config.get("judge")), config.get("judge"), _JUDGE)
+    yield from _unlike(
+        _members(job.config.get("dataset")), config.get("dataset"), _DATASET, HANDED_OUT
+    )
     # A config.yaml has its prompts; the admin API takes them beside it, and both are handed out.
     prompts = [*job.prompts, *_listed(job.config.get("prompts"))]
     yield from _unlike_by_id(prompts, config.get("prompts"), ("config", "prompts"))
     yield from _unlike_by_id([*job.tasks, *job.floor_tasks], result.get("tasks"), ("tasks",))
     yield from _other_domains(result, job)
+
+
+def _other_weights(handed: Mapping[str, Any], again: Any, place: Place) -> Iterator[Violation]:
+    """A model or judge with another file, context or size; its folder is the machine's own."""
+    same = {name: handed.get(name) for name in _OF_A_MODEL}
+    yield from _unlike(same, again, place, HANDED_OUT)
+    ran, asked = (_file_name(_members(model).get("gguf")) for model in (again, handed))
+    if ran is not None and asked is not None and ran != asked:
+        yield Violation(pointer((*place, "gguf")), "is another file than was handed out")
 
 
 def unlike_the_result(
@@ -47,9 +66,11 @@ def unlike_the_result(
     config_hash = result["provenance"].get("config_hash")
     said = {"run_status": result.get("run_status"), "config_hash": config_hash}
     yield from _unlike(said, manifest, (), OF_RESULT)
-    for place, told in (((), manifest), (("bundle",), _members(manifest.get("bundle")))):
-        if not _same_time(told.get("timestamp"), result["timestamp"]):
-            yield Violation(pointer((*place, "timestamp")), OF_RESULT)
+    if not _same_time(manifest.get("timestamp"), result["timestamp"]):
+        yield Violation("/timestamp", OF_RESULT)
+    # The archive compares this one as a text.
+    if _members(manifest.get("bundle")).get("timestamp") not in (None, result["timestamp"]):
+        yield Violation("/bundle/timestamp", OF_RESULT)
     models = _models_of(result)
     for index, model in enumerate(manifest.get("model_ids") or ()):
         if models and model not in models:
@@ -99,15 +120,19 @@ def _models_of(result: Mapping[str, Any]) -> set[str | None]:
 
 def _same_time(told: str | None, said: str) -> bool:
     """Whether two times may be one: to the second, and by the clock if one has no offset."""
-    if told is None:
+    if told is None or told == said:
         return True
     try:
         one, other = (datetime.fromisoformat(time).replace(microsecond=0) for time in (told, said))
-    except ValueError:  # no day of the calendar, or of a legacy result, whose times have no rule
-        return True
+    except ValueError:  # no day of the calendar, or a legacy result's: then it is the same text
+        return False
     if (one.tzinfo is None) != (other.tzinfo is None):
         return True  # of which offset the other one is, nobody can say
     return one == other
+
+
+def _file_name(gguf: Any) -> str | None:
+    return re.split(r"[\\/]", gguf)[-1] if isinstance(gguf, str) else None
 
 
 def _members(value: Any) -> Mapping[str, Any]:

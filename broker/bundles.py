@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from broker import agreement, strict_json
-from broker.cells import judge_score
+from broker.cells import failed, judge_score
 from broker.documents import Schema, load_schema
 from broker.errors import (
     BrokerError,
@@ -24,7 +24,7 @@ from broker.errors import (
     RunMismatch,
     Violation,
 )
-from broker.jobs import MAX_CELLS, Cell, Job
+from broker.jobs import MAX_CELLS, Cell, Job, harness_hash
 from broker.strict_json import MAX_VIOLATIONS, pointer, quote
 
 RESULT = "result.json"
@@ -51,6 +51,10 @@ NAMED_MISSING = 5  # of the cells a complete result lacks
 # Members and entries of a result: 16 MiB as the harness writes it hold some 750,000. Two bytes are
 # enough for one, which becomes 200 and more: without a limit, gigabytes.
 MAX_VALUES = 1_000_000
+OTHER_HASH = (
+    "is not the hash of /config: the first 16 hex digits of SHA-256 over json.dumps(config,"
+    " sort_keys=True); hand in result.json as the harness wrote it"
+)
 _ANOTHER_RUN = Violation("/run_id", "is not the claimed run")
 TOO_MANY = Violation(
     "", "send one record for each cell of the job in /records, and no long lists beside them"
@@ -208,8 +212,8 @@ def _other_digests(files: dict[str, Any], submitted: Mapping[str, str]) -> Itera
 
 
 def _unbound(result: dict[str, Any], job: Job) -> Iterator[Violation]:
-    if job.config_hash and result["provenance"].get("config_hash") != job.config_hash:
-        yield Violation("/provenance/config_hash", "is not the job's config_hash")
+    if result["provenance"]["config_hash"] != harness_hash(result["config"]):
+        yield Violation("/provenance/config_hash", OTHER_HASH)
     grid = _Grid.of(job)
     seen: set[Cell] = set()
     for index, record in enumerate(result["records"]):
@@ -219,16 +223,18 @@ def _unbound(result: dict[str, Any], job: Job) -> Iterator[Violation]:
             yield Violation(pointer(("records", index)), "an earlier record has the same cell")
         seen.add(cell)
     if result["run_status"] == "complete":
-        yield from _missing(job, grid.cells - seen)
+        yield from _missing(job, seen)
     yield from _unbound_judgements(result.get("judgements") or (), grid)
 
 
-def _missing(job: Job, missing: frozenset[Cell]) -> Iterator[Violation]:
+def _missing(job: Job, seen: set[Cell]) -> Iterator[Violation]:
+    """Floor cells may be missing: the harness does not repeat those that failed when it resumes."""
+    missing = [cell for cell in job.main_cells() if cell not in seen]
     if missing:
-        first = islice((cell for cell in job.cells() if cell in missing), NAMED_MISSING)
+        first = missing[:NAMED_MISSING]
         named = "; ".join(f"{quote(cell.task_id)} x {quote(cell.prompt_id)}" for cell in first)
         more = f" and {len(missing) - NAMED_MISSING} more" if len(missing) > NAMED_MISSING else ""
-        yield Violation("/records", f"a complete run has every cell; missing: {named}{more}")
+        yield Violation("/records", f"a complete run has every main cell; missing: {named}{more}")
 
 
 def _unbound_judgements(judgements: Iterable[dict[str, Any]], grid: "_Grid") -> Iterator[Violation]:
@@ -236,7 +242,7 @@ def _unbound_judgements(judgements: Iterable[dict[str, Any]], grid: "_Grid") -> 
     scored: set[tuple[str, str]] = set()
     for index, judgement in enumerate(judgements):
         yield from grid.foreign(("judgements", index), judgement)
-        if judge_score(judgement) is None:
+        if "model_id" not in judgement or failed(judgement) or judge_score(judgement) is None:
             continue
         cell = (judgement["task_id"], judgement["prompt_id"])
         if cell in scored:
@@ -262,8 +268,10 @@ class _Grid:
     def foreign(self, place: tuple[str, int], entry: dict[str, Any]) -> Iterator[Violation]:
         """What of a record or judgement (which has no tier) is not of the job."""
         task_id, prompt_id, tier = entry["task_id"], entry["prompt_id"], entry.get("tier")
-        if entry["model_id"] != self.model_ref:
-            yield Violation(pointer((*place, "model_id")), "is not the job's model")
+        pairwise = entry.get("a_model") is not None  # of two models, one is always another
+        for member in ("a_model", "b_model") if pairwise else ("model_id",):
+            if entry.get(member) != self.model_ref:
+                yield Violation(pointer((*place, member)), "is not the job's model")
         if task_id not in self.tasks:
             yield Violation(pointer((*place, "task_id")), "is not a task of the job")
         elif (task_id, prompt_id) not in self.pairs:

@@ -16,12 +16,13 @@ import asyncpg
 import structlog
 
 from broker.credentials import Admin
-from broker.enqueue_request import Prepared, PreparedRun, prepare
+from broker.enqueue_request import Prepared, prepare
 from broker.errors import Conflict, InvalidRequest, Unavailable, Violation
 from broker.strict_json import MAX_VIOLATIONS
 from broker.workers import WorkerLost, Workers
 from config.settings import Settings
 from db import admin, models, run_queue, submissions, tasks
+from db.models import NewModel
 from db.pool import Executor, retries
 from db.run_queue import QueuedRun
 
@@ -43,7 +44,7 @@ class Enqueue:
     async def add(
         self, by: Admin, body: bytes, idempotency_key: str | None
     ) -> list[dict[str, Any]]:
-        """Add the runs of a body; return {run_id, queue_id, status, created} of each.
+        """Add the runs of a body; return {run_id, queue_id, status, created, warnings} of each.
 
         Raises InvalidJson, DuplicateKey, InvalidRequest or UnknownQuantization with every
         violation, Conflict, or Unavailable when the worker is lost.
@@ -97,14 +98,18 @@ class Enqueue:
             connection, [each.row for each in prepared.runs if each.row.run_id in new]
         )
         rows = {row["run_id"]: row for row in await run_queue.enqueued(connection, run_ids)}
+        earlier = await run_queue.same_config(
+            connection, sorted({each.row.config_hash for each in prepared.runs}), run_ids
+        )
         return [
             {
-                "run_id": str(run_id),
-                "queue_id": str(rows[run_id]["queue_id"]),
-                "status": rows[run_id]["status"],
-                "created": run_id in new,
+                "run_id": str(each.row.run_id),
+                "queue_id": str(rows[each.row.run_id]["queue_id"]),
+                "status": rows[each.row.run_id]["status"],
+                "created": each.row.run_id in new,
+                "warnings": [*each.warnings, *_again(earlier.get(each.row.config_hash))],
             }
-            for run_id in run_ids
+            for each in prepared.runs
         ]
 
 
@@ -124,24 +129,45 @@ async def _answered(
 async def _write_models(connection: Executor, prepared: Prepared) -> None:
     await models.add_creators(connection, prepared.creators)
     await models.add(connection, prepared.models)
-    for text in prepared.sources:
-        await models.add_sources(connection, text)
-    known = await models.known(connection, [each.row.model_id for each in prepared.runs])
+    named = [model for each in prepared.runs for model in each.models]
+    found = await models.known(
+        connection,
+        list({model_id for _, model_id, _ in named}),
+        list({new.model_hash for _, _, new in named if new and new.model_hash}),
+    )
+    known = {row["model_id"]: row for row in found}
+    hashes = {row["model_hash"]: row["model_id"] for row in found}
     wrong = tuple(
         violation
-        for each in prepared.runs
-        for violation in _check_known(each, known.get(each.row.model_id))
+        for at, model_id, new in named
+        for violation in _check_known(at, new, known.get(model_id), hashes)
     )
     if wrong:
         raise InvalidRequest(None, wrong[:MAX_VIOLATIONS])
+    # Only now: a model whose hash another row has was not added, and has no row to belong to.
+    for text in prepared.sources:
+        await models.add_sources(connection, text)
 
 
-def _check_known(run: PreparedRun, model: asyncpg.Record | None) -> list[Violation]:
+def _again(earlier: asyncpg.Record | None) -> list[str]:
+    """Say that a config is in the queue already: to enqueue it twice is seldom meant."""
+    if earlier is None:
+        return []
+    batch = f" of batch {earlier['batch_id']}" if earlier["batch_id"] else ""
+    at = f"{earlier['created_at']:%Y-%m-%dT%H:%M:%SZ}"
+    return [f"the same config was enqueued at {at} as run {earlier['run_id']}{batch}"]
+
+
+def _check_known(
+    at: str, new: NewModel | None, model: asyncpg.Record | None, hashes: Mapping[str, UUID]
+) -> list[Violation]:
     """A model that is there already must be one that a claim can fit."""
-    at = f"{run.at}/model"
+    if model is None and new is not None:  # not added: another row has its hash, which is unique
+        detail = f"is that of {hashes.get(str(new.model_hash))}: name that model by its model_id"
+        return [Violation(f"{at}/model_hash", detail)]
     if model is None:
         return [Violation(f"{at}/model_id", "is not a model we know: send its descriptor")]
-    if run.quantization_id is not None and run.quantization_id != model["quantization_id"]:
+    if new is not None and new.quantization_id != model["quantization_id"]:
         # Upstream's provisional id knows no quantization: the files of one repository would be
         # one model, and a run would be handed out by the VRAM need of another one.
         detail = (

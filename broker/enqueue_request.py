@@ -14,7 +14,7 @@ from auth.keys import digest_of
 from broker import model_descriptors, task_rows
 from broker.documents import load_schema
 from broker.errors import InvalidRequest, UnknownQuantization, Violation
-from broker.jobs import MAX_CELLS, as_stored
+from broker.jobs import MAX_CELLS, as_stored, comparable_hash
 from broker.model_descriptors import Lookups, ModelRows
 from broker.strict_json import MAX_VIOLATIONS
 from broker.times import parse_time
@@ -23,6 +23,12 @@ from db.run_queue import QueuedRun
 from db.tasks import NewPrompt, NewTask
 
 DEFAULT_PRIORITY = 100
+MODELS = ("model", "judge")
+PAIRWISE = "pairwise_all"  # the harness's default
+JUDGE_NOT_COUNTED = (
+    "config.judge is enabled and the run names no judge: its VRAM need is its model's alone. Give"
+    " the judge's descriptor or model_id as `judge`, and the larger of both counts."
+)
 # Of different tasks and prompts, in one transaction: whoever enqueues the same ones waits for it.
 MAX_CELLS_TOGETHER = 2 * MAX_CELLS
 # What one statement takes: some 50 ms of PostgreSQL, and no long hold of the server's event loop.
@@ -35,12 +41,14 @@ _WRITE = json.JSONEncoder(ensure_ascii=False, default=str).encode  # str: of a U
 class PreparedRun:
     """A run that passed every check that needs no transaction; `at` is its place in the body.
 
-    `quantization_id` is its descriptor's, None where the model is named by its id.
+    `models` are its model and its judge, each with its place; a row where it came as a descriptor,
+    and not by its id.
     """
 
     row: QueuedRun
     at: str
-    quantization_id: int | None
+    models: tuple[tuple[str, UUID, NewModel | None], ...]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +77,10 @@ def prepare(body: bytes, lookups: Lookups, max_attempts: int) -> Prepared:
     request_sha256 = digest_of(runs)
     different = _different(runs)
     described = {
-        i: model_descriptors.rows(run["model"], lookups)
+        (i, part): model_descriptors.rows(run[part], lookups)
         for i, run in enumerate(runs)
-        if "model_id" not in run["model"]
+        for part in MODELS
+        if part in run and "model_id" not in run[part]
     }
     by_id = {each.model.model_id: each for each in described.values()}
     models = [by_id[model_id] for model_id in sorted(by_id)]
@@ -79,7 +88,7 @@ def prepare(body: bytes, lookups: Lookups, max_attempts: int) -> Prepared:
     tasks, prompts = _rows(different)
     return Prepared(
         request_sha256,
-        tuple(_run(run, described.get(i), max_attempts, i) for i, run in enumerate(runs)),
+        tuple(_run(run, described, max_attempts, i) for i, run in enumerate(runs)),
         tuple(creators[key] for key in sorted(creators)),
         tuple(each.model for each in models),
         tuple(_texts(NewSource, (source for each in models for source in each.sources))),
@@ -98,9 +107,10 @@ def _check_all(runs: Sequence[Mapping[str, Any]], lookups: Lookups) -> None:
 
 
 def _check(run: Mapping[str, Any], lookups: Lookups, at: str) -> list[Violation]:
-    wrong = []
-    if "model_id" not in run["model"]:
-        wrong += model_descriptors.check(run["model"], lookups, f"{at}/model")
+    wrong = _check_judge(run["config"].get("judge"), "judge" in run, at)
+    for part in MODELS:
+        if part in run and "model_id" not in run[part]:
+            wrong += model_descriptors.check(run[part], lookups, f"{at}/{part}")
     wrong += _twice([task["id"] for task in run["tasks"]], f"{at}/tasks")
     wrong += _twice([task["id"] for task in run.get("floor_tasks", ())], f"{at}/floor_tasks")
     wrong += _twice([prompt["id"] for prompt in run["prompts"]], f"{at}/prompts")
@@ -108,6 +118,26 @@ def _check(run: Mapping[str, Any], lookups: Lookups, at: str) -> list[Violation]
     if _count(run) > MAX_CELLS:
         wrong.append(Violation(f"{at}/tasks", f"a run has at most {MAX_CELLS} cells"))
     return wrong
+
+
+def _check_judge(judge: Any, named: bool, at: str) -> list[Violation]:
+    """A judge that compares models has nothing to compare in a run, which has one model."""
+    if not _judges(judge):
+        if named:
+            detail = "is given, and config.judge is not enabled: leave it out, or enable it"
+            return [Violation(f"{at}/judge", detail)]
+        return []
+    if judge.get("mode", PAIRWISE) == PAIRWISE:
+        detail = (
+            f"is {PAIRWISE}, which compares the answers of several models, and a run has one: all"
+            " judged cells would score 0; set it to scored, or set judge.enabled to false"
+        )
+        return [Violation(f"{at}/config/judge/mode", detail)]
+    return []
+
+
+def _judges(judge: Any) -> bool:
+    return isinstance(judge, dict) and bool(judge.get("enabled"))
 
 
 def _twice(ids: Sequence[str | None], at: str, member: str = "id") -> list[Violation]:
@@ -159,14 +189,26 @@ def _rows(
 
 
 def _run(
-    run: Mapping[str, Any], described: ModelRows | None, max_attempts: int, place: int
+    run: Mapping[str, Any],
+    described: Mapping[tuple[int, str], ModelRows],
+    max_attempts: int,
+    place: int,
 ) -> PreparedRun:
     run_id = UUID(run["run_id"]) if "run_id" in run else uuid4()
     job, at = _job(run, run_id), f"/runs/{place}"
     not_before = run.get("not_before")
+    found = []
+    for part in MODELS:
+        if part in run:
+            rows = described.get((place, part))
+            model = rows.model if rows else None
+            model_id = model.model_id if model else UUID(run[part]["model_id"])
+            found.append((f"{at}/{part}", model_id, model))
+    unjudged = _judges(run["config"].get("judge")) and "judge" not in run
     row = QueuedRun(
         run_id=run_id,
-        model_id=described.model.model_id if described else UUID(run["model"]["model_id"]),
+        model_id=found[0][1],
+        judge_model_id=found[-1][1],
         job=_WRITE(job),
         config_hash=job["config_hash"],
         priority=int(run.get("priority", DEFAULT_PRIORITY)),
@@ -175,7 +217,7 @@ def _run(
         max_runtime_s=int(run["max_runtime_s"]) if "max_runtime_s" in run else None,
         batch_id=UUID(run["batch_id"]) if "batch_id" in run else None,
     )
-    return PreparedRun(row, at, described.model.quantization_id if described else None)
+    return PreparedRun(row, at, tuple(found), (JUDGE_NOT_COUNTED,) if unjudged else ())
 
 
 def _job(run: Mapping[str, Any], run_id: UUID) -> dict[str, Any]:
@@ -186,7 +228,7 @@ def _job(run: Mapping[str, Any], run_id: UUID) -> dict[str, Any]:
     config = as_stored(run["config"])
     config["run"] = {**config.get("run", {}), "name": str(run_id)}
     config.setdefault("models", [{"id": run["model"].get("name", run["model"].get("model_id"))}])
-    return {**as_stored(_tasks(run)), "config": config, "config_hash": digest_of(config)}
+    return {**as_stored(_tasks(run)), "config": config, "config_hash": comparable_hash(config)}
 
 
 def _tasks(run: Mapping[str, Any]) -> dict[str, Any]:

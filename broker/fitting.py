@@ -12,11 +12,13 @@ from db.run_queue import Capabilities
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """The PENDING runs of one model, counted up to a bound, and what it takes to run them."""
+    """The PENDING runs of one model and judge, counted up to a bound, and what they need."""
 
     model_name: str
     quantization: str
-    need_gb: int
+    judge_name: str | None  # of the model that judges its answers, if one does
+    judge_quantization: str  # the model's own where none does
+    need_gb: int  # of the larger of both: one is in VRAM at a time
     claimable: int
     deferred: int
     next_retry: datetime | None  # of the first deferred run
@@ -30,7 +32,13 @@ class Offer:
     @property
     def name(self) -> str:
         """What people call it."""
-        return f"{self.model_name} {self.quantization}"
+        judged = f" judged by {self.judge_name}" if self.judge_name else ""
+        return f"{self.model_name} {self.quantization}{judged}"
+
+    @property
+    def quantizations(self) -> frozenset[str]:
+        """What a runner must support to run it."""
+        return frozenset({self.quantization, self.judge_quantization})
 
     @property
     def runs(self) -> int:
@@ -39,7 +47,7 @@ class Offer:
 
     def fits(self, runner: Capabilities) -> bool:
         """Return whether the runner can run it: the VRAM rule and the quantization."""
-        return self.need_gb <= runner.vram_gb and self.quantization in runner.quantizations
+        return self.need_gb <= runner.vram_gb and self.quantizations <= {*runner.quantizations}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +76,10 @@ def reasons(offers: Sequence[Offer], runner: Capabilities) -> list[Reason]:
         detail = f"needs {nearest.need_gb} GB, you offer {runner.vram_gb}"
         found.append(Reason("vram", count(too_big), detail, nearest.name))
     small = [offer for offer in offers if offer.need_gb <= runner.vram_gb]
-    if unsupported := [o for o in small if o.quantization not in runner.quantizations]:
-        names = " or ".join(sorted({offer.quantization for offer in unsupported}))
+    offered = frozenset(runner.quantizations)
+    if unsupported := [offer for offer in small if not offer.quantizations <= offered]:
+        missing = {name for offer in unsupported for name in offer.quantizations - offered}
+        names = " or ".join(sorted(missing))
         detail = f"needs {names}, you offer {', '.join(runner.quantizations)}"
         found.append(Reason("quantization", count(unsupported), detail, unsupported[0].name))
     later = [(offer.next_retry, offer) for offer in offers if offer.fits(runner)]

@@ -1,11 +1,13 @@
 """The job of a run: what was handed out, and the cells a result of it may fill."""
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, NamedTuple, Self
 
+from auth.keys import digest_of
 from broker.errors import InvalidRequest, Violation
 
 MAX_CELLS = 100_000  # as many records as schemas/result.json allows
@@ -32,7 +34,6 @@ class Job:
     floor_tasks: tuple[dict[str, Any], ...]
     prompts: tuple[dict[str, Any], ...]
     config: dict[str, Any]
-    config_hash: str | None
 
     @classmethod
     def from_payload(cls, run_id: str, payload: dict[str, Any]) -> Self:
@@ -48,7 +49,6 @@ class Job:
             floor_tasks=tuple(payload.get("floor_tasks") or ()),
             prompts=tuple(payload["prompts"]),
             config=payload["config"],
-            config_hash=payload.get("config_hash"),
         )
         if job.cell_count > MAX_CELLS:
             raise InvalidRequest(
@@ -62,18 +62,45 @@ class Job:
         return len(self.tasks) * len(self.prompts) + len(self.floor_tasks)
 
     def cells(self) -> Iterator[Cell]:
-        """Every cell a complete result fills, in the job's order."""
+        """Every cell a result may fill, in the job's order."""
+        yield from self.main_cells()
+        for task in self.floor_tasks:
+            yield Cell(task["id"], FLOOR, FLOOR_TIER)
+
+    def main_cells(self) -> Iterator[Cell]:
+        """Every cell a complete result fills: a resumed run repeats no failed floor cell."""
         for task in self.tasks:
             for prompt in self.prompts:
                 yield Cell(task["id"], prompt["id"], MAIN_TIER)
-        for task in self.floor_tasks:
-            yield Cell(task["id"], FLOOR, FLOOR_TIER)
 
     def scorers(self) -> dict[tuple[str, str], str]:
         """The scorer of each (task_id, tier): the job's, not what the result says of it."""
         return {(task["id"], MAIN_TIER): task["scorer"] for task in self.tasks} | {
             (task["id"], FLOOR_TIER): task["scorer"] for task in self.floor_tasks
         }
+
+
+def harness_hash(config: dict[str, Any]) -> str:
+    """Return what the harness writes as `config_hash` of a config: 16 hex digits.
+
+    Of the config that it ran, with the paths of its own machine: two machines that run one job
+    write two hashes (upstream: json.dumps with sort_keys and Python's other defaults).
+    """
+    text = json.dumps(config, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def comparable_hash(config: Mapping[str, Any]) -> str:
+    """Return SHA-256 over the canonical JSON of a config without `run.name`, 64 hex digits.
+
+    Every run has a name of its own; all else of the config is the same where two runs may be
+    compared.
+    """
+    run = config.get("run")
+    if isinstance(run, dict):
+        unnamed = {name: value for name, value in run.items() if name != "name"}
+        config = {**config, "run": unnamed}
+    return digest_of(config)
 
 
 def as_stored(value: Any) -> Any:

@@ -23,7 +23,7 @@ _ROW = (
     "claimed_at", "started_at", "completed_at", "created_at", "retry_after", "error_detail",
     "batch_id", "progress", "cancel_requested_at", "cancel_reason", "lease_seq",
     "lease_expires_at", "last_heartbeat", "result_sha256", "config_hash", "max_runtime_s",
-    "quantization", "need_gb",
+    "quantization", "judge_model", "need_gb",
 )  # fmt: skip
 _LISTED = (
     "run_id", "queue_id", "status", "priority", "attempt_count", "max_attempts", "claimed_by",

@@ -18,6 +18,7 @@ from auth.keys import RunnerKey, digest_of
 from auth.remembered import Remembered
 from auth.revocation import Revocations, Revoked
 from auth.tokens import RunnerClaims, Tokens
+from broker import quantizations
 from broker.coalesce import Coalescer
 from broker.errors import (
     ClockSkew,
@@ -74,7 +75,7 @@ class Registry:
         ClockSkew, UnknownQuantization or NonceReused, in this order.
         """
         key = parse_key(registration["public_key"], "/registration/public_key")
-        quantizations = await self.known_quantizations()
+        known = await self.known_quantizations()
         async with self._pool.acquire() as connection, connection.transaction():
             # Locked, like a claim: a revocation that runs beside us is waited for, and seen.
             allowed = check_allowed(await runner_keys.find_for_share(connection, key.fingerprint))
@@ -86,7 +87,8 @@ class Registry:
                 )
             signed_at = parse_time(registration["signed_at"], "/registration/signed_at")
             self._check_clock(signed_at)
-            check_quantizations(registration["capabilities"], quantizations, "/registration")
+            declared = recognized(registration["capabilities"], known, "/registration")
+            registration = {**registration, "capabilities": declared}
             nonce = await self._record(connection, registration, allowed["runner_id"], key)
         return await self._sign_on(registration, allowed, nonce)
 
@@ -114,7 +116,7 @@ class Registry:
         if declared is None:
             declared = standing["capabilities"]
         else:
-            check_quantizations(declared, await self.known_quantizations(), "")
+            declared = recognized(declared, await self.known_quantizations(), "")
         effective = capped(declared, standing["capability_caps"])
         return Capabilities(int(effective["vram_gb"]), tuple(sorted(effective["quantizations"])))
 
@@ -206,15 +208,21 @@ def check_allowed(key: asyncpg.Record | None) -> asyncpg.Record:
     return key
 
 
-def check_quantizations(capabilities: Mapping[str, Any], known: Sequence[str], at: str) -> None:
-    """Raise UnknownQuantization, with the known ones, if a runner declares others."""
+def recognized(capabilities: Mapping[str, Any], known: Sequence[str], at: str) -> dict[str, Any]:
+    """Return the capabilities with the quantizations named as the table does: `Q4_K_M` is q4_k_m.
+
+    Raises UnknownQuantization, with the known ones, if a runner declares others.
+    """
+    declared = capabilities["quantizations"]
+    found = [quantizations.find(name, known) for name in declared]
     unknown = tuple(
         Violation(f"{at}/capabilities/quantizations/{i}", "is not a quantization we know")
-        for i, name in enumerate(capabilities["quantizations"])
-        if name not in known
+        for i, name in enumerate(found)
+        if name is None
     )
     if unknown:
         raise UnknownQuantization(f"Known quantizations: {', '.join(known)}.", unknown)
+    return {**capabilities, "quantizations": list(dict.fromkeys(found))}
 
 
 def capped(declared: Mapping[str, Any], caps: Mapping[str, Any] | None) -> dict[str, Any]:

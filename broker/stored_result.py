@@ -87,8 +87,7 @@ def check_rows(result: dict[str, Any], job: Job, stored: Stored) -> int:
             differences.append(f"{name} is {'only' if digest in kept else 'not'} in the database")
         else:
             differences += _differences(name, said[digest], kept[digest])
-    machine = {**cells.hardware(result), "peak_vram_mb": cells.peak_vram_mb(result)}
-    differences += _differences("hardware", machine, stored.rows["hardware"] or {})
+    differences += _differences("hardware", cells.hardware(result), stored.rows["hardware"] or {})
     run = {"run_status": result["run_status"], "publisher_id": stored.record["runner_id"]}
     differences += _differences("run", run, stored.rows["run"] or {})
     _refuse(differences)

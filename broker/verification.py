@@ -16,6 +16,7 @@ import orjson
 
 from auth.signers import SignerEvidence
 from broker import bundles, cells, task_rows
+from broker.archive_rules import check_archivable
 from broker.jobs import Job
 from broker.signatures import Signature
 from broker.uploads import Upload
@@ -74,6 +75,8 @@ def verify(handed: Handed, upload: Upload) -> Verified:
     # 5. The result belongs to the job that was handed out, and the manifest to the result.
     bundles.check_binding(result, job)
     bundles.check_agreement(manifest, result)
+    # What is accepted here is exported one day: the archive must take it.
+    check_archivable(manifest, result)
     provenance = result["provenance"]
     return Verified(
         digest=upload.digests[bundles.RESULT],
@@ -82,9 +85,7 @@ def verify(handed: Handed, upload: Upload) -> Verified:
         run_status=result["run_status"],
         runner_version=provenance.get("runner_version"),
         prompt_git_hash=(provenance.get("git") or {}).get("sha"),
-        hardware=HardwareMetrics(
-            **cells.hardware(result), peak_vram_mb=cells.peak_vram_mb(result), measured_tflops=None
-        ),
+        hardware=HardwareMetrics(**cells.hardware(result)),
         cells=tuple(_texts(cells.metrics(result, job), payload)),
     )
 

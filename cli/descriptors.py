@@ -1,29 +1,23 @@
 """A model of the harness's config as the descriptor that an enqueued run carries.
 
-The descriptor comes from a folder of JSON files, or is worked out from what the config says. A
-guess that could be wrong is no guess: a wrong quantization or parameter count makes a wrong VRAM
-need, and a runner that goes out of memory after hours.
+The descriptor comes from a folder of JSON files in bakeoff's form (its store names them by their
+ids), or is worked out from what the config says. A guess that could be wrong is no guess: a wrong
+quantization or parameter count makes a wrong VRAM need, and a runner that goes out of memory after
+hours.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from broker import quantizations
 from cli.documents import read_document
 from cli.output import CommandFailed
 
 REQUIRED = ("name", "parameter_count_b", "architecture", "quantization", "file_format")
 MAX_BILLIONS = 100_000  # a larger num_params counts parameters, not billions of them
-
-# Upstream's quantization names as tokens of a file name: `Q2_K_XL` is not q2_k, nor is `Q4_0_4_4`
-# q4_0. Only for guessing; what exists is decided by the service's lookup table.
-_QUANTIZATION = re.compile(
-    r"(?<![a-z0-9])(?:fp32|fp16|bf16|q8_0|q6_k|q5_k_m|q5_k_s|q5_0|q5_1|q4_k_m|q4_k_s|q4_0|q4_1"
-    r"|q3_k_l|q3_k_m|q3_k_s|q2_k|iq4_xs|iq4_nl|iq3_m|iq3_s|iq3_xxs|iq2_m|iq2_xs|iq2_xxs|iq1_m"
-    r"|iq1_s)(?![a-z0-9_])"
-)
 
 
 class Undescribed(Exception):
@@ -62,38 +56,95 @@ def describe(model: Mapping[str, Any], files: Sequence[DescriptorFile]) -> dict[
     missing = [name for name in REQUIRED if found.body.get(name) is None]
     if missing:
         raise Undescribed(f"its descriptor {found.path} lacks {', '.join(missing)}: add them")
+    _refuse_other_weights(model, found)
     return dict(found.body)
 
 
 def _find(model: Mapping[str, Any], files: Sequence[DescriptorFile]) -> DescriptorFile | None:
-    """The file named after the id comes first, then descriptors that carry the id or alias."""
-    names = {model["id"], model.get("alias")}
-    found = [file for file in files if file.path.stem == model["id"]] or [
-        file for file in files if file.body.get("name") in names and file.body.get("name")
-    ]
-    if len(found) > 1:
-        paths = ", ".join(str(file.path) for file in found)
-        raise Undescribed(f"several descriptors fit ({paths}): name one of them {model['id']}.json")
-    return found[0] if found else None
+    """By the file named after the id; else by the id or alias as its name; else by the weights."""
+    file_name = _file_name(model.get("gguf"))
+    stem = file_name.removesuffix(".gguf").lower()
+    names = {model["id"], model.get("alias")} - {None}
+    ways: tuple[Callable[[DescriptorFile], bool], ...] = (
+        lambda file: file.path.stem == model["id"],
+        lambda file: file.body.get("name") in names,
+        lambda file: stem != "" and str(file.body.get("name")).lower() == stem,
+        lambda file: _is_of_weights(file.body, model.get("gguf")),
+    )
+    for way in ways:
+        found = [file for file in files if way(file)]
+        if len(found) > 1:
+            paths = ", ".join(str(file.path) for file in found)
+            raise Undescribed(
+                f"several descriptors fit ({paths}): name one of them {model['id']}.json"
+            )
+        if found:
+            return found[0]
+    return None
+
+
+def _is_of_weights(body: Mapping[str, Any], gguf: Any) -> bool:
+    """Whether a source is this very file, or its repository in this file's quantization."""
+    parts = re.split(r"[\\/]", gguf) if isinstance(gguf, str) else []
+    if len(parts) < 2:
+        return False
+    listed = body.get("sources")
+    sources = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    urls = [str(source.get("url")).rstrip("/") for source in sources]
+    if any(url.endswith(f"/{parts[-1]}") or url == parts[-1] for url in urls):
+        return True
+    repository = "/".join(parts[:2])
+    of_repository = any(url.endswith(f"/{repository}") for url in urls) or any(
+        isinstance(source.get("source_metadata"), dict)
+        and source["source_metadata"].get("hf_repo") == repository
+        for source in sources
+    )
+    named = quantizations.in_file_name(parts[-1])
+    return of_repository and [quantizations.canonical(str(body.get("quantization")))] == named
+
+
+def _refuse_other_weights(model: Mapping[str, Any], found: DescriptorFile) -> None:
+    """Two quantizations of one model often share their alias: the file decides which it is."""
+    named = quantizations.in_file_name(_file_name(model.get("gguf")))
+    said = quantizations.canonical(str(found.body["quantization"]))
+    if len(named) == 1 and named[0] in quantizations.KNOWN and said != named[0]:
+        raise Undescribed(
+            f"its descriptor {found.path} says {said}, and its gguf {named[0]}: correct the one, or"
+            f" name the right descriptor {model['id']}.json"
+        )
 
 
 def _from_config(model: Mapping[str, Any]) -> dict[str, Any]:
     file_name = _file_name(model.get("gguf"))
-    quantizations = set(_QUANTIZATION.findall(file_name.lower()))
     total, active = _billions(model.get("num_params")), _billions(model.get("num_active_params"))
+    other = f", or put a descriptor {model['id']}.json into the --models folder"
     problems = []
     if total is None:
-        problems.append("no usable parameter count: set num_params (such as 7.6 or 7600000000)")
+        problems.append(
+            f"no usable parameter count: set num_params (such as 7.6 or 7600000000){other}"
+        )
     elif model.get("num_active_params") is not None and not 0 < (active or 0) <= total:
-        problems.append("num_active_params is not above 0 and up to num_params: correct it")
+        problems.append(f"num_active_params is not above 0 and up to num_params: correct it{other}")
     if not file_name:
-        problems.append("no gguf: set it to the weights' file name")
-    elif len(quantizations) != 1:
-        problems.append(f"{file_name} does not name exactly one known quantization: rename it")
+        problems.append(f"no gguf: set it to the weights' file name{other}")
+    else:
+        problems += _quantization_problems(file_name, other)
     if total is None or problems:
-        other = f", or put a descriptor {model['id']}.json into the --models folder"
-        raise Undescribed(*(problem + other for problem in problems))
-    return _descriptor(model, file_name, quantizations.pop(), total, active)
+        raise Undescribed(*problems)
+    return _descriptor(model, file_name, quantizations.in_file_name(file_name)[0], total, active)
+
+
+def _quantization_problems(file_name: str, other: str) -> list[str]:
+    named = quantizations.in_file_name(file_name)
+    if len(named) == 1 and named[0] in quantizations.KNOWN:
+        return []
+    known = ", ".join(quantizations.KNOWN)
+    if len(named) == 1:
+        no_need = f"{file_name} is in {named[0]}, of which bakeoff's table has no VRAM need"
+        nearest = "that names the nearest it has by bytes per weight"
+        return [f"{no_need}{other} {nearest}; known: {known}"]
+    what = "names no quantization" if not named else f"names {' and '.join(named)}"
+    return [f"{file_name} {what}: rename it so that it names one{other}; known: {known}"]
 
 
 def _descriptor(

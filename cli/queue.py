@@ -1,6 +1,7 @@
 """`bakeoff-queue queue`: enqueue runs, look at them, cancel them, put them back."""
 
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from itertools import chain
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.client import DEFAULT_URL, AdminClient, Token, Url, connect
-from cli.harness_config import Run, read_runs
+from cli.harness_config import Beside, JudgeMode, Run, read_runs
 from cli.output import (
     BY_JSON,
     AsJson,
@@ -54,6 +55,20 @@ def add(
         Path | None,
         typer.Option(exists=True, file_okay=False, help="Folder of model descriptors (*.json)."),
     ] = None,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="The tasks that the harness's dry run writes (JSONL)."
+        ),
+    ] = None,
+    floor_tasks: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="The harness's dumb_model_tasks.jsonl."),
+    ] = None,
+    judge_mode: Annotated[
+        JudgeMode | None,
+        typer.Option(help="Judge the runs so, where the config compares models with each other."),
+    ] = None,
     priority: Annotated[int | None, typer.Option(help="Lower runs first (100).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the runs.")] = False,
     idempotency_key: Annotated[
@@ -66,7 +81,7 @@ def add(
 ) -> None:
     """Enqueue runs: one per model of a config, or those of the JSON."""
     key = idempotency_key or uuid.uuid4()
-    runs = read_runs(file, models, str(key))
+    runs = read_runs(file, Beside(tasks, floor_tasks, models, judge_mode), str(key))
     if priority is not None:
         runs = [run | {"priority": priority} for run in runs]
     if dry_run:
@@ -211,6 +226,9 @@ def _print_created(created: Sequence[Mapping[str, Any]], runs: Sequence[Run]) ->
             for run, names in zip(created, _names(runs), strict=False)
         ),
     )
+    told = Counter(warning for run in created for warning in run.get("warnings", ()))
+    for warning, count in told.items():
+        note(f"warning: {warning}" if count == 1 else f"warning, of {count} runs: {warning}")
 
 
 def _print_runs(runs: Iterable[Mapping[str, Any]]) -> None:

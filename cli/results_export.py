@@ -6,6 +6,7 @@ was interrupted, or is made every night, goes on where it stopped.
 """
 
 import hashlib
+import json
 import os
 import re
 import uuid
@@ -35,6 +36,7 @@ RUN = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 PUBLISHER = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9])?", re.ASCII)
 DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.IGNORECASE)
 COLUMNS = ("run_id", "publisher", "outcome", "detail")
+TOLD = 3  # violations of one result
 
 
 def export(
@@ -148,6 +150,7 @@ def _write(admin: AdminClient, record: Mapping[str, Any], folder: Path, place: P
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())  # a power cut leaves whole files, or no folder
+        _check_archivable(beside)
         beside.chmod(0o755)  # mkdtemp's is private
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -156,6 +159,23 @@ def _write(admin: AdminClient, record: Mapping[str, Any], folder: Path, place: P
             if not place.exists():
                 raise
             _compare(place, record)  # another export was faster
+
+
+def _check_archivable(folder: Path) -> None:
+    """Raise _Refused for what the archive refuses: one such folder stops the build of its site.
+
+    A submit checks it too; this is for results that were accepted before it did.
+    """
+    from broker.archive_rules import check_archivable
+    from broker.bundles import MANIFEST, RESULT
+    from broker.errors import InvalidBundle
+
+    documents = (json.loads((folder / name).read_bytes()) for name in (MANIFEST, RESULT))
+    try:
+        check_archivable(*documents)
+    except InvalidBundle as error:
+        told = "; ".join(f"{one.pointer} {one.detail}" for one in error.violations[:TOLD])
+        raise _Refused(f"the archive would refuse it: {told}") from None
 
 
 def _sum_up(done: list[dict[str, Any]]) -> None:

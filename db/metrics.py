@@ -28,10 +28,13 @@ class HardwareMetrics:
     power_limit_w: float | None
     cpu_model: str | None
     cpu_cores: int | None
+    cpu_threads: int | None
     ram_gb: float | None
     os_name: str | None
     os_version: str | None
     driver_version: str | None
+    runtime_version: str | None
+    tflops_fp16: float | None  # of the GPU, by its maker
     peak_vram_mb: int | None
     measured_tflops: float | None
 
@@ -48,13 +51,21 @@ async def add_hardware_metrics(connection: Executor, run_id: UUID, of: HardwareM
     """Write the run's hardware row, and find or make the rows it points to."""
     await connection.execute(SQL["lock_hardware"])
     system = await connection.fetchval(
-        SQL["get_or_add_system_hardware"], of.cpu_model, of.cpu_cores, of.ram_gb
+        SQL["get_or_add_system_hardware"], of.cpu_model, of.cpu_cores, of.cpu_threads, of.ram_gb
     )
     software = await connection.fetchval(
-        SQL["get_or_add_system_software"], of.os_name, of.os_version, of.driver_version
+        SQL["get_or_add_system_software"],
+        of.os_name,
+        of.os_version,
+        of.driver_version,
+        of.runtime_version,
     )
-    gpu = await connection.fetchval(SQL["get_or_add_gpu_hardware"], of.gpu_model, of.vram_mb)
-    await connection.execute(SQL["link_gpu"], system, gpu)
+    gpu = None
+    if of.gpu_model is not None:  # upstream's gpu_hardware has no row without a model
+        gpu = await connection.fetchval(
+            SQL["get_or_add_gpu_hardware"], of.gpu_model, of.vram_mb, of.tflops_fp16
+        )
+        await connection.execute(SQL["link_gpu"], system, gpu)
     await connection.execute(
         SQL["add_hardware_metrics"],
         run_id,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from datetime import date
+from datetime import date, datetime
 from typing import Any
 from uuid import UUID
 
@@ -19,9 +19,10 @@ class NewCreator:
     """A row of `creators`."""
 
     creator_id: UUID
-    name: str | None
+    name: str
     display_name: str
     homepage: str | None
+    service_identifiers: dict[str, Any] | None
     provisional: bool
 
 
@@ -41,10 +42,12 @@ class NewModel:
     context_length_max: int | None
     file_format_id: int
     quantization_id: int
+    model_source_mtime: datetime | None
     model_source_size: int | None
     release_date: date | None
     version: str | None
     description: str | None
+    predecessor_model_id: UUID | None
     provisional: bool
 
 
@@ -81,10 +84,11 @@ async def add_sources(connection: Executor, sources: str) -> None:
     await connection.execute(SQL["add_sources"], sources)
 
 
-async def known(connection: Executor, model_ids: Sequence[UUID]) -> dict[UUID, asyncpg.Record]:
-    """Return the models of these ids that exist."""
-    rows = await connection.fetch(SQL["known"], list(model_ids))
-    return {row["model_id"]: row for row in rows}
+async def known(
+    connection: Executor, model_ids: Sequence[UUID], hashes: Sequence[str]
+) -> list[asyncpg.Record]:
+    """Return the models that have one of these ids, or one of these hashes."""
+    return await connection.fetch(SQL["known"], list(model_ids), list(hashes))
 
 
 def _columns(rows: Sequence[Any], of: type[Any]) -> list[list[Any]]:

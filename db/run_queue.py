@@ -65,6 +65,7 @@ class QueuedRun:
 
     run_id: UUID
     model_id: UUID
+    judge_model_id: UUID  # the model itself where no model judges
     job: str
     config_hash: str
     priority: int
@@ -217,6 +218,7 @@ async def enqueue(connection: Executor, runs: Sequence[QueuedRun]) -> None:
             SQL["enqueue"],
             [r.run_id for r in some],
             [r.model_id for r in some],
+            [r.judge_model_id for r in some],
             [r.job for r in some],
             [r.config_hash for r in some],
             [r.priority for r in some],
@@ -228,6 +230,14 @@ async def enqueue(connection: Executor, runs: Sequence[QueuedRun]) -> None:
         )
         before += len(some)
     await connection.execute(SQL["announce"])
+
+
+async def same_config(
+    connection: Executor, config_hashes: Sequence[str], but: Sequence[UUID]
+) -> dict[str, asyncpg.Record]:
+    """Return the newest run of each of these configs, by its hash, except the runs `but`."""
+    rows = await connection.fetch(SQL["same_config"], list(config_hashes), list(but))
+    return {row["config_hash"]: row for row in rows}
 
 
 async def enqueued(connection: Executor, run_ids: Sequence[UUID]) -> list[asyncpg.Record]:
@@ -243,6 +253,7 @@ async def compared(connection: Executor, runs: Sequence[QueuedRun]) -> dict[UUID
             SQL["compared"],
             [r.run_id for r in some],
             [r.model_id for r in some],
+            [r.judge_model_id for r in some],
             [r.job for r in some],
         )
         found |= {row["run_id"]: row["same"] for row in rows}

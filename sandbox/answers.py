@@ -78,12 +78,12 @@ class Executor(Protocol):
 
 
 def cells_of(job: Job) -> Iterator[Cell]:
-    """Each (task, prompt) pair, then each floor task once under the prompt id `floor`."""
+    """Each floor task once under the prompt id `floor`, as the harness does, then each pair."""
+    for task in job.floor_tasks:
+        yield Cell(task, "floor", "", "dumb_model")
     for task in job.tasks:
         for prompt in job.prompts:
             yield Cell(task, prompt["id"], prompt["system"], "main")
-    for task in job.floor_tasks:
-        yield Cell(task, "floor", "", "dumb_model")
 
 
 async def execute(job: Job, executor: Executor, done: Callable[[int], None]) -> list[Outcome]:

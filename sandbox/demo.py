@@ -20,7 +20,7 @@ from sandbox.demo_board import Board
 from sandbox.demo_report import Report, collect, verdict
 from sandbox.demo_view import View
 from sandbox.leash import SandboxError
-from sandbox.stack import CATALOGUE, DemoRunner, Stack, admin_api, open_stack
+from sandbox.stack import CATALOGUE, CATALOGUE_FILES, DemoRunner, Stack, admin_api, open_stack
 
 DEADLINE_S = 120.0
 LOOK_S = 0.25
@@ -154,7 +154,7 @@ def demo_runs() -> list[Run]:
     runs = [
         _with_seed(run, seed)
         for seed in SEEDS
-        for run in read_runs(CATALOGUE / "config.yaml", CATALOGUE / "models", batch)
+        for run in read_runs(CATALOGUE / "config.yaml", CATALOGUE_FILES, batch)
     ]
     return runs[:-1]
 

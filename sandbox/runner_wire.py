@@ -86,7 +86,6 @@ class Job:
     floor_tasks: list[dict[str, Any]]
     prompts: list[dict[str, Any]]
     config: dict[str, Any]
-    config_hash: str
     attempt: int = 1
 
     @classmethod
@@ -97,7 +96,6 @@ class Job:
             **{name: body[name] for name in names},
             floor_tasks=body.get("floor_tasks") or [],
             config=body["config"],
-            config_hash=body["config_hash"],
             attempt=body.get("attempt", 1),
         )
 

@@ -23,6 +23,7 @@ from auth import admin_tokens
 from auth.errors import InvalidToken
 from auth.signer_policy import SCHEMA_VERSION
 from cli.client import AdminClient
+from cli.harness_config import Beside
 from config.settings import PREFIX, Settings
 from db import admin
 from db.migrate import migrate
@@ -37,6 +38,9 @@ READY_S = 30.0
 LOOK_S = 0.05
 ISSUER = "https://issuer.demo.test"
 CATALOGUE = Path(__file__).with_name("catalogue")
+CATALOGUE_FILES = Beside(
+    CATALOGUE / "tasks.jsonl", CATALOGUE / "floor_tasks.jsonl", CATALOGUE / "models"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,12 @@ from typing import Any
 import asyncpg
 import pytest
 import redis
-from pydantic import SecretStr
 
 from config.settings import Settings
 from db import migrate
 from sandbox import servers
 from sandbox.sigstore_instance import ThrowawaySigstore
-from tests.fleet import WORKERS
+from tests.fleet import WORKERS, settings_of, write_signers
 
 _numbers = count(1)
 # pytest-tornado asks asyncio for the current loop before it makes its own; asked for the first time
@@ -75,19 +74,7 @@ def make_settings(
         client.flushall()
 
     def make(**changes: Any) -> Settings:
-        given: dict[str, Any] = {
-            "database_url": SecretStr(database),
-            "redis_lease_url": redis_server.url(1),
-            "redis_token_url": redis_server.url(2),
-            "listen_port": 0,
-            "public_url": "http://queue.test",
-            "token_keys": SecretStr(f"test:{'k' * 32}"),
-            "receipt_keys": SecretStr(f"test:{'ab' * 32}"),
-            "trusted_root": sigstore.trusted_root,
-            "signers_file": signers_file,
-            "database_pool_max": 4,
-        }
-        return Settings(**{**given, **changes})
+        return settings_of(database, redis_server, sigstore, signers_file, **changes)
 
     return make
 
@@ -95,13 +82,7 @@ def make_settings(
 @pytest.fixture(scope="session")
 def signers_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A signer policy that admits one e-mail identity of the throwaway Sigstore."""
-    path = tmp_path_factory.mktemp("policy") / "signers.yaml"
-    path.write_text(
-        "schema_version: bakeoff-results-signers/v1\n"
-        "trusted_identities:\n"
-        "- {identity: runner@bakeoff.test, issuer: https://issuer.bakeoff.test}\n"
-    )
-    return path
+    return write_signers(tmp_path_factory.mktemp("policy"))
 
 
 @contextmanager

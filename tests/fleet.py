@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -14,6 +15,7 @@ import httpx
 import pytest
 import redis.asyncio
 from nacl.signing import SigningKey
+from pydantic import SecretStr
 from tornado.netutil import bind_sockets
 
 from auth import admin_tokens
@@ -26,6 +28,7 @@ from config.settings import Settings
 from db import admin
 from db.pool import open_pool
 from db.run_queue import CHANNEL
+from sandbox import servers
 from sandbox.runner_identity import Identity, public_key_text
 from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
 from server import make_app, make_server, open_services
@@ -307,6 +310,40 @@ def run_of(**changes: Any) -> dict[str, Any]:
         **changes,
     }  # fmt: skip
     return {name: value for name, value in run.items() if value is not None}
+
+
+def settings_of(
+    dsn: str,
+    redis_server: servers.Redis,
+    sigstore: ThrowawaySigstore,
+    policy: Path,
+    **changes: Any,
+) -> Settings:
+    """Return settings for these servers, with any of them changed."""
+    given: dict[str, Any] = {
+        "database_url": SecretStr(dsn),
+        "redis_lease_url": redis_server.url(1),
+        "redis_token_url": redis_server.url(2),
+        "listen_port": 0,
+        "public_url": AUDIENCE,
+        "token_keys": SecretStr(f"test:{'k' * 32}"),
+        "receipt_keys": SecretStr(f"test:{'ab' * 32}"),
+        "trusted_root": sigstore.trusted_root,
+        "signers_file": policy,
+        "database_pool_max": 4,
+    }
+    return Settings(**{**given, **changes})
+
+
+def write_signers(folder: Path) -> Path:
+    """Write a signer policy that admits one e-mail identity of the throwaway Sigstore."""
+    path = folder / "signers.yaml"
+    path.write_text(
+        "schema_version: bakeoff-results-signers/v1\n"
+        "trusted_identities:\n"
+        "- {identity: runner@bakeoff.test, issuer: https://issuer.bakeoff.test}\n"
+    )
+    return path
 
 
 @asynccontextmanager

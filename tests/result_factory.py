@@ -4,8 +4,10 @@ import hashlib
 import json
 from typing import Any
 
+from broker.jobs import harness_hash
+
 MODEL_REF = "smollm2-135m-q4"
-CONFIG_HASH = "c0" * 32
+CONFIG_HASH = "c0" * 32  # of the job: what makes runs comparable
 
 
 def job_payload(
@@ -41,7 +43,7 @@ def result_for(run_id: str, payload: dict[str, Any], **changes: Any) -> dict[str
         "run_status": "complete",
         "config": payload["config"],
         "provenance": {
-            "config_hash": payload["config_hash"],
+            "config_hash": harness_hash(changes.get("config", payload["config"])),
             "seed": 7,
             "git": {"sha": "0123456789abcdef", "branch": "main", "dirty": False},
             "warnings": [],
@@ -55,6 +57,12 @@ def result_for(run_id: str, payload: dict[str, Any], **changes: Any) -> dict[str
         "hardware": hardware(),
         **changes,
     }
+
+
+def rehashed(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the result as the harness would write it with its config: `config_hash` is of that."""
+    result["provenance"]["config_hash"] = harness_hash(result["config"])
+    return result
 
 
 def bundle_files(result: dict[str, Any], signature: bytes) -> dict[str, bytes]:
@@ -147,6 +155,7 @@ def hardware() -> dict[str, Any]:
         "power_limit_w": 450,
         "cpu_model": "AMD Ryzen 9 7950X",
         "cpu_cores": 16,
+        "cpu_threads": None,
         "ram_gb": 64,
         "os_name": "Ubuntu",
         "os_version": "24.04",

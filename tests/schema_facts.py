@@ -1,6 +1,6 @@
 """A database's schema as PostgreSQL describes it, to compare two: columns, constraints, indexes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 import asyncpg
@@ -39,11 +39,14 @@ async def facts(connection: asyncpg.Connection) -> Facts:
     }
 
 
-async def seeds(connection: asyncpg.Connection, tables: Sequence[str]) -> Facts:
-    """Return the rows of tables as text, by table."""
+async def seeds(connection: asyncpg.Connection, tables: Iterable[str]) -> Facts:
+    """Return the rows of tables, by table, each as its members but for the moment it was made."""
     return {
-        table: sorted(row[0] for row in await connection.fetch(f"SELECT t::text FROM {table} AS t"))
-        for table in tables
+        table: sorted(
+            str(sorted((name, value) for name, value in row.items() if name != "created_at"))
+            for row in await connection.fetch(f"SELECT * FROM {table}")
+        )
+        for table in sorted(tables)
     }
 
 

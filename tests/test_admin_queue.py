@@ -10,7 +10,7 @@ import asyncpg
 import httpx
 import pytest
 
-from auth.keys import digest_of
+from broker.jobs import comparable_hash
 from config.settings import Settings
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import SMALL, Fleet, code_of, open_fleet, run_of
@@ -211,8 +211,9 @@ async def test_the_database_holds_a_run_once(
         run_id = await fleet.enqueue()
         with pytest.raises(asyncpg.UniqueViolationError, match="run_queue_run_id"):
             await fleet.pool.execute(
-                "INSERT INTO run_queue (queue_id, run_id, model_id, job, config_hash)"
-                " SELECT gen_random_uuid(), run_id, model_id, job, config_hash"
+                "INSERT INTO run_queue (queue_id, run_id, model_id, judge_model_id, job,"
+                " config_hash)"
+                " SELECT gen_random_uuid(), run_id, model_id, judge_model_id, job, config_hash"
                 " FROM run_queue WHERE run_id = $1",
                 run_id,
             )
@@ -287,7 +288,7 @@ async def test_numbers_of_any_size_reach_the_runner_as_the_hash_says(
         job = await runner.take()
         assert job["config"]["n"] == config["n"]
         assert job["config"]["run"]["name"] == run_id
-        assert job["config_hash"] == digest_of(job["config"])
+        assert job["config_hash"] == comparable_hash(job["config"])
         row = await fleet.row(run_id)
         assert (row["priority"], row["max_attempts"]) == (1, 3)
 
@@ -315,7 +316,9 @@ async def test_a_model_is_written_as_it_is_described_once(
         whole = model(
             creator=creator, model_hash="ab" * 32, context_length_default=4096.0,
             release_date="2025-01-31", version="1", description="d", model_source_size=2**63 - 1,
-            sources=[{**SMALL["sources"][0], "metadata": {"sha": "x", "n": 1, "gone": None}}],
+            sources=[
+                {**SMALL["sources"][0], "source_metadata": {"sha": "x", "n": 1, "gone": None}}
+            ],
         )  # fmt: skip
         await fleet.enqueue(model=whole)
         await fleet.enqueue(model={**whole, "description": "another"})
@@ -328,9 +331,11 @@ async def test_a_model_is_written_as_it_is_described_once(
         assert row["model_source_size"] == 2**63 - 1
         assert row["source_metadata"] == {"sha": "x", "n": 1, "gone": None}
         assert await fleet.pool.fetchval("SELECT count(*) FROM model_sources") == 1
-        # uuid5(dbc87c22-6b6d-4f89-9757-d186f0f62719, the hash): upstream's rule
+        # uuid5 of this namespace and the hash as bakeoff writes it: upstream's rule
         space = uuid.UUID("dbc87c22-6b6d-4f89-9757-d186f0f62719")
-        assert row["model_id"] == uuid.uuid5(space, "ab" * 32)
+        assert row["model_id"] == uuid.uuid5(space, "sha256:" + "ab" * 32)
+        assert row["model_hash"] == "sha256:" + "ab" * 32
+        assert row["name"] == row["display_name"] == "HF", "creators.name may not be null"
 
 
 # The list

@@ -39,7 +39,7 @@ async def test_pages_are_in_one_order_lose_none_and_show_none_twice(
         signed_on = [await fleet.sign_on(name) for name in NAMES]
         await fleet.admit("c")  # on the allowlist, but never registered
         await fleet.pool.execute(
-            "INSERT INTO runners (runner_id) SELECT unnest($1::text [])",
+            "INSERT INTO runners (runner_id, public_key) SELECT unnest($1::text []), ''",
             ["0", "a-0", "a-2", "m", "zz"],  # bakeoff's own
         )
         run_id = await fleet.enqueue()
@@ -64,8 +64,9 @@ async def test_a_page_has_100_runners_unless_the_query_says_otherwise(
     async with open_fleet(make_settings(), sigstore) as fleet:
         runner = await fleet.sign_on()
         await fleet.pool.execute(
-            "INSERT INTO runners (runner_id, capabilities, key_fingerprint, last_heartbeat, status)"
-            " SELECT 'runner-b' || n, capabilities, key_fingerprint, last_heartbeat, status"
+            "INSERT INTO runners (runner_id, public_key, capabilities, key_fingerprint,"
+            " last_heartbeat, status) SELECT 'runner-b' || n, public_key, capabilities,"
+            " key_fingerprint, last_heartbeat, status"
             " FROM runners, generate_series(1, 120) AS n WHERE runner_id = $1",
             runner.runner_id,
         )

@@ -11,13 +11,31 @@ import pytest
 
 from config.settings import Settings
 from db.migrate import MIGRATIONS, migrate, run_dbmate
+from db.pool import DatabaseUnready
 from sandbox.sigstore_instance import ThrowawaySigstore
+from tests.archived import aged, archive_once
 from tests.fleet import SMALL, code_of, open_fleet, run_of
 from tests.result_factory import hardware
+from tests.schema_facts import Facts, facts, not_kept, seeds
 
 MakeSettings = Callable[..., Settings]
 Rows = dict[str, list[str]]
-UPSTREAM = (Path(__file__).parent / "fixtures" / "upstream_schema.sql").read_text()
+FIXTURES = Path(__file__).parent / "fixtures"
+UPSTREAM = (FIXTURES / "upstream_schema.sql").read_text()
+ROWS = (FIXTURES / "upstream_rows.sql").read_text()
+# What bakeoff has added to its schema, newest first: without it, a database of before.
+BEFORE_JUNE_2026 = """
+ALTER TABLE run_model_metrics DROP COLUMN trace_id;
+DROP TABLE agent_traces, schema_tables_join, schema_tables, schema_versions;
+ALTER TABLE tasks DROP COLUMN uplift_baseline_task_id;
+DELETE FROM task_categories WHERE name = 'cyber_safety';
+"""
+OF_25_MAY_2026 = f"""{BEFORE_JUNE_2026}
+ALTER TABLE run_model_metrics DROP COLUMN failure_detail;
+ALTER TABLE runs DROP COLUMN run_status;
+DELETE FROM task_categories;
+"""
+OLDER = {"before June 2026": BEFORE_JUNE_2026, "of 25 May 2026": OF_25_MAY_2026}
 VERSIONS = len(list(MIGRATIONS.glob("*.sql")))
 # Names that bakeoff may not have known yet are added to these; all else stays as it is.
 LOOKUPS = {
@@ -26,6 +44,7 @@ LOOKUPS = {
     "model_architectures",
     "model_file_formats",
     "task_categories",
+    "interface_type",
 }
 
 
@@ -64,6 +83,7 @@ def upstreams(empty_database: str) -> tuple[str, dict[str, str], Rows]:
 
     async def create(connection: asyncpg.Connection) -> tuple[str, dict[str, str], Rows]:
         await connection.execute(UPSTREAM)
+        await connection.execute(ROWS)
         tables = await columns(connection)
         return empty_database, tables, await contents(connection, tables)
 
@@ -98,6 +118,60 @@ def test_a_migration_keeps_every_row_and_twice_is_once(
     migrate(dsn)
     assert rows_of(dsn, tables) == after
     assert f"Applied: {VERSIONS}\nPending: 0" in run_dbmate(dsn, "status")
+
+
+def facts_of(dsn: str) -> Facts:
+    """Return the schema of a database."""
+    return asyncio.run(on(dsn, facts))
+
+
+def test_a_fresh_database_has_upstreams_tables_to_the_constraint(empty_database: str) -> None:
+    """A NOT NULL, a default, a CHECK, a cascade or a seed row: all as bakeoff itself has them."""
+    asyncio.run(on(empty_database, lambda connection: connection.execute(UPSTREAM)))
+    theirs = facts_of(empty_database)
+    named = {line.partition(".")[0] for line in theirs["columns"]}
+    wanted = asyncio.run(on(empty_database, lambda connection: seeds(connection, named)))
+    asyncio.run(on(empty_database, lambda c: c.execute("DROP SCHEMA public CASCADE")))
+    asyncio.run(on(empty_database, lambda c: c.execute("CREATE SCHEMA public")))
+    migrate(empty_database)
+    assert not_kept(theirs, facts_of(empty_database)) == []
+    assert asyncio.run(on(empty_database, lambda connection: seeds(connection, named))) == wanted
+
+
+def test_what_is_not_kept_of_a_schema_is_named(empty_database: str) -> None:
+    migrate(empty_database)
+    ours = facts_of(empty_database)
+    theirs = {**ours, "columns": [*ours["columns"], "runs.odd text null=NO default=-"],
+              "indexes": [*ours["indexes"], "CREATE INDEX odd ON public.runs (odd)"]}  # fmt: skip
+    assert not_kept(theirs, ours) == ["runs.odd text null=NO default=-", theirs["indexes"][-1]]
+    less = {**ours, "columns": [c for c in ours["columns"] if not c.startswith("runs.publisher")]}
+    assert "runs.publisher_id text null=NO" in not_kept(less, ours)[0]
+    twin = {**ours, "indexes": [*ours["indexes"], ours["indexes"][0].replace(" ON ", "_b ON ", 1)]}
+    assert "are one index" in not_kept(ours, twin)[0]
+
+
+@pytest.mark.parametrize("changes", ["", *OLDER.values()], ids=["of August 2026", *OLDER])
+def test_an_adopted_database_ends_as_a_fresh_one(
+    changes: str, empty_database: str, database: str
+) -> None:
+    asyncio.run(on(empty_database, lambda connection: connection.execute(UPSTREAM + changes)))
+    migrate(empty_database)
+    assert facts_of(empty_database) == facts_of(database)
+
+
+def test_a_database_with_numbered_models_is_refused_in_a_sentence_and_kept(
+    empty_database: str,
+) -> None:
+    """Before 25 May 2026, when bakeoff gave its models UUIDs."""
+    numbered = "CREATE TABLE models (model_id serial PRIMARY KEY, name text NOT NULL)"
+    asyncio.run(on(empty_database, lambda connection: connection.execute(numbered)))
+    with pytest.raises(DatabaseUnready) as refused:
+        migrate(empty_database)
+    said = str(refused.value)
+    assert "cannot be adopted: its models.model_id is integer, where bakeoff has uuid since" in said
+    assert "Nothing was changed: give the queue a database of its own" in said
+    tables = asyncio.run(on(empty_database, columns))
+    assert tables.keys() <= {"models", "schema_migrations"}
 
 
 def test_going_back_and_forth_keeps_every_row(
@@ -174,6 +248,11 @@ async def test_a_run_through_an_adopted_database_leaves_upstreams_rows_alone(
             while (await fleet.row(lapsing))["status"] != "PENDING":  # noqa: ASYNC110 (in SQL)
                 await asyncio.sleep(0.01)
         await fleet.revoke(runner)
+        # A column that bakeoff adds to its queue one day is not the archive's.
+        await fleet.pool.execute("ALTER TABLE run_queue ADD COLUMN theirs text DEFAULT 'x'")
+        await aged(fleet, job["run_id"])
+        assert await archive_once(fleet) == 1
+        assert await fleet.pool.fetchval("SELECT count(*) FROM run_archive") == 1
 
     after = await on(dsn, lambda connection: contents(connection, tables))
     grown = {"runners", "runs", "run_queue", "run_model_metrics", "run_hardware_metrics", "models",
@@ -181,7 +260,7 @@ async def test_a_run_through_an_adopted_database_leaves_upstreams_rows_alone(
     for table, rows in before.items():
         if table not in LOOKUPS | grown:
             assert after[table] == rows, table
-        mine = [row for row in rows if table != "runners" or not row.startswith("(runner-a,")]
+        mine = [row for row in rows if table != "runners" or ",runner-a," not in row]
         assert set(mine) <= set(after[table]), table
 
 

@@ -1,13 +1,14 @@
 """Step 5: a result against the job that was handed out."""
 
+import hashlib
 from typing import Any
 
 import pytest
 
 from broker.bundles import check_binding
 from broker.errors import InvalidRequest, RunMismatch
-from broker.jobs import Job
-from tests.result_factory import failed_record, job_payload, record, result_for
+from broker.jobs import Job, comparable_hash, harness_hash
+from tests.result_factory import failed_record, job_payload, record, rehashed, result_for
 
 RUN_ID = "0b6f1f64-4c3f-4f0e-9f6b-2f6a0c1d7e11"
 OTHER_RUN = "3d0f8a52-1b7e-4a57-8f0c-5f0f6a1c2b33"
@@ -35,16 +36,25 @@ def test_the_result_of_another_run_is_refused(result) -> None:
     assert refused_binding(result | {"run_id": OTHER_RUN}) == ["/run_id"]
 
 
-def test_another_config_is_refused_and_so_is_a_silent_one(result) -> None:
-    result["provenance"]["config_hash"] = "d1" * 32
+def test_the_config_hash_is_that_of_the_results_own_config(result) -> None:
+    """The harness hashes the config that it ran, with its machine's paths in it."""
+    result["config"]["server"] = {"models_dir": "/home/me/models", "ctx": 4096}
     assert refused_binding(result) == ["/provenance/config_hash"]
-    del result["provenance"]["config_hash"]
-    assert refused_binding(result) == ["/provenance/config_hash"]
+    check_binding(rehashed(result), JOB)
 
 
-def test_a_job_without_a_config_hash_asks_for_none(result) -> None:
-    result["provenance"]["config_hash"] = "d1" * 32
-    check_binding(result, Job.from_payload(RUN_ID, job_payload(config_hash=None)))
+def test_the_config_hash_is_made_as_the_harness_makes_it() -> None:
+    """Python's json.dumps with sort_keys: blanks after colons and commas, ASCII escapes."""
+    config = {"b": [1, 2.5, 1e22], "a": {"ü": None}}
+    text = '{"a": {"\\u00fc": null}, "b": [1, 2.5, 1e+22]}'
+    assert harness_hash(config) == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_runs_of_one_config_are_comparable_whatever_they_are_called() -> None:
+    one, other = ({"run": {"name": name, "seed": 7}, "n": 1} for name in (RUN_ID, OTHER_RUN))
+    assert comparable_hash(one) == comparable_hash(other)
+    assert comparable_hash(one) != comparable_hash({"run": {"name": RUN_ID, "seed": 8}, "n": 1})
+    assert len(comparable_hash({})) == len(comparable_hash({"run": "x"})) == 64
 
 
 @pytest.mark.parametrize(
@@ -75,7 +85,13 @@ def test_the_same_cell_twice_is_refused_even_when_one_failed(result) -> None:
     assert refused_binding(result) == ["/records/5"]
 
 
-def test_a_complete_run_has_every_cell(result) -> None:
+def test_a_resumed_run_may_lack_floor_cells(result) -> None:
+    """The harness drops a floor cell that failed before, and calls the run complete."""
+    assert result["records"].pop()["tier"] == "dumb_model"
+    check_binding(result | {"resumed_from": RUN_ID}, JOB)
+
+
+def test_a_complete_run_has_every_main_cell(result) -> None:
     del result["records"][1]
     with pytest.raises(RunMismatch) as refused:
         check_binding(result, JOB)
@@ -87,7 +103,7 @@ def test_the_first_missing_cells_are_named_and_the_rest_counted(result) -> None:
     with pytest.raises(RunMismatch) as refused:
         check_binding(result | {"records": []}, Job.from_payload(RUN_ID, job_payload(tasks=4)))
     detail = refused.value.violations[0].detail
-    assert '"task-2" x "prompt-0" and 4 more' in detail
+    assert '"task-2" x "prompt-0" and 3 more' in detail
 
 
 def test_a_failed_cell_is_a_cell(result) -> None:
@@ -122,6 +138,16 @@ def test_a_judgement_of_a_floor_cell_is_one_of_the_job(result) -> None:
 def test_a_cell_scored_twice_by_the_judge_is_refused(result) -> None:
     result["judgements"] = [JUDGED | {"judge_score": 1}, JUDGED | {"score": 5}]
     assert refused_binding(result) == ["/judgements/1"]
+
+
+def test_a_comparison_of_two_models_is_none_of_a_run_of_one(result) -> None:
+    pair = {"mode": "pairwise", "task_id": "task-0", "prompt_id": "prompt-0", "winner": "A"}
+    judged = pair | {"a_model": JOB.model_ref, "b_model": "other"}
+    assert refused_binding(result | {"judgements": [judged]}) == ["/judgements/0/b_model"]
+    assert refused_binding(result | {"judgements": [pair | {"a_model": "other"}]}) == [
+        "/judgements/0/a_model",
+        "/judgements/0/b_model",
+    ]
 
 
 def test_a_judge_may_fail_before_it_scores(result) -> None:

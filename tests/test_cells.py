@@ -1,13 +1,15 @@
 """Metric rows from a result's cells, by upstream's rule."""
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.cells import HARDWARE, hardware, metrics, peak_vram_mb
+from broker.cells import hardware, metrics
 from broker.jobs import Job
+from db.metrics import HardwareMetrics
 from tests.result_factory import failed_record, job_payload, result_for
 
 RUN_ID = "0b6f1f64-4c3f-4f0e-9f6b-2f6a0c1d7e11"
@@ -74,6 +76,38 @@ def test_a_failed_cell_has_no_score_and_says_why() -> None:
     assert row.gflops_per_token is None
 
 
+@pytest.mark.parametrize(("judge_score", "score"), [(1, 0.0), (2, 0.25), (4.5, 0.875), (5, 1.0)])
+def test_a_record_may_carry_the_judges_score_itself(judge_score: float, score: float) -> None:
+    """It counts before a judgement, and after a quality of its own."""
+    for judgements in ([], [{"score": 3}], [{"score": None, "error": "gone"}]):
+        told = {"quality_heuristic": None, "judge_score": judge_score}
+        assert metrics(*one_cell("judge", judgements, **told))[0].score == score
+    own = metrics(*one_cell(quality_heuristic=0.5, judge_score=judge_score))[0]
+    assert own.score == 0.5
+
+
+@pytest.mark.parametrize(
+    "judgement",
+    [{"score": None, "error": "connection refused"}, {"score": 4, "error": "cut off"}, {}],
+)
+def test_a_judge_that_failed_leaves_no_score_and_says_why(judgement: dict[str, Any]) -> None:
+    """A cell that nobody judged is no bad answer of the model."""
+    row = metrics(*one_cell("judge", [judgement], quality_heuristic=None))[0]
+    assert (row.score, row.pass_fail, row.failure_reason) == (None, None, "infra_error")
+    assert row.failure_detail == f"the judge failed: {judgement.get('error', 'no score')}"
+    again = metrics(*one_cell("judge", [judgement, {"score": 4}], quality_heuristic=None))[0]
+    assert (again.score, again.failure_reason) == (0.75, None), "it was judged after all"
+    needless = metrics(*one_cell("exact", [judgement], quality_heuristic=1.0))[0]
+    assert (needless.score, needless.failure_reason) == (1.0, None)
+
+
+@pytest.mark.parametrize("error", ["", "boom"])
+def test_an_error_without_a_code_is_a_failure(error: str) -> None:
+    row = metrics(*one_cell(error=error, quality_heuristic=1.0))[0]
+    assert (row.score, row.pass_fail, row.failure_reason) == (None, None, "unknown")
+    assert (row.failure_detail or "") == error
+
+
 def test_a_failed_cell_that_also_has_a_quality_has_no_score() -> None:
     result, job = one_cell(failure_code="refusal", quality_heuristic=1.0)
     row = metrics(result, job)[0]
@@ -125,7 +159,8 @@ def test_a_score_is_always_null_or_within_0_and_1(quality, judged, code) -> None
         judgements=[{"score": judged}], quality_heuristic=quality, failure_code=code
     )
     row = metrics(result, job)[0]
-    assert (row.score is None) == (code is not None)
+    unscored = judged is None and not (quality is not None and 0 <= quality <= 1)
+    assert (row.score is None) == (code is not None or unscored)
     if row.score is not None:
         assert isinstance(row.score, float)
         assert 0.0 <= row.score <= 1.0
@@ -156,22 +191,82 @@ def test_peak_memory_is_the_most_any_cell_took_in_whole_megabytes() -> None:
     result["records"][2]["peak_vram_mb"] = 2047.6
     result["records"][3]["peak_vram_mb"] = None
     del result["records"][4]["peak_vram_mb"]
-    assert peak_vram_mb(result) == 2048
+    assert hardware(result)["peak_vram_mb"] == 2048
 
 
-@pytest.mark.parametrize("records", [[], [{"peak_vram_mb": None}], [{}]])
-def test_unmeasured_memory_is_null(records: list[Any]) -> None:
-    assert peak_vram_mb({"records": records}) is None
+def untold(**members: Any) -> dict[str, Any]:
+    """A result that measured nothing and says of its machine what `members` say."""
+    return {"records": [], "provenance": {}, "config": {}, **members}
 
 
 @pytest.mark.parametrize("told", [{}, {"hardware": None}, {"hardware": {}}])
 def test_an_untold_machine_is_all_null(told: dict[str, Any]) -> None:
-    assert hardware(told) == dict.fromkeys(HARDWARE)
+    machine = hardware(untold(**told))
+    assert machine == dict.fromkeys(field.name for field in fields(HardwareMetrics))
 
 
 def test_the_machine_is_told_by_known_members_and_whole_numbers() -> None:
-    told = {"vram_mb": 24563.9, "cpu_cores": 16.0, "ram_gb": 63.5, "serial_number": "secret"}
-    machine = hardware({"hardware": told})
-    assert machine.keys() == set(HARDWARE)
-    assert (machine["vram_mb"], machine["cpu_cores"], machine["ram_gb"]) == (24564, 16, 63.5)
-    assert all(isinstance(machine[name], int) for name in ("vram_mb", "cpu_cores"))
+    told = {"gpu_model": "G", "vram_mb": 24563.9, "cpu_cores": 16.0, "cpu_threads": 32.0,
+            "ram_gb": 63.5, "serial_number": "secret"}  # fmt: skip
+    machine = hardware(untold(hardware=told))
+    assert machine.keys() == {field.name for field in fields(HardwareMetrics)}
+    assert (machine["vram_mb"], machine["ram_gb"]) == (24564, 63.5)
+    assert (machine["cpu_cores"], machine["cpu_threads"]) == (16, 32)
+    assert all(isinstance(machine[name], int) for name in ("vram_mb", "cpu_cores", "cpu_threads"))
+
+
+@pytest.mark.parametrize("model", [None, ""])
+def test_of_a_gpu_that_is_not_recognised_nothing_is_known(model: str | None) -> None:
+    told = {"gpu_model": model, "vram_mb": 8192, "power_limit_w": 90.0}
+    machine = hardware(untold(hardware=told, config={"hardware": {"peak_tflops": 39.0}}))
+    assert [machine[name] for name in ("gpu_model", "vram_mb", "tflops_fp16")] == [None] * 3
+    assert machine["power_limit_w"] == 90.0
+
+
+@pytest.mark.parametrize(
+    ("provenance", "version"),
+    [
+        ({"llama_swap_version": "148", "server_image": "x:vulkan"}, "148"),
+        ({"llama_swap_version": None, "server_image": "x:vulkan"}, "x:vulkan"),
+        ({"server_image": None}, None),
+    ],
+)
+def test_the_runtime_is_llama_swap_or_the_servers_image(provenance, version) -> None:
+    assert hardware(untold(provenance=provenance))["runtime_version"] == version
+
+
+def measured(*, speed: Any = 50.0, flops: Any = 2e10, share: Any = 1.25, **more: Any) -> Any:
+    """A result whose main cells reached a speed; the floor cells count for nothing."""
+    result = result_for(RUN_ID, job_payload(), **more)
+    for record in result["records"]:
+        record |= {"tokens_per_second": speed, "flops_per_token_theoretical": flops,
+                   "tflops_utilization_pct": share}  # fmt: skip
+    result["records"][-1]["tokens_per_second"] = 1e6
+    return result
+
+
+def test_tflops_are_what_the_main_cells_reached_and_the_peak_that_they_are_a_share_of() -> None:
+    """The config's peak is that of the machine it was written on, which is often another one."""
+    config = {"models": [{"id": "m"}], "hardware": {"peak_tflops": 39.0}}
+    machine = hardware(measured(config=config))
+    assert machine["measured_tflops"] == pytest.approx(1.0)
+    assert machine["tflops_fp16"] == 80.0
+    assert hardware(measured(share=None, config=config))["tflops_fp16"] == 39.0
+
+
+@pytest.mark.parametrize("peak", [None, 0, -1, True, "39", [39]])
+def test_a_peak_that_is_no_number_is_unknown(peak: Any) -> None:
+    config = {"models": [{"id": "m"}], "hardware": {"peak_tflops": peak}}
+    assert hardware(measured(share=None, config=config))["tflops_fp16"] is None
+
+
+@pytest.mark.parametrize(("speed", "flops"), [(None, 2e10), (50.0, None), (1e300, 1e300)])
+def test_what_was_not_measured_is_unknown(speed: Any, flops: Any) -> None:
+    machine = hardware(measured(speed=speed, flops=flops))
+    assert (machine["measured_tflops"], machine["tflops_fp16"]) == (None, None)
+
+
+@given(share=st.floats(min_value=0, allow_infinity=False))
+def test_a_peak_stays_finite(share: float) -> None:
+    peak = hardware(measured(share=share))["tflops_fp16"]
+    assert peak is None or 0 <= peak < float("inf")

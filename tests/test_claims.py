@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from auth.keys import digest_of
 from broker.fitting import Capabilities
+from broker.jobs import comparable_hash
 from config.settings import Settings
 from db import run_queue
 from db.run_queue import Claimant
@@ -68,7 +68,7 @@ async def test_a_claim_hands_out_all_that_a_runner_needs(
     )
     assert (job["previous_attempts"], job["expected_signer"]) == ([], signer)
     assert job["config"]["run"] == {"seed": 7, "name": run_id}
-    assert job["config_hash"] == digest_of(job["config"])
+    assert job["config_hash"] == comparable_hash(job["config"])
     assert [task["tier"] for task in job["tasks"]] == ["main", "main"]
     assert [task["tier"] for task in job["floor_tasks"]] == ["dumb_model"]
     model = job["model"]

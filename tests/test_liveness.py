@@ -133,8 +133,8 @@ async def test_bakeoffs_own_runners_are_left_to_bakeoff(
 ) -> None:
     async with open_fleet(make_settings(), sigstore) as fleet:
         await fleet.pool.execute(
-            "INSERT INTO runners (runner_id, status, last_heartbeat)"
-            " VALUES ('local', 'ACTIVE', '2000-01-01Z')"
+            "INSERT INTO runners (runner_id, public_key, status, last_heartbeat)"
+            " VALUES ('local', '', 'ACTIVE', '2000-01-01Z')"
         )
         before = await fleet.pool.fetchrow("SELECT * FROM runners")
         assert await Liveness(fleet.pool, fleet.services.settings).run_once() == []

@@ -314,7 +314,9 @@ async def test_what_cannot_be_steered_is_refused_and_leaves_no_trace(
 ) -> None:
     async with open_fleet(make_settings(), sigstore) as fleet:
         await fleet.admit()  # on the allowlist, but never registered
-        await fleet.pool.execute("INSERT INTO runners (runner_id) VALUES ('bakeoffs-own')")
+        await fleet.pool.execute(
+            "INSERT INTO runners (runner_id, public_key) VALUES ('bakeoffs-own', '')"
+        )
         for name in ("runner-a", "bakeoffs-own", "nobody"):
             for verb, body in (("pause", {"reason": "x"}), ("resume", {}), ("drain", {})):
                 assert code_of(await steer(fleet, verb, name, **body)) == (404, "not_found")

@@ -22,7 +22,7 @@ SMALL = Capabilities(8, ("q8_0",))
 def offer(claimable: int, need_gb: int = 4, quantization: str = "q8_0", **more: Any) -> Offer:
     """Return what the queue has of one model."""
     given: dict[str, Any] = {"deferred": 0, "next_retry": None, "due_in": None, **more}
-    return Offer("m", quantization, need_gb, claimable, **given)
+    return Offer("m", quantization, None, quantization, need_gb, claimable, **given)
 
 
 @dataclass

@@ -41,7 +41,22 @@ gone AS (
 ),
 
 kept AS (
-    INSERT INTO run_archive SELECT * FROM gone
+    INSERT INTO run_archive (
+        queue_id, run_id, prompt_id, priority, status, attempt_count, max_attempts, claimed_by,
+        claimed_at, started_at, completed_at, error_detail, retry_after, source_file,
+        created_at, updated_at, model_id, judge_model_id, job, config_hash, batch_id,
+        max_runtime_s, lease_seq, lease_id, lease_key, lease_expires_at, lease_slot,
+        last_heartbeat, claim_key, claim_digest, cancel_requested_at, cancel_reason,
+        requeued_at, progress, result_sha256
+    )
+    SELECT
+        queue_id, run_id, prompt_id, priority, status, attempt_count, max_attempts, claimed_by,
+        claimed_at, started_at, completed_at, error_detail, retry_after, source_file,
+        created_at, updated_at, model_id, judge_model_id, job, config_hash, batch_id,
+        max_runtime_s, lease_seq, lease_id, lease_key, lease_expires_at, lease_slot,
+        last_heartbeat, claim_key, claim_digest, cancel_requested_at, cancel_reason,
+        requeued_at, progress, result_sha256
+    FROM gone
 ),
 
 ledger_gone AS (
@@ -50,7 +65,14 @@ ledger_gone AS (
 ),
 
 ledger_kept AS (
-    INSERT INTO attempts_archive SELECT * FROM ledger_gone
+    INSERT INTO attempts_archive (
+        run_id, lease_seq, lease_id, runner_id, key_fingerprint, claimed_at, started_at,
+        last_heartbeat, ended_at, how, failure_code, detail, progress, outcome
+    )
+    SELECT
+        run_id, lease_seq, lease_id, runner_id, key_fingerprint, claimed_at, started_at,
+        last_heartbeat, ended_at, how, failure_code, detail, progress, outcome
+    FROM ledger_gone
 )
 
 SELECT completed_at, queue_id, count(*) OVER () AS moved FROM gone
@@ -65,7 +87,22 @@ WITH gone AS (
 ),
 
 kept AS (
-    INSERT INTO run_queue SELECT * FROM gone
+    INSERT INTO run_queue (
+        queue_id, run_id, prompt_id, priority, status, attempt_count, max_attempts, claimed_by,
+        claimed_at, started_at, completed_at, error_detail, retry_after, source_file,
+        created_at, updated_at, model_id, judge_model_id, job, config_hash, batch_id,
+        max_runtime_s, lease_seq, lease_id, lease_key, lease_expires_at, lease_slot,
+        last_heartbeat, claim_key, claim_digest, cancel_requested_at, cancel_reason,
+        requeued_at, progress, result_sha256
+    )
+    SELECT
+        queue_id, run_id, prompt_id, priority, status, attempt_count, max_attempts, claimed_by,
+        claimed_at, started_at, completed_at, error_detail, retry_after, source_file,
+        created_at, updated_at, model_id, judge_model_id, job, config_hash, batch_id,
+        max_runtime_s, lease_seq, lease_id, lease_key, lease_expires_at, lease_slot,
+        last_heartbeat, claim_key, claim_digest, cancel_requested_at, cancel_reason,
+        requeued_at, progress, result_sha256
+    FROM gone
 ),
 
 ledger_gone AS (
@@ -74,7 +111,14 @@ ledger_gone AS (
 ),
 
 ledger_kept AS (
-    INSERT INTO attempts SELECT * FROM ledger_gone
+    INSERT INTO attempts (
+        run_id, lease_seq, lease_id, runner_id, key_fingerprint, claimed_at, started_at,
+        last_heartbeat, ended_at, how, failure_code, detail, progress, outcome
+    )
+    SELECT
+        run_id, lease_seq, lease_id, runner_id, key_fingerprint, claimed_at, started_at,
+        last_heartbeat, ended_at, how, failure_code, detail, progress, outcome
+    FROM ledger_gone
 )
 
 SELECT run_id FROM gone

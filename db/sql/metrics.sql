@@ -16,23 +16,28 @@ INNER JOIN prompts AS p ON t.content_sha256 = p.content_sha256
 
 -- name: lock_hardware
 -- Upstream's hardware tables have no unique keys, and an adopted database may hold doubles: get-or-
--- create is made safe by one lock, held for the few statements until the commit.
+-- create is made safe by one lock, held for the few statements until the commit. A row is found
+-- again when all that a result says is the same, and never changed: what one runner says of its card
+-- is not told of another's.
 SELECT pg_advisory_xact_lock(hashtext('bakeoff_queue.hardware'))
 
 -- name: get_or_add_system_hardware
-WITH wanted (cpu_model, cpu_cores, ram_gb) AS (VALUES ($1::text, $2::int, $3::float8)),
+WITH wanted (cpu_model, cpu_cores, cpu_threads, ram_gb) AS (
+    VALUES ($1::text, $2::int, $3::int, $4::float8)
+),
 
 found AS (
     SELECT h.system_hardware_id FROM system_hardware AS h, wanted AS w
     WHERE
         h.cpu_model IS NOT DISTINCT FROM w.cpu_model
         AND h.cpu_cores IS NOT DISTINCT FROM w.cpu_cores
+        AND h.cpu_threads IS NOT DISTINCT FROM w.cpu_threads
         AND h.ram_gb IS NOT DISTINCT FROM w.ram_gb
     ORDER BY 1 LIMIT 1
 ),
 
 added AS (
-    INSERT INTO system_hardware (cpu_model, cpu_cores, ram_gb)
+    INSERT INTO system_hardware (cpu_model, cpu_cores, cpu_threads, ram_gb)
     SELECT * FROM wanted WHERE NOT EXISTS (SELECT FROM found)
     RETURNING system_hardware_id
 )
@@ -40,7 +45,9 @@ added AS (
 SELECT * FROM found UNION ALL SELECT * FROM added
 
 -- name: get_or_add_system_software
-WITH wanted (os_name, os_version, driver_version) AS (VALUES ($1::text, $2::text, $3::text)),
+WITH wanted (os_name, os_version, driver_version, runtime_version) AS (
+    VALUES ($1::text, $2::text, $3::text, $4::text)
+),
 
 found AS (
     SELECT s.system_software_id FROM system_software AS s, wanted AS w
@@ -48,11 +55,12 @@ found AS (
         s.os_name IS NOT DISTINCT FROM w.os_name
         AND s.os_version IS NOT DISTINCT FROM w.os_version
         AND s.driver_version IS NOT DISTINCT FROM w.driver_version
+        AND s.runtime_version IS NOT DISTINCT FROM w.runtime_version
     ORDER BY 1 LIMIT 1
 ),
 
 added AS (
-    INSERT INTO system_software (os_name, os_version, driver_version)
+    INSERT INTO system_software (os_name, os_version, driver_version, runtime_version)
     SELECT * FROM wanted WHERE NOT EXISTS (SELECT FROM found)
     RETURNING system_software_id
 )
@@ -60,18 +68,19 @@ added AS (
 SELECT * FROM found UNION ALL SELECT * FROM added
 
 -- name: get_or_add_gpu_hardware
-WITH wanted (gpu_model, vram_mb) AS (VALUES ($1::text, $2::int)),
+WITH wanted (gpu_model, vram_mb, tflops_fp16) AS (VALUES ($1::text, $2::int, $3::float8)),
 
 found AS (
     SELECT g.gpu_hardware_id FROM gpu_hardware AS g, wanted AS w
     WHERE
         g.gpu_model IS NOT DISTINCT FROM w.gpu_model
         AND g.vram_mb IS NOT DISTINCT FROM w.vram_mb
+        AND g.tflops_fp16 IS NOT DISTINCT FROM w.tflops_fp16
     ORDER BY 1 LIMIT 1
 ),
 
 added AS (
-    INSERT INTO gpu_hardware (gpu_model, vram_mb)
+    INSERT INTO gpu_hardware (gpu_model, vram_mb, tflops_fp16)
     SELECT * FROM wanted WHERE NOT EXISTS (SELECT FROM found)
     RETURNING gpu_hardware_id
 )
@@ -102,8 +111,9 @@ LIMIT $3
 
 -- name: hardware_metrics_of
 SELECT
-    g.gpu_model, g.vram_mb, h.power_limit_w, s.cpu_model, s.cpu_cores, s.ram_gb, o.os_name,
-    o.os_version, o.driver_version, h.peak_vram_mb, h.measured_tflops
+    g.gpu_model, g.vram_mb, g.tflops_fp16, h.power_limit_w, s.cpu_model, s.cpu_cores,
+    s.cpu_threads, s.ram_gb, o.os_name, o.os_version, o.driver_version, o.runtime_version,
+    h.peak_vram_mb, h.measured_tflops
 FROM run_hardware_metrics AS h
 LEFT JOIN system_hardware AS s ON h.system_hardware_id = s.system_hardware_id
 LEFT JOIN system_software AS o ON h.system_software_id = o.system_software_id

@@ -9,24 +9,40 @@ UNION ALL
 SELECT 'source_type', name, source_type_id FROM source_types
 
 -- name: add_creators
-INSERT INTO creators (creator_id, name, display_name, homepage, provisional)
-SELECT * FROM unnest($1::uuid [], $2::text [], $3::text [], $4::text [], $5::bool [])
+INSERT INTO creators (
+    creator_id, name, display_name, homepage, service_identifiers, provisional
+)
+SELECT * FROM unnest(
+    $1::uuid [], $2::text [], $3::text [], $4::text [], $5::jsonb [], $6::bool []
+)
 ON CONFLICT DO NOTHING
 
 -- name: add
--- Get-or-create: what is known of a model is not overwritten by a later descriptor.
+-- Get-or-create: what is known of a model is not overwritten by a later descriptor. A predecessor
+-- that is not in the database (a model that was never queued here) is left out.
 INSERT INTO models (
     model_id, name, creator_id, model_hash, parameter_count_b, active_parameter_count_b,
     architecture_id, context_length_default, context_length_min, context_length_max,
-    file_format_id, quantization_id, model_source_size, release_date, version, description,
-    provisional
+    file_format_id, quantization_id, model_source_mtime, model_source_size, release_date, version,
+    description, predecessor_model_id, provisional
 )
-SELECT * FROM unnest(
+SELECT
+    t.model_id, t.name, t.creator_id, t.model_hash, t.parameter_count_b,
+    t.active_parameter_count_b, t.architecture_id, t.context_length_default, t.context_length_min,
+    t.context_length_max, t.file_format_id, t.quantization_id, t.model_source_mtime,
+    t.model_source_size, t.release_date, t.version, t.description, p.model_id, t.provisional
+FROM unnest(
     $1::uuid [], $2::text [], $3::uuid [], $4::text [], $5::float8 [], $6::float8 [],
     $7::int [], $8::int [], $9::int [], $10::int [],
-    $11::int [], $12::int [], $13::bigint [], $14::date [], $15::text [], $16::text [],
-    $17::bool []
+    $11::int [], $12::int [], $13::timestamptz [], $14::bigint [], $15::date [], $16::text [],
+    $17::text [], $18::uuid [], $19::bool []
+) AS t (
+    model_id, name, creator_id, model_hash, parameter_count_b, active_parameter_count_b,
+    architecture_id, context_length_default, context_length_min, context_length_max,
+    file_format_id, quantization_id, model_source_mtime, model_source_size, release_date, version,
+    description, predecessor_model_id, provisional
 )
+LEFT JOIN models AS p ON t.predecessor_model_id = p.model_id
 ON CONFLICT DO NOTHING
 
 -- name: add_sources
@@ -42,8 +58,9 @@ WHERE NOT EXISTS (
 )
 
 -- name: known
--- What the claim needs to know of these models.
+-- What the claim needs to know of these models ($1), and of those that have one of these hashes ($2)
+-- under another id.
 SELECT
-    m.model_id, m.name, m.quantization_id,
+    m.model_id, m.name, m.quantization_id, m.model_hash,
     coalesce(m.active_parameter_count_b, m.parameter_count_b) AS parameters_b
-FROM models AS m WHERE m.model_id = any($1::uuid [])
+FROM models AS m WHERE m.model_id = any($1::uuid []) OR m.model_hash = any($2::text [])

@@ -68,11 +68,16 @@ kinds AS MATERIALIZED (
 
 queues AS MATERIALIZED (
     SELECT
-        w.*, x.name AS quantization,
-        vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) AS need_gb
+        w.*, x.name AS quantization, y.name AS judge_quantization,
+        greatest(
+            vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier),
+            vram_need_gb(j.active_parameter_count_b, j.parameter_count_b, y.vram_multiplier)
+        ) AS need_gb
     FROM queue_heads() AS w
     INNER JOIN models AS m ON w.model_id = m.model_id
     INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
+    INNER JOIN models AS j ON w.judge_model_id = j.model_id
+    INNER JOIN quantization_methods AS y ON j.quantization_id = y.quantization_id
     WHERE EXISTS (SELECT FROM kinds)
 ),
 
@@ -90,7 +95,9 @@ rounds (step, kind, found, chosen, taken) AS (
         SELECT ARRAY(
             WITH fitting AS (
                 SELECT f.* FROM queues AS f
-                WHERE f.need_gb <= k.vram_gb AND f.quantization = any(k.quantizations)
+                WHERE
+                    f.need_gb <= k.vram_gb AND f.quantization = any(k.quantizations)
+                    AND f.judge_quantization = any(k.quantizations)
             ),
 
             -- Only a model whose first run is among the best can have one of the best. First runs
@@ -110,7 +117,8 @@ rounds (step, kind, found, chosen, taken) AS (
                     SELECT q.queue_id, q.priority, q.created_at
                     FROM run_queue AS q
                     WHERE
-                        q.model_id = f.model_id AND q.status = 'PENDING' AND q.job IS NOT NULL
+                        q.model_id = f.model_id AND q.judge_model_id = f.judge_model_id
+                        AND q.status = 'PENDING' AND q.job IS NOT NULL
                         AND q.retry_after IS NULL AND q.queue_id <> all(r.taken)
                         AND (q.priority, q.created_at, q.queue_id)
                         >= (f.priority, f.created_at, f.queue_id)
@@ -124,7 +132,8 @@ rounds (step, kind, found, chosen, taken) AS (
                     SELECT q.queue_id, q.priority, q.created_at
                     FROM run_queue AS q
                     WHERE
-                        q.model_id = f.model_id AND q.status = 'PENDING' AND q.job IS NOT NULL
+                        q.model_id = f.model_id AND q.judge_model_id = f.judge_model_id
+                        AND q.status = 'PENDING' AND q.job IS NOT NULL
                         AND q.retry_after <= statement_timestamp() AND q.queue_id <> all(r.taken)
                     ORDER BY q.retry_after
                     LIMIT 2 * k.asked + 16
@@ -301,12 +310,17 @@ WHERE queue_id IN (
 )
 
 -- name: offers
--- What the queue has, by model: its need, and how many of its runs may be claimed now or only
+-- What the queue has, by model and judge: the need, and how many of its runs may be claimed now or only
 -- later, each counted up to $1: what this costs does not grow with the queue.
 SELECT
     m.name AS model_name,
     x.name AS quantization,
-    vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) AS need_gb,
+    CASE WHEN j.model_id <> m.model_id THEN j.name END AS judge_name,
+    y.name AS judge_quantization,
+    greatest(
+        vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier),
+        vram_need_gb(j.active_parameter_count_b, j.parameter_count_b, y.vram_multiplier)
+    ) AS need_gb,
     r.runs + d.runs AS claimable,
     l.runs AS deferred,
     l.next_retry,
@@ -314,11 +328,14 @@ SELECT
 FROM queue_heads() AS w
 INNER JOIN models AS m ON w.model_id = m.model_id
 INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
+INNER JOIN models AS j ON w.judge_model_id = j.model_id
+INNER JOIN quantization_methods AS y ON j.quantization_id = y.quantization_id
 CROSS JOIN LATERAL (
     SELECT count(*) AS runs FROM (
         SELECT FROM run_queue AS q
         WHERE
-            q.model_id = m.model_id AND q.status = 'PENDING' AND q.job IS NOT NULL
+            q.model_id = w.model_id AND q.judge_model_id = w.judge_model_id
+            AND q.status = 'PENDING' AND q.job IS NOT NULL
             AND q.retry_after IS NULL
         LIMIT $1
     ) AS ready
@@ -327,7 +344,8 @@ CROSS JOIN LATERAL (
     SELECT count(*) AS runs FROM (
         SELECT FROM run_queue AS q
         WHERE
-            q.model_id = m.model_id AND q.status = 'PENDING' AND q.job IS NOT NULL
+            q.model_id = w.model_id AND q.judge_model_id = w.judge_model_id
+            AND q.status = 'PENDING' AND q.job IS NOT NULL
             AND q.retry_after <= statement_timestamp()
         LIMIT $1
     ) AS due
@@ -336,13 +354,14 @@ CROSS JOIN LATERAL (
     SELECT count(*) AS runs, min(later.retry_after) AS next_retry FROM (
         SELECT q.retry_after FROM run_queue AS q
         WHERE
-            q.model_id = m.model_id AND q.status = 'PENDING' AND q.job IS NOT NULL
+            q.model_id = w.model_id AND q.judge_model_id = w.judge_model_id
+            AND q.status = 'PENDING' AND q.job IS NOT NULL
             AND q.retry_after > statement_timestamp()
         ORDER BY q.retry_after
         LIMIT $1
     ) AS later
 ) AS l
-ORDER BY need_gb, m.name, x.name
+ORDER BY need_gb, m.name, x.name, j.name
 
 -- name: beat
 -- Renew the leases of all heartbeats that wait together; the first one of a lease starts the run.
@@ -684,10 +703,16 @@ SELECT
     q.batch_id, q.progress, q.cancel_requested_at, q.cancel_reason, q.lease_seq, q.lease_id,
     q.lease_expires_at, q.last_heartbeat, q.result_sha256, q.config_hash, q.max_runtime_s,
     m.name AS model_name, x.name AS quantization,
-    vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) AS need_gb
+    CASE WHEN j.model_id <> m.model_id THEN j.name END AS judge_model,
+    greatest(
+        vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier),
+        vram_need_gb(j.active_parameter_count_b, j.parameter_count_b, y.vram_multiplier)
+    ) AS need_gb
 FROM every_run AS q
 LEFT JOIN models AS m ON q.model_id = m.model_id
 LEFT JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
+LEFT JOIN models AS j ON q.judge_model_id = j.model_id
+LEFT JOIN quantization_methods AS y ON j.quantization_id = y.quantization_id
 WHERE q.run_id = $1 AND q.job IS NOT NULL
 
 -- name: job_of
@@ -711,22 +736,34 @@ WHERE q.run_id = $1 AND q.job IS NOT NULL
 -- name: enqueue
 -- Add runs whose row in `runs` this transaction has just made, so none of them is queued already.
 -- Those of one request are a microsecond apart, so that runs of one priority are handed out in the
--- order they were given; $10 of them have been added by statements before this one.
+-- order they were given; $11 of them have been added by statements before this one.
 INSERT INTO run_queue (
-    queue_id, run_id, model_id, job, config_hash, priority, retry_after, max_attempts,
-    max_runtime_s, batch_id, created_at
+    queue_id, run_id, model_id, judge_model_id, job, config_hash, priority, retry_after,
+    max_attempts, max_runtime_s, batch_id, created_at
 )
 SELECT
-    gen_random_uuid(), t.run_id, t.model_id, t.job::jsonb, t.config_hash, t.priority, t.not_before,
-    t.max_attempts, t.max_runtime_s, t.batch_id,
-    now() + ($10::int + t.place) * interval '1 microsecond'
+    gen_random_uuid(), t.run_id, t.model_id, t.judge_model_id, t.job::jsonb, t.config_hash,
+    t.priority, t.not_before, t.max_attempts, t.max_runtime_s, t.batch_id,
+    now() + ($11::int + t.place) * interval '1 microsecond'
 FROM unnest(
-    $1::uuid [], $2::uuid [], $3::text [], $4::text [], $5::int [], $6::timestamptz [],
-    $7::int [], $8::int [], $9::uuid []
+    $1::uuid [], $2::uuid [], $3::uuid [], $4::text [], $5::text [], $6::int [],
+    $7::timestamptz [], $8::int [], $9::int [], $10::uuid []
 ) WITH ORDINALITY AS t (
-    run_id, model_id, job, config_hash, priority, not_before, max_attempts, max_runtime_s,
-    batch_id, place
+    run_id, model_id, judge_model_id, job, config_hash, priority, not_before, max_attempts,
+    max_runtime_s, batch_id, place
 )
+
+-- name: same_config
+-- The newest earlier run of each of these configs ($1), and its batch, but for the runs ($2) that
+-- are being added now.
+SELECT h.config_hash, q.run_id, q.batch_id, q.created_at
+FROM unnest($1::text []) AS h (config_hash)
+CROSS JOIN LATERAL (
+    SELECT e.run_id, e.batch_id, e.created_at FROM every_run AS e
+    WHERE
+        e.config_hash = h.config_hash AND e.job IS NOT NULL AND e.run_id <> all($2::uuid [])
+    ORDER BY e.created_at DESC LIMIT 1
+) AS q
 
 -- name: enqueued
 -- What is queued, or was and is archived, under these run_ids.
@@ -736,8 +773,12 @@ WHERE run_id = any($1::uuid []) AND job IS NOT NULL
 -- name: compared
 -- Whether the runs that are sent again are those that are there. Compared here: the jobs may have
 -- megabytes.
-SELECT q.run_id, q.job = t.job::jsonb AND q.model_id = t.model_id AS same
-FROM unnest($1::uuid [], $2::uuid [], $3::text []) AS t (run_id, model_id, job)
+SELECT
+    q.run_id,
+    q.job = t.job::jsonb AND q.model_id = t.model_id AND q.judge_model_id = t.judge_model_id AS same
+FROM
+    unnest($1::uuid [], $2::uuid [], $3::uuid [], $4::text [])
+    AS t (run_id, model_id, judge_model_id, job)
 INNER JOIN every_run AS q ON t.run_id = q.run_id
 WHERE q.run_id = any($1::uuid []) AND q.job IS NOT NULL
 
@@ -753,10 +794,15 @@ SELECT
     q.claimed_at, q.created_at, q.completed_at, q.retry_after, q.error_detail, q.batch_id,
     q.progress, q.cancel_requested_at, q.lease_expires_at,
     m.name AS model_name, x.name AS quantization,
-    vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier) AS need_gb
+    greatest(
+        vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier),
+        vram_need_gb(j.active_parameter_count_b, j.parameter_count_b, y.vram_multiplier)
+    ) AS need_gb
 FROM every_run AS q
 INNER JOIN models AS m ON q.model_id = m.model_id
 INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
+INNER JOIN models AS j ON q.judge_model_id = j.model_id
+INNER JOIN quantization_methods AS y ON j.quantization_id = y.quantization_id
 WHERE
     q.job IS NOT NULL
     AND ($1::text IS NULL OR q.status = $1)

@@ -9,9 +9,10 @@ RETURNING *
 SELECT * FROM submissions WHERE run_id = $1
 
 -- name: publish
--- The run's row as the leaderboard reads it.
+-- The run's row as the leaderboard reads it; a result that tells no version has its runner's.
 UPDATE runs SET
-    run_status = $2, submitted_at = $3, publisher_id = $4, runner_id = $4, runner_version = $5,
+    run_status = $2, submitted_at = $3, publisher_id = $4, runner_id = $4,
+    runner_version = coalesce($5, (SELECT r.version FROM runners AS r WHERE r.runner_id = $4)),
     prompt_git_hash = $6
 WHERE run_id = $1
 

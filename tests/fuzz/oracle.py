@@ -144,17 +144,18 @@ def _wrong_by_itself(bundle: Bundle, result: bytes) -> str | None:
     job = bundle.job
     if value["run_id"] != bundle.run_id:
         return "the result is of another run"
-    if value["provenance"].get("config_hash") != job["config_hash"]:
-        return "the result is of another configuration"
+    text = json.dumps(value["config"], sort_keys=True).encode()
+    if value["provenance"]["config_hash"] != hashlib.sha256(text).hexdigest()[:16]:
+        return "the result has another hash than its configuration"
     model = job["config"]["models"][0]["id"]
-    wanted = {(t["id"], p["id"], "main", model) for t in job["tasks"] for p in job["prompts"]}
-    wanted |= {(t["id"], "floor", "dumb_model", model) for t in job["floor_tasks"]}
+    main = {(t["id"], p["id"], "main", model) for t in job["tasks"] for p in job["prompts"]}
+    wanted = main | {(t["id"], "floor", "dumb_model", model) for t in job["floor_tasks"]}
     names = ("task_id", "prompt_id", "tier", "model_id")
     cells = [tuple(record[name] for name in names) for record in value["records"]]
     if len(set(cells)) < len(cells) or not wanted >= set(cells):
         return "the result has a cell twice, or one that is not of the job"
-    if value["run_status"] == "complete" and wanted != set(cells):
-        return "the result is complete and lacks a cell"
+    if value["run_status"] == "complete" and not main <= set(cells):
+        return "the result is complete and lacks a main cell"
     return _wrong_words(job, value)
 
 
@@ -165,6 +166,8 @@ def _wrong_words(job: dict[str, Any], value: dict[str, Any]) -> str | None:
     run = told if isinstance(told, dict) else {}
     if run.get("name") not in (None, job["run_id"]):
         return "the result's config is of another run"
+    if any(one["id"] != job["config"]["models"][0]["id"] for one in config["models"]):
+        return "the result's config is of another model"
     if any(each not in (None, seed) for each in (run.get("seed"), value["provenance"].get("seed"))):
         return "the result is of another seed"
     handed = {one["id"]: one for one in [*job["tasks"], *job["floor_tasks"], *job["prompts"]]}

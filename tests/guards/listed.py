@@ -12,7 +12,7 @@ QUEUE = "db/sql/run_queue.sql"
 KEYS = "db/sql/runner_keys.sql"
 RUNNERS = "db/sql/runners.sql"
 TABLES = "db/migrations/20261123000002_queue.sql"
-HEADS = "db/migrations/20261124000009_queue_heads.sql"
+HEADS = "db/migrations/20261126000001_judges.sql"
 ARCHIVE = "db/sql/archive.sql"
 PRUNE = "db/sql/prune.sql"
 
@@ -79,15 +79,15 @@ ENQUEUED = (
     Guard(
         "enqueue: a run sent again has the same model",
         f"{QUEUE}:compared",
-        " AND q.model_id = t.model_id AS same",
-        " AS same",
+        "AND q.model_id = t.model_id ",
+        "",
         f"{ENQUEUE}::test_what_is_sent_again_is_compared_run_by_run",
     ),
     Guard(
         "enqueue: runs of several statements keep their order",
         f"{QUEUE}:enqueue",
-        "($10::int + t.place)",
-        "($10::int * 0 + t.place)",
+        "($11::int + t.place)",
+        "($11::int * 0 + t.place)",
         f"{ENQUEUE}::test_rows_and_jobs_go_to_the_database_in_pieces_of_text",
     ),
 )
@@ -336,22 +336,22 @@ CLAIM = (
     Guard(
         "claim: the best models: PENDING runs only",
         HEADS,
-        "q.status = 'PENDING' AND q.job IS NOT NULL AND q.retry_after IS NULL\n            AND q.model_id > r",
-        "q.job IS NOT NULL AND q.retry_after IS NULL\n            AND q.model_id > r",
+        "q.status = 'PENDING' AND q.job IS NOT NULL AND q.retry_after IS NULL\n            AND (q.model_id, q.judge_model_id) > (r",
+        "q.job IS NOT NULL AND q.retry_after IS NULL\n            AND (q.model_id, q.judge_model_id) > (r",
         f"{CLAIMS}::test_of_more_models_than_are_looked_at_the_best_run_is_found",
     ),
     Guard(
         "claim: the best models: no row of bakeoff's own",
         HEADS,
-        " AND q.job IS NOT NULL AND q.retry_after IS NULL\n            AND q.model_id > r",
-        " AND q.retry_after IS NULL\n            AND q.model_id > r",
+        " AND q.job IS NOT NULL AND q.retry_after IS NULL\n            AND (q.model_id, q.judge_model_id) > (r",
+        " AND q.retry_after IS NULL\n            AND (q.model_id, q.judge_model_id) > (r",
         f"{CLAIMS}::test_of_more_models_than_are_looked_at_the_best_run_is_found",
     ),
     Guard(
         "claim: the best models: not before retry_after",
         HEADS,
-        " AND q.retry_after IS NULL\n            AND q.model_id > r",
-        "\n            AND q.model_id > r",
+        " AND q.retry_after IS NULL\n            AND (q.model_id, q.judge_model_id) > (r",
+        "\n            AND (q.model_id, q.judge_model_id) > (r",
         f"{CLAIMS}::test_of_more_models_than_are_looked_at_the_best_run_is_found",
     ),
     Guard(
@@ -1480,4 +1480,139 @@ WORKERS = (
     ),
 )
 
-ALL = ENQUEUED + CLAIM + ENDS + SWEEP + ADMIN + BELL + SERVER + RESULTS + ARCHIVING + WORKERS
+HARNESS = "tests/test_harness_results.py"
+JUDGES = "tests/test_judges.py"
+BINDING = "tests/test_binding.py"
+CELLS = "tests/test_cells.py"
+NEVER = f"{HARNESS}::test_what_the_harness_never_writes_is_refused_by_pointer_and_keeps_the_lease"
+
+UPSTREAM = (
+    Guard(
+        "binding: the config hash is of the result's own config",
+        "broker/bundles.py",
+        """    if result["provenance"]["config_hash"] != harness_hash(result["config"]):
+        yield Violation("/provenance/config_hash", OTHER_HASH)
+""",
+        "",
+        f"{BINDING}::test_the_config_hash_is_that_of_the_results_own_config",
+    ),
+    Guard(
+        "binding: a complete run has every main cell",
+        "broker/bundles.py",
+        "        yield from _missing(job, seen)\n",
+        "        pass\n",
+        f"{BINDING}::test_a_complete_run_has_every_main_cell",
+    ),
+    Guard(
+        "binding: a comparison is of the job's model on both sides",
+        "broker/bundles.py",
+        'for member in ("a_model", "b_model") if pairwise else',
+        'for member in ("a_model",) if pairwise else',
+        f"{BINDING}::test_a_comparison_of_two_models_is_none_of_a_run_of_one",
+    ),
+    Guard(
+        "binding: the weights are those of the job",
+        "broker/agreement.py",
+        """        yield from _other_weights(job.config["models"][0], model, ("config", "models", index))
+""",
+        "        pass\n",
+        NEVER,
+    ),
+    Guard(
+        "binding: the judge is that of the job",
+        "broker/agreement.py",
+        """    yield from _other_weights(_members(job.config.get("judge")), config.get("judge"), _JUDGE)
+""",
+        "",
+        NEVER,
+    ),
+    Guard(
+        "submit: what the archive refuses is refused",
+        "broker/verification.py",
+        "    check_archivable(manifest, result)\n",
+        "",
+        NEVER,
+    ),
+    Guard(
+        "export: what the archive refuses is not written",
+        "cli/results_export.py",
+        "        _check_archivable(beside)\n",
+        "",
+        f"{HARNESS}::test_an_older_result_that_the_archive_would_refuse_is_named_and_not_exported",
+    ),
+    Guard(
+        "rows: a judge that failed leaves no score",
+        "broker/cells.py",
+        "        if judged.score is None:\n            return None\n",
+        "        if judged.score is None:\n            return 0.0\n",
+        f"{CELLS}::test_a_judge_that_failed_leaves_no_score_and_says_why",
+    ),
+    Guard(
+        "rows: no GPU row without a model",
+        "db/metrics.py",
+        "    if of.gpu_model is not None:",
+        "    if True:",
+        f"{HARNESS}::test_a_machine_of_which_the_gpu_or_nothing_is_known_has_no_gpu_row",
+    ),
+    Guard(
+        "claim: the judge fits as well",
+        f"{QUEUE}:claim",
+        """        greatest(
+            vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier),
+            vram_need_gb(j.active_parameter_count_b, j.parameter_count_b, y.vram_multiplier)
+        ) AS need_gb""",
+        "        vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier)"
+        " AS need_gb",
+        f"{JUDGES}::test_a_deferred_run_waits_for_both_too",
+    ),
+    Guard(
+        "claim: the judge's quantization as well",
+        f"{QUEUE}:claim",
+        "                    AND f.judge_quantization = any(k.quantizations)\n",
+        "",
+        f"{JUDGES}::test_a_runner_must_support_the_judges_quantization_as_well",
+    ),
+    Guard(
+        "enqueue: a run sent again has the same judge",
+        f"{QUEUE}:compared",
+        " AND q.judge_model_id = t.judge_model_id AS same",
+        " AS same",
+        f"{JUDGES}::test_the_same_run_with_another_judge_is_another_run",
+    ),
+    Guard(
+        "enqueue: pairwise for one model is refused",
+        "broker/enqueue_request.py",
+        'if judge.get("mode", PAIRWISE) == PAIRWISE:',
+        "if False:",
+        f"{JUDGES}::test_a_judge_that_cannot_judge_one_model_is_refused_with_the_fix",
+    ),
+    Guard(
+        "enqueue: a descriptor's uuid is the id that follows from it",
+        "broker/model_descriptors.py",
+        'if not wrong and descriptor.get("uuid") not in (None, str(model_id_of(descriptor))):',
+        "if False:",
+        f"{JUDGES}::test_a_descriptor_is_taken_as_bakeoffs_store_keeps_it",
+    ),
+    Guard(
+        "adoption: numbered models are refused",
+        "db/migrations/20261123000001_upstream_tables.sql",
+        "    IF FOUND THEN\n",
+        "    IF false THEN\n",
+        "tests/test_adoption.py::"
+        "test_a_database_with_numbered_models_is_refused_in_a_sentence_and_kept",
+    ),
+)
+
+ALL = (
+    ENQUEUED
+    + CLAIM
+    + ENDS
+    + SWEEP
+    + ADMIN
+    + BELL
+    + SERVER
+    + RESULTS
+    + ARCHIVING
+    + WORKERS
+    + UPSTREAM
+)
