@@ -155,9 +155,9 @@ def _floor_tasks(config: Mapping[str, Any], path: Path, beside: Beside) -> dict[
         )
     if not enabled and beside.floor_tasks is not None:
         raise CommandFailed(f"{path}: switches the floor tasks off: leave --floor-tasks out")
-    return (
-        {"floor_tasks": _read_tasks(beside.floor_tasks, FLOOR_TIER)} if beside.floor_tasks else {}
-    )
+    if beside.floor_tasks is None:
+        return {}
+    return {"floor_tasks": _read_tasks(beside.floor_tasks, FLOOR_TIER)}
 
 
 def _read_tasks(path: Path, tier: str) -> list[dict[str, Any]]:
@@ -224,7 +224,7 @@ def _describe_judge(
     descriptors: Sequence[DescriptorFile],
 ) -> dict[str, Any]:
     """`{"judge": its descriptor}` where one judges: it takes VRAM after the model."""
-    judge = config.get("judge")
+    judge: Mapping[str, Any] = config.get("judge") or {}
     if not _judges(judge):
         return {}
     for model, descriptor in described:

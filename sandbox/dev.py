@@ -15,7 +15,7 @@ from cli.output import CommandFailed, note
 from config.settings import Settings
 from sandbox.children import ENDED, Event
 from sandbox.leash import SandboxError
-from sandbox.stack import CATALOGUE, DemoRunner, Stack, admin_api, open_stack
+from sandbox.stack import CATALOGUE, CATALOGUE_FILES, DemoRunner, Stack, admin_api, open_stack
 
 HOST = "127.0.0.1"
 RUNNER = DemoRunner("demo-runner", 24)
@@ -119,7 +119,9 @@ def _welcome(stack: Stack, url: str, token: str, data: Path | None) -> list[str]
     program = str(Path(sys.executable).with_name("bakeoff-queue"))
     module, *options = stack.runner_command(RUNNER, url, url)
     runner = [sys.executable, "-P", "-m", module, *options]
-    add = [program, "queue", "add", f"{CATALOGUE}/config.yaml", "--models", f"{CATALOGUE}/models"]
+    files = CATALOGUE_FILES
+    beside = ["--tasks", files.tasks, "--floor-tasks", files.floor_tasks, "--models", files.models]
+    add = [program, "queue", "add", f"{CATALOGUE}/config.yaml", *map(str, beside)]
     authorization = shlex.quote(f"Authorization: Bearer {token}")
     as_json = "-H 'Content-Type: application/json'"
     return [

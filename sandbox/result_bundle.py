@@ -155,13 +155,10 @@ def model_score(model_ref: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     failures = Counter(one.failure.code for one in main if one.failure)
     attempted = len(main) - failures.total()
     passed = sum(one.quality == 1.0 for one in floor)
-    if attempted == len(main):
-        status = "complete"
-    else:
-        status = "incomplete" if attempted else "failed"
+    unfinished = "incomplete" if attempted else "failed"
     return {
         "model_id": model_ref,
-        "status": status,
+        "status": "complete" if attempted == len(main) else unfinished,
         "cells_total": len(main),
         "cells_attempted": attempted,
         "cells_failed": failures.total(),
@@ -270,5 +267,5 @@ def _shown(outcome: Outcome) -> str:
 
 
 def _pretty(value: dict[str, Any]) -> bytes:
-    """As the harness writes it; a number that JSON does not know would be refused: refuse it here."""
+    """Write JSON as the harness does. Raises ValueError for NaN, which would be refused later."""
     return json.dumps(value, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"

@@ -83,7 +83,10 @@ def endpoint(io_loop) -> Iterator[Endpoint]:
 
 def catalogue_job(model_id: str) -> Job:
     config = yaml.safe_load((CATALOGUE / "config.yaml").read_text())
-    tasks = yaml.safe_load((CATALOGUE / config["dataset"]["path"]).read_text())
+    tasks = {
+        name: [json.loads(line) for line in (CATALOGUE / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("tasks", "floor_tasks")
+    }
     model = json.loads((CATALOGUE / "models" / f"{model_id}.json").read_text())
     return replace(JOB, model=model, prompts=config["prompts"], **tasks)
 
@@ -96,11 +99,11 @@ def catalogue_models() -> list[str]:
 def test_every_main_task_meets_every_prompt_and_a_floor_task_is_asked_once() -> None:
     cells = [(cell.task["id"], cell.prompt_id, cell.tier) for cell in cells_of(JOB)]
     assert cells == [
+        ("floor", "floor", "dumb_model"),
         ("capital", "terse", "main"),
         ("capital", "kind", "main"),
         ("sum", "terse", "main"),
         ("sum", "kind", "main"),
-        ("floor", "floor", "dumb_model"),
     ]
 
 
@@ -197,11 +200,11 @@ async def test_an_endpoint_is_asked_with_or_without_v1(endpoint: Endpoint, suffi
         executor = OpenAIEndpoint(http, endpoint.url + suffix)
         outcomes = await execute(JOB, executor, nothing)
     assert executor.provenance == {"kind": "openai-compatible", "endpoint": endpoint.url}
-    assert [one.quality for one in outcomes] == [1.0, 1.0, 0.0, 0.0, 0.0]
-    reply = outcomes[0].reply
+    assert [one.quality for one in outcomes] == [0.0, 1.0, 1.0, 0.0, 0.0]
+    reply = outcomes[1].reply
     assert reply is not None
     assert (reply.text, reply.prompt_tokens, reply.completion_tokens) == ("Oslo", 11, 3)
-    assert endpoint.asked[0] == {
+    assert endpoint.asked[1] == {
         "model": "llama-70b",
         "messages": [
             {"role": "system", "content": "Be terse."},
@@ -211,7 +214,7 @@ async def test_an_endpoint_is_asked_with_or_without_v1(endpoint: Endpoint, suffi
         "seed": 7,
         "stream": False,
     }
-    assert [one["role"] for one in endpoint.asked[-1]["messages"]] == ["user"]
+    assert [one["role"] for one in endpoint.asked[0]["messages"]] == ["user"]
 
 
 @pytest.mark.parametrize("reply", ["no json", "[]", {"choices": []}, completion(None)])

@@ -55,13 +55,22 @@ def grid(tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text("""
 queue: {lease_ttl_s: 300}
-dataset: {tasks: [{id: t, domain: d, user_prompt: "?", expected: 4, scorer: exact}]}
+dataset: {n: 1, domains: [qa]}
+dumb_model_tier: {enabled: false}
 models:
   - {id: small, gguf: small-Q8_0.gguf, num_params: 1.2}
   - {id: large, gguf: large-Q4_K_M.gguf, num_params: 70000000000}
 prompts: [{id: p, system: Be brief.}]
 """)
+    (tmp_path / "tasks.jsonl").write_text(
+        '{"id": "t", "domain": "qa", "user_prompt": "?", "expected": 4, "scorer": "exact"}\n'
+    )
     return path
+
+
+def beside(grid: Path) -> tuple[str, Path]:
+    """Return the options that a config needs beside it."""
+    return "--tasks", grid.with_name("tasks.jsonl")
 
 
 def created(count: int) -> dict[str, Any]:
@@ -73,7 +82,7 @@ def test_add_enqueues_a_run_per_model_and_shows_them(
     admin: Admin, shell: Shell, grid: Path
 ) -> None:
     admin.answer("POST", QUEUE, 201, created(2))
-    outcome = shell("queue", "add", grid, "--priority", 7)
+    outcome = shell("queue", "add", grid, *beside(grid), "--priority", 7)
     assert (outcome.code, outcome.err) == (0, [])
     heading, first, second = outcome.out.splitlines()
     assert heading.split() == ["run_id", "model", "quantization", "status", "created"]
@@ -85,16 +94,31 @@ def test_add_enqueues_a_run_per_model_and_shows_them(
     assert seen.headers["Content-Type"] == "application/json"
 
 
+def test_add_tells_each_warning_once_and_of_how_many_runs(
+    admin: Admin, shell: Shell, grid: Path
+) -> None:
+    answer = created(2)
+    answer["runs"][0]["warnings"] = ["the same config was enqueued", "no judge"]
+    answer["runs"][1]["warnings"] = ["the same config was enqueued"]
+    admin.answer("POST", QUEUE, 201, answer)
+    outcome = shell("queue", "add", grid, *beside(grid))
+    assert outcome.code == 0
+    assert outcome.err == [
+        "warning, of 2 runs: the same config was enqueued",
+        "warning: no judge",
+    ]
+
+
 def test_add_as_json_prints_what_was_answered(admin: Admin, shell: Shell, grid: Path) -> None:
     admin.answer("POST", QUEUE, 201, created(2))
-    assert shell("queue", "add", grid, "--json").json == created(2)
+    assert shell("queue", "add", grid, *beside(grid), "--json").json == created(2)
 
 
 def test_a_dry_run_sends_nothing_and_needs_no_token(
     admin: Admin, shell: Shell, grid: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("BAKEOFF_QUEUE_TOKEN")
-    outcome = shell("queue", "add", grid, "--dry-run")
+    outcome = shell("queue", "add", grid, *beside(grid), "--dry-run")
     assert outcome.code == 0
     assert outcome.out.splitlines()[1].split() == ["small", "q8_0", "1", "0", "1", "-"]
     assert admin.seen == []
@@ -103,7 +127,7 @@ def test_a_dry_run_sends_nothing_and_needs_no_token(
 def test_a_dry_runs_json_is_what_add_takes(
     admin: Admin, shell: Shell, grid: Path, tmp_path: Path
 ) -> None:
-    body = shell("queue", "add", grid, "--dry-run", "--json").json
+    body = shell("queue", "add", grid, *beside(grid), "--dry-run", "--json").json
     path = tmp_path / "runs.json"
     path.write_text(json.dumps(body))
     admin.answer("POST", QUEUE, 201, created(2))
@@ -115,7 +139,7 @@ def test_a_model_that_cannot_be_described_enqueues_nothing(
     admin: Admin, shell: Shell, grid: Path
 ) -> None:
     grid.write_text(grid.read_text().replace("num_params: 1.2", "ctx: 1"))
-    outcome = shell("queue", "add", grid)
+    outcome = shell("queue", "add", grid, *beside(grid))
     assert (outcome.code, len(outcome.err)) == (1, 2)
     assert "1 of 2 models cannot be enqueued, so nothing was" in outcome.err[0]
     assert "small.json into the --models folder" in outcome.err[1]
@@ -126,9 +150,10 @@ def test_add_takes_descriptors_from_a_folder(
     admin: Admin, shell: Shell, grid: Path, tmp_path: Path
 ) -> None:
     descriptor = {"name": "Small", "parameter_count_b": 3, "architecture": "SSM"}
-    descriptor |= {"quantization": "fp16", "file_format": "SafeTensors"}
+    descriptor |= {"quantization": "q8_0", "file_format": "SafeTensors"}
     (tmp_path / "small.json").write_text(json.dumps(descriptor))
-    body = shell("queue", "add", grid, "--models", tmp_path, "--dry-run", "--json").json
+    given = (grid, *beside(grid), "--models", tmp_path)
+    body = shell("queue", "add", *given, "--dry-run", "--json").json
     assert body["runs"][0]["model"] == descriptor
 
 
@@ -149,7 +174,7 @@ def test_more_than_a_batch_goes_in_batches_with_keys_of_their_own(
 def test_a_lost_answer_is_fetched_with_the_same_key(admin: Admin, shell: Shell, grid: Path) -> None:
     admin.lose("POST", QUEUE)
     admin.answer("POST", QUEUE, 201, created(2))
-    assert shell("queue", "add", grid).code == 0
+    assert shell("queue", "add", grid, *beside(grid)).code == 0
     first, second = admin.seen
     assert first.headers["Idempotency-Key"] == second.headers["Idempotency-Key"]
     assert first.body == second.body
@@ -157,8 +182,8 @@ def test_a_lost_answer_is_fetched_with_the_same_key(admin: Admin, shell: Shell, 
 
 def test_the_same_file_may_be_enqueued_again(admin: Admin, shell: Shell, grid: Path) -> None:
     admin.answer("POST", QUEUE, 201, created(2))
-    shell("queue", "add", grid)
-    shell("queue", "add", grid)
+    shell("queue", "add", grid, *beside(grid))
+    shell("queue", "add", grid, *beside(grid))
     first, second = admin.seen
     assert first.headers["Idempotency-Key"] != second.headers["Idempotency-Key"]
     assert first.body["runs"][0]["batch_id"] != second.body["runs"][0]["batch_id"]
@@ -182,7 +207,7 @@ def test_a_command_that_broke_off_says_how_to_go_on_and_can(
 def test_a_refused_batch_has_nothing_to_go_on_with(admin: Admin, shell: Shell, grid: Path) -> None:
     detail = ("/runs/0/model/quantization", "unknown")
     admin.answer("POST", QUEUE, 422, problem("unknown_quantization", "Known: q4_0.", detail))
-    outcome = shell("queue", "add", grid)
+    outcome = shell("queue", "add", grid, *beside(grid))
     assert outcome.code == 1
     assert "--idempotency-key" not in outcome.err[0]
     assert outcome.err[1] == "  /runs/0/model/quantization: unknown"

@@ -8,20 +8,21 @@ import pytest
 import yaml
 
 from broker.documents import load_schema
+from broker.quantizations import KNOWN, find, in_file_name
 from cli.descriptors import Undescribed, describe, read_folder
 from cli.documents import read_document
-from cli.harness_config import read_runs
+from cli.harness_config import Beside, JudgeMode, read_runs
 from cli.output import CommandFailed
+from sandbox.stack import CATALOGUE, CATALOGUE_FILES
 
-CATALOGUE = Path(__file__).parent.parent / "sandbox" / "catalogue"
 BATCH = "3f1a7ad2-9f0e-4b0a-8a52-0d6ad8a3c001"
-MODEL = {"id": "m-q4_0", "alias": "M", "gguf": "/mnt/w/M-Q4_0.gguf", "ctx": 4096, "num_params": 7.6}
-TASK = {"id": "t", "domain": "d", "user_prompt": "?", "expected": 4, "scorer": "exact"}
+MODEL = {"id": "m-q4_0", "alias": "M", "gguf": "o/r/M-Q4_0.gguf", "ctx": 4096, "num_params": 7.6}
+TASK = {"id": "t", "domain": "qa", "user_prompt": "?", "expected": 4, "scorer": "exact"}
 FLOOR = TASK | {"id": "f", "tier": "dumb_model"}
 CONFIG = {
     "run": {"name": "grid", "seed": 1},
     "queue": {"lease_ttl_s": 300},
-    "dataset": {"tasks": [TASK]},
+    "dataset": {"n": 1, "domains": ["qa", "code"]},
     "models": [MODEL],
     "prompts": [{"id": "p", "system": "Be brief."}],
 }
@@ -29,15 +30,29 @@ DESCRIPTOR = {
     "name": "M",
     "parameter_count_b": 8,
     "architecture": "Dense",
-    "quantization": "q8_0",
+    "quantization": "q4_0",
     "file_format": "GGUF",
 }
+ALONE = Beside()
 
 
-def convert(folder: Path, descriptors: Path | None = None, **changes: Any) -> list[dict[str, Any]]:
+def convert(
+    folder: Path,
+    descriptors: Path | None = None,
+    *,
+    tasks: Any = (TASK,),
+    floor_tasks: Any = (FLOOR,),
+    judge_mode: JudgeMode | None = None,
+    **changes: Any,
+) -> list[dict[str, Any]]:
+    """Convert CONFIG with changes; tasks are written as JSON Lines, and None gives no file."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(CONFIG | changes))
-    return read_runs(path, descriptors, BATCH)
+    files = [
+        None if listed is None else write(folder, name, "\n".join(map(json.dumps, listed)))
+        for name, listed in (("tasks.jsonl", tasks), ("floor.jsonl", floor_tasks))
+    ]
+    return read_runs(path, Beside(files[0], files[1], descriptors, judge_mode), BATCH)
 
 
 def refused(folder: Path, descriptors: Path | None = None, **changes: Any) -> CommandFailed:
@@ -61,6 +76,8 @@ def test_a_config_is_one_run_per_model_each_with_its_own_config(tmp_path: Path) 
     assert {run["batch_id"] for run in runs} == {BATCH}
     assert runs[0]["prompts"] == CONFIG["prompts"]
     assert runs[0]["config"]["run"] == {"name": "grid", "seed": 1}
+    assert runs[0]["config"]["dataset"] == CONFIG["dataset"], "the harness makes its tasks of it"
+    assert (runs[0]["tasks"], runs[0]["floor_tasks"]) == ([TASK], [FLOOR])
 
 
 def test_the_services_own_settings_are_left_out_of_the_job(tmp_path: Path) -> None:
@@ -119,6 +136,8 @@ def test_an_unusable_parameter_count_is_refused(count: Any) -> None:
         ("big-BF16-00001-of-00003.gguf", "bf16"),
         ("Q5_0/model-Q6_K.gguf", "q6_k"),
         (r"C:\weights\q5_0\model-Q6_K.gguf", "q6_k"),
+        ("m-F16.gguf", "fp16"),
+        ("m.f32.gguf", "fp32"),
     ],
 )
 def test_a_quantization_is_read_from_the_file_name(gguf: str, quantization: str) -> None:
@@ -130,15 +149,60 @@ def test_a_quantization_is_read_from_the_file_name(gguf: str, quantization: str)
     [
         "m.gguf",
         "m-Q4_0-Q8_0.gguf",
-        "m-Q4_0_4_4.gguf",
-        "m-Q2_K_XL.gguf",
         "m-XQ4_0.gguf",
-        "m-F16.gguf",
     ],
 )
-def test_a_file_name_without_exactly_one_known_quantization_is_no_guess(gguf: str) -> None:
-    with pytest.raises(Undescribed, match="does not name exactly one known quantization"):
+def test_a_file_name_without_exactly_one_quantization_is_no_guess(gguf: str) -> None:
+    with pytest.raises(Undescribed, match="rename it so that it names one, or put a descriptor"):
         describe(MODEL | {"gguf": gguf}, [])
+
+
+@pytest.mark.parametrize(
+    ("gguf", "name"),
+    [
+        ("o/r/Qwen3-8B-UD-Q4_K_XL.gguf", "ud_q4_k_xl"),
+        ("o/r/gpt-oss-20b-MXFP4.gguf", "mxfp4"),
+        ("o/r/gpt-oss-20b-MXFP4_MOE.gguf", "mxfp4_moe"),
+        ("o/r/m-Q4_0_4_4.gguf", "q4_0_4_4"),
+        ("o/r/m-Q2_K_XL.gguf", "q2_k_xl"),
+        ("o/r/m-TQ1_0.gguf", "tq1_0"),
+        ("o/r/m-Q6_K_L.gguf", "q6_k_l"),
+        ("o/r/m-Q4_K.gguf", "q4_k"),
+    ],
+)
+def test_a_quantization_without_a_vram_need_is_refused_with_the_list(gguf: str, name: str) -> None:
+    with pytest.raises(Undescribed) as problem:
+        describe(MODEL | {"gguf": gguf}, [])
+    [said] = problem.value.problems
+    assert f"is in {name}, of which bakeoff's table has no VRAM need" in said
+    assert "m-q4_0.json into the --models folder that names the nearest" in said
+    assert said.endswith("known: " + ", ".join(KNOWN))
+
+
+def test_a_descriptor_may_name_the_nearest_quantization(tmp_path: Path) -> None:
+    write(tmp_path, "m-q4_0.json", DESCRIPTOR | {"quantization": "q4_k_m"})
+    model = MODEL | {"gguf": "o/r/M-UD-Q4_K_XL.gguf"}
+    assert describe(model, read_folder(tmp_path))["quantization"] == "q4_k_m"
+
+
+def test_a_descriptor_of_another_quantization_than_the_file_is_refused(tmp_path: Path) -> None:
+    """Two quantizations of one model often share their alias."""
+    write(tmp_path, "a.json", DESCRIPTOR | {"quantization": "Q8_0"})
+    with pytest.raises(Undescribed, match="says q8_0, and its gguf q4_0"):
+        describe(MODEL, read_folder(tmp_path))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_name_of_bakeoffs_table_is_recognised_in_any_spelling(name: str) -> None:
+    for spelled in (name, name.upper(), name.upper().replace("FP", "F")):
+        assert in_file_name(f"Model-7B-{spelled}.gguf") == [name]
+        assert in_file_name(f"model.i1-{spelled}-00001-of-00003.gguf") == [name]
+        assert find(spelled, KNOWN) == name
+    assert find("UD-Q4_K_XL", KNOWN) is None
+
+
+def test_a_name_that_a_database_has_of_its_own_is_itself() -> None:
+    assert find("Q4_CUSTOM", ["Q4_CUSTOM"]) == "Q4_CUSTOM"
 
 
 @pytest.mark.parametrize(
@@ -152,10 +216,36 @@ def test_a_descriptor_is_found_by_file_name_id_or_alias(
     assert run["model"] == DESCRIPTOR | {"name": name, "version": "1"}
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"source_type": "local_file", "url": "M-Q4_0.gguf"},
+        {"source_type": "direct_url", "url": "https://x.example/files/M-Q4_0.gguf"},
+        {"source_type": "huggingface", "url": "https://huggingface.co/o/r"},
+        {"source_type": "huggingface", "url": "-", "source_metadata": {"hf_repo": "o/r"}},
+    ],
+)
+def test_a_descriptor_of_the_store_is_found_by_its_weights(
+    tmp_path: Path, source: dict[str, Any]
+) -> None:
+    """The store names its files by ids that nobody writes into a config."""
+    of = DESCRIPTOR | {"name": "Some Name", "sources": [source], "model_hash": None}
+    write(tmp_path, "5d2d89c1-2e92-51f6-8a4a-3e5023195289.json", of)
+    assert describe(MODEL, read_folder(tmp_path)) == of
+    write(tmp_path, "a.json", of | {"quantization": "q8_0", "sources": [
+        {"source_type": "huggingface", "url": "https://huggingface.co/o/r"}]})  # fmt: skip
+    assert describe(MODEL, read_folder(tmp_path)) == of, "the repository's other quantization"
+
+
+def test_a_descriptor_of_the_store_is_found_by_the_files_name(tmp_path: Path) -> None:
+    write(tmp_path, "5d2d89c1.json", DESCRIPTOR | {"name": "M-Q4_0"})
+    assert describe(MODEL | {"alias": "x"}, read_folder(tmp_path))["name"] == "M-Q4_0"
+
+
 def test_the_descriptor_named_after_the_id_wins(tmp_path: Path) -> None:
     write(tmp_path, "a.json", DESCRIPTOR)
-    write(tmp_path, "m-q4_0.json", DESCRIPTOR | {"quantization": "q4_0"})
-    assert describe(MODEL, read_folder(tmp_path))["quantization"] == "q4_0"
+    write(tmp_path, "m-q4_0.json", DESCRIPTOR | {"version": "2"})
+    assert describe(MODEL, read_folder(tmp_path))["version"] == "2"
 
 
 def test_two_descriptors_of_one_model_are_refused(tmp_path: Path) -> None:
@@ -188,7 +278,7 @@ def test_all_bad_models_are_named_at_once(tmp_path: Path) -> None:
         {"id": "bare"},
         MODEL,
         {"gguf": "x-Q4_0.gguf", "num_params": 1},
-        MODEL | {"id": "f16", "gguf": "m-F16.gguf"},
+        MODEL | {"id": "mx", "gguf": "m-MXFP4.gguf"},
         MODEL,
         "text",
     ]
@@ -198,7 +288,7 @@ def test_all_bad_models_are_named_at_once(tmp_path: Path) -> None:
         "models[0] (bare)",
         "models[0] (bare)",
         "models[2]",
-        "models[3] (f16)",
+        "models[3] (mx)",
         "models[4]",
         "models[5]",
     ]
@@ -221,7 +311,7 @@ def test_a_section_that_is_no_list_is_refused(tmp_path: Path, section: str) -> N
 @pytest.mark.parametrize("document", ["", "just text", "3", "runs: 3", "runs: []", "[]", "[3]"])
 def test_a_file_that_is_neither_form_is_refused(tmp_path: Path, document: str) -> None:
     with pytest.raises(CommandFailed, match=r"file\.yaml: "):
-        read_runs(write(tmp_path, "file.yaml", document), None, BATCH)
+        read_runs(write(tmp_path, "file.yaml", document), ALONE, BATCH)
 
 
 @pytest.mark.parametrize("prompt", [{"id": 1, "system": "x"}, {"id": "x"}, "x"])
@@ -230,52 +320,193 @@ def test_a_prompt_needs_text(tmp_path: Path, prompt: Any) -> None:
     assert "prompts[1]." in failure.line
 
 
-def test_tasks_of_the_floor_tier_are_told_apart(tmp_path: Path) -> None:
-    [run] = convert(tmp_path, dataset={"tasks": [TASK, FLOOR], "floor_tasks": [TASK | {"id": "g"}]})
-    assert [task["id"] for task in run["tasks"]] == ["t"]
-    assert [task["id"] for task in run["floor_tasks"]] == ["f", "g"]
+# The tasks
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("data/tasks.yaml", yaml.safe_dump({"tasks": [TASK], "floor_tasks": [FLOOR]})),
-        ("data/tasks.yaml", yaml.safe_dump([TASK, FLOOR])),
-        ("data/tasks.json", json.dumps([FLOOR, TASK])),
-        ("data/tasks.jsonl", f"{json.dumps(TASK)}\n\n{json.dumps(FLOOR)}\n"),
-    ],
-)
-@pytest.mark.parametrize("wrap", [lambda name: name, lambda name: {"path": name, "split": "x"}])
-def test_a_dataset_file_is_found_beside_the_config(
-    tmp_path: Path, name: str, text: str, wrap: Any
-) -> None:
-    write(tmp_path, name, text)
-    [run] = convert(tmp_path, dataset=wrap(name))
+def test_a_tasks_line_loses_what_the_harness_does_not_read(tmp_path: Path) -> None:
+    [run] = convert(tmp_path, tasks=[TASK | {"note": "x"}], floor_tasks=[FLOOR | {"why": 1}])
     assert (run["tasks"], run["floor_tasks"]) == ([TASK], [FLOOR])
 
 
+@pytest.mark.parametrize("name", ["tasks.yaml", "tasks.json"])
+def test_tasks_may_be_a_list_as_well(tmp_path: Path, name: str) -> None:
+    config = write(tmp_path, "config.yaml", yaml.safe_dump(CONFIG))
+    beside = Beside(write(tmp_path, name, [TASK]), write(tmp_path, "f.json", [FLOOR]))
+    [run] = read_runs(config, beside, BATCH)
+    assert run["tasks"] == [TASK]
+
+
 @pytest.mark.parametrize(
-    ("dataset", "message"),
+    "dataset",
     [
-        ("nowhere.yaml", r"nowhere\.yaml: cannot be read"),
-        ({"split": "x"}, "has no tasks"),
-        ({"tasks": []}, "has no tasks"),
-        ({"tasks": {"id": "t"}}, "`tasks` must be a list"),
-        ({"tasks": [TASK], "floor_tasks": "x"}, "`floor_tasks` must be a list"),
-        ({"tasks": [TASK, {"id": 7}]}, r"tasks\[1\]\.id must be text"),
-        ({"tasks": [FLOOR]}, "needs one of tier main"),
+        {"tasks": [TASK]}, "tasks.yaml", [TASK], {"n": 1}, {"domains": ["qa"]},
+        {"n": 0, "domains": ["qa"]}, {"n": True, "domains": ["qa"]}, {"n": 1.0, "domains": ["qa"]},
+        {"n": 1, "domains": []}, {"n": 1, "domains": "qa"}, {"n": 1, "domains": ["qa", "poetry"]},
+    ],
+)  # fmt: skip
+def test_a_dataset_that_the_harness_cannot_read_is_refused(tmp_path: Path, dataset: Any) -> None:
+    failure = refused(tmp_path, dataset=dataset)
+    assert "the harness reads `dataset` as n (a whole number) and domains (of qa, code" in str(
+        failure
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tasks": None}, r"the harness makes 1 tasks .* give --tasks FILE, which .* --dry-run"),
+        ({"floor_tasks": None}, r"always runs its floor tasks: give --floor-tasks FILE"),
+        ({"tasks": [TASK, TASK | {"id": "u"}]}, r"has 2 tasks, and .* asks for n = 1"),
+        ({"tasks": [TASK | {"domain": "classify"}]}, r"tasks\[0\]\.domain is not of"),
+        ({"tasks": [FLOOR]}, r"tasks\[0\] is of tier dumb_model, not of main"),
+        ({"floor_tasks": [TASK | {"tier": "main"}]}, r"tasks\[0\] is of tier main, not of dumb"),
+        ({"tasks": [{"id": 7}]}, r"tasks\[0\]\.id must be text"),
+        ({"tasks": []}, "must list tasks"),
+        ({"dumb_model_tier": {"enabled": False}}, "switches the floor tasks off: leave --floor"),
     ],
 )
-def test_a_bad_dataset_is_named(tmp_path: Path, dataset: Any, message: str) -> None:
+def test_tasks_that_are_not_those_of_the_config_are_refused(
+    tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
     with pytest.raises(CommandFailed, match=message):
-        convert(tmp_path, dataset=dataset)
+        convert(tmp_path, **given)
+
+
+def test_floor_tasks_may_be_switched_off(tmp_path: Path) -> None:
+    [run] = convert(tmp_path, floor_tasks=None, dumb_model_tier={"enabled": False})
+    assert "floor_tasks" not in run
+
+
+# The judge
+
+JUDGE = {"enabled": True, "mode": "scored", "gguf": "o/j/Judge-Q8_0.gguf", "num_params": 20}
+
+
+def test_the_judge_is_described_like_a_model(tmp_path: Path) -> None:
+    [run] = convert(tmp_path, judge=JUDGE)
+    assert (run["judge"]["name"], run["judge"]["quantization"]) == ("Judge-Q8_0", "q8_0")
+    assert run["judge"]["parameter_count_b"] == 20
+    write(
+        tmp_path / "models", "x.json", DESCRIPTOR | {"name": "Judge-Q8_0", "quantization": "q8_0"}
+    )
+    undersized = {name: value for name, value in JUDGE.items() if name != "num_params"}
+    [run] = convert(tmp_path, tmp_path / "models", judge=undersized)
+    assert run["judge"]["parameter_count_b"] == 8
+
+
+def test_a_judge_that_is_one_of_the_models_is_described_once(tmp_path: Path) -> None:
+    other = MODEL | {"id": "other", "gguf": "o/j/Judge-Q8_0.gguf", "num_params": 20}
+    runs = convert(tmp_path, models=[MODEL, other], judge=JUDGE | {"num_params": None})
+    assert [run["judge"] for run in runs] == [runs[1]["model"]] * 2
+
+
+def test_a_judge_that_cannot_be_described_is_refused_as_it_needs_memory(tmp_path: Path) -> None:
+    failure = refused(tmp_path, judge=JUDGE | {"num_params": None})
+    assert "the judge needs VRAM as well (the larger of both counts)" in failure.line
+    assert failure.details[0].startswith("judge: no usable parameter count: set num_params")
+    assert "Judge-Q8_0.json into the --models folder" in failure.details[0]
+
+
+@pytest.mark.parametrize("judge", [JUDGE | {"mode": "pairwise_all"}, {"enabled": True}])
+def test_a_judge_that_compares_models_is_refused_with_the_fix(tmp_path: Path, judge: Any) -> None:
+    failure = refused(tmp_path, judge=judge)
+    assert "judge.mode is pairwise_all" in failure.line
+    assert "Set judge.mode to scored, or give --judge-mode scored (or off)" in failure.line
+
+
+def test_the_judges_mode_may_be_given_beside_the_file(tmp_path: Path) -> None:
+    pairwise = JUDGE | {"mode": "pairwise_all"}
+    [scored] = convert(tmp_path, judge=pairwise, judge_mode=JudgeMode.SCORED)
+    assert scored["config"]["judge"] == JUDGE
+    assert "judge" in scored
+    [off] = convert(tmp_path, judge=pairwise, judge_mode=JudgeMode.OFF)
+    assert off["config"]["judge"] == pairwise | {"enabled": False}
+    assert "judge" not in off
+    assert "no judge is enabled" in refused(tmp_path, judge_mode=JudgeMode.SCORED).line
+
+
+# bakeoff's own file, in its shape: two models without a parameter count, a judge that compares them
+
+AB_CONFIG = """
+# Matrix = models x prompt_variants x dataset
+run:
+  name: "ab-run-001"
+  seed: 42
+  timeout_s: 180
+server:
+  models_dir: "~/.lmstudio/models"
+  image: "ghcr.io/ggml-org/llama.cpp:server-vulkan"
+  ctx: 4096                   # small on purpose
+  cache_type_k: "q8_0"
+dataset:
+  n: 2
+  domains: [qa, code, summarize, classify]
+models:
+  - id: qwen_9b_q4
+    alias: "qwen-9b-q4"
+    gguf: "lmstudio-community/Qwen-9B-GGUF/Qwen-9B-Q4_K_M.gguf"
+  - id: qwen_35b_a3b_q4
+    alias: "qwen-35b-a3b-q4"
+    gguf: "lmstudio-community/Qwen-35B-A3B-GGUF/Qwen-35B-A3B-Q4_K_M.gguf"
+    ctx: 4096
+prompts:
+  - id: plain
+    system: "You are a helpful assistant. Answer concisely."
+judge:
+  enabled: true
+  mode: "pairwise_all"
+  alias: "judge"
+  gguf: "lmstudio-community/Qwen-35B-A3B-GGUF/Qwen-35B-A3B-Q4_K_M.gguf"
+hardware: {id: "amd-8060s", peak_tflops: 39.0}
+output: {dir: "results", emit_json: true}
+"""
+STORED = {
+    "schema_version": 1,
+    "creator": {"name": "qwen", "display_name": "Qwen Team", "homepage": None,
+                "service_identifiers": {"huggingface": "Qwen"}, "provisional": False},
+    "model_hash": None, "architecture": "Dense", "file_format": "GGUF", "quantization": "q4_k_m",
+    "context_length_max": 131072, "model_source_size": None, "release_date": None,
+    "provisional": True, "created_at": "2026-08-01T00:00:00Z", "updated_at": "2026-08-01T00:00:00Z",
+}  # fmt: skip
+
+
+def test_bakeoffs_own_config_is_taken_as_it_is(tmp_path: Path) -> None:
+    for name, total, active in (("Qwen-9B", 9.0, 9.0), ("Qwen-35B-A3B", 35.0, 3.0)):
+        url = f"https://huggingface.co/lmstudio-community/{name}-GGUF"
+        source = {"source_type": "huggingface", "url": url, "source_metadata": {"hf_pulls": 7}}
+        write(tmp_path / "models", f"{name}-some-uuid.json", STORED | {
+            "name": name, "parameter_count_b": total, "active_parameter_count_b": active,
+            "sources": [source],
+        })  # fmt: skip
+    config = write(tmp_path, "config.yaml", AB_CONFIG)
+    tasks = write(tmp_path, "tasks.json", [TASK, TASK | {"id": "t1", "domain": "code"}])
+    floor = write(tmp_path, "floor.json", [FLOOR])
+    beside = Beside(tasks, floor, tmp_path / "models", JudgeMode.SCORED)
+    runs = read_runs(config, beside, BATCH)
+    assert [run["model"]["name"] for run in runs] == ["Qwen-9B", "Qwen-35B-A3B"]
+    assert {run["judge"]["name"] for run in runs} == {"Qwen-35B-A3B"}
+    assert runs[0]["config"]["dataset"] == {
+        "n": 2,
+        "domains": ["qa", "code", "summarize", "classify"],
+    }
+    assert load_schema("enqueue").violations({"runs": runs}) == ()
+    with pytest.raises(CommandFailed) as failure:
+        read_runs(config, Beside(tasks, floor, None, JudgeMode.SCORED), BATCH)
+    assert [said.partition(":")[0] for said in failure.value.details] == [
+        "models[0] (qwen_9b_q4)",
+        "models[1] (qwen_35b_a3b_q4)",
+    ]
+    assert all("set num_params" in said for said in failure.value.details)
+
+
+# The admin API's form
 
 
 @pytest.mark.parametrize(
     "document", [{"runs": [{"model": {}}]}, [{"model": {}}], {"model": {}, "tasks": []}]
 )
 def test_the_admin_apis_json_passes_as_it_is(tmp_path: Path, document: Any) -> None:
-    [run] = read_runs(write(tmp_path, "runs.json", document), None, BATCH)
+    [run] = read_runs(write(tmp_path, "runs.json", document), ALONE, BATCH)
     assert run["model"] == {}
     assert "batch_id" not in run
 
@@ -283,7 +514,16 @@ def test_the_admin_apis_json_passes_as_it_is(tmp_path: Path, document: Any) -> N
 def test_what_stands_beside_runs_is_not_dropped_silently(tmp_path: Path) -> None:
     path = write(tmp_path, "runs.json", {"runs": [{}], "priority": 1})
     with pytest.raises(CommandFailed, match="remove priority"):
-        read_runs(path, None, BATCH)
+        read_runs(path, ALONE, BATCH)
+
+
+@pytest.mark.parametrize(
+    "beside", [Beside(tasks=Path("t")), Beside(models=Path("m")), Beside(judge_mode=JudgeMode.OFF)]
+)
+def test_what_belongs_to_a_config_is_refused_beside_runs(tmp_path: Path, beside: Beside) -> None:
+    path = write(tmp_path, "runs.json", {"runs": [{"model": {}}]})
+    with pytest.raises(CommandFailed, match="holds runs, not a config: give the file alone"):
+        read_runs(path, beside, BATCH)
 
 
 @pytest.mark.parametrize(
@@ -331,13 +571,13 @@ def test_a_merged_key_may_be_overridden(tmp_path: Path) -> None:
 
 def test_what_is_worked_out_from_a_config_fits_the_services_schema(tmp_path: Path) -> None:
     model = MODEL | {"num_active_params": 1.9}
-    runs = convert(tmp_path, models=[model], dataset=[TASK, FLOOR])
+    runs = convert(tmp_path, models=[model])
     assert load_schema("enqueue").violations({"runs": runs}) == ()
 
 
 def test_the_demos_catalogue_converts() -> None:
     config = yaml.safe_load((CATALOGUE / "config.yaml").read_text())
-    runs = read_runs(CATALOGUE / "config.yaml", CATALOGUE / "models", BATCH)
+    runs = read_runs(CATALOGUE / "config.yaml", CATALOGUE_FILES, BATCH)
     assert [run["config"]["models"] for run in runs] == [[model] for model in config["models"]]
     for run in runs:
         model = run["config"]["models"][0]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +63,10 @@ def test_result_and_manifest_name_the_claimed_run(bundle) -> None:
     result, manifest = json.loads(bundle["result.json"]), json.loads(bundle["manifest.json"])
     assert result["run_id"] == manifest["run_id"] == RUN_ID
     assert result["timestamp"] == manifest["timestamp"]
-    assert result["provenance"]["config_hash"] == manifest["config_hash"] == JOB.config_hash
+    assert re.fullmatch(r"\d{8}-\d{6}", result["timestamp"])
+    text = json.dumps(JOB.config, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert result["provenance"]["config_hash"] == manifest["config_hash"] == digest
     assert manifest["schema_version"] == "bakeoff-results/v1"
 
 
@@ -72,20 +76,27 @@ def test_each_cell_is_recorded_once_under_the_harness_name_of_the_model(bundle) 
     assert cells == [(one.task["id"], one.prompt_id, one.tier) for one in cells_of(JOB)]
     named = [*result["records"], *result["model_scores"]]
     assert {one["model_id"] for one in named} == {"llama-70b"}
-    assert result["model_metadata"] == [{"id": "llama-70b", "gguf": "llama.gguf"}]
+    assert result["tasks"] == JOB.tasks, "the main tasks alone"
+    (metadata,) = result["model_metadata"]
+    assert (metadata["id"], metadata["filename"]) == ("llama-70b", "llama.gguf")
+    floor, main = result["records"][0], result["records"][-1]
+    assert "tokens_per_second" in main
+    assert "tokens_per_second" not in floor, "of a floor cell the harness measures little"
 
 
 def test_the_result_says_that_no_model_and_no_gpu_were_there(bundle) -> None:
     provenance = json.loads(bundle["result.json"])["provenance"]
     assert provenance["executor"] == {"kind": "built-in rules"}
-    assert provenance["warnings"] == [WARNING]
+    assert provenance["warnings"][0] == WARNING
 
 
 def test_a_failed_cell_has_only_its_ids_and_what_went_wrong(outcomes: list[Outcome]) -> None:
-    broken = replace(outcomes[0], reply=None, quality=None, failure=CellFailed("timeout", "late"))
-    result = build_result(JOB, [broken, *outcomes[1:]], RULES.provenance, Rig(24))
-    assert result["records"][0] == {
+    broken = replace(outcomes[1], reply=None, quality=None, failure=CellFailed("timeout", "late"))
+    told = [outcomes[0], broken, *outcomes[2:]]
+    result = build_result(JOB, told, RULES.provenance, Rig(24))
+    assert result["records"][1] == {
         "task_id": "capital",
+        "domain": "geography",
         "prompt_id": "terse",
         "model_id": "llama-70b",
         "tier": "main",
@@ -93,19 +104,25 @@ def test_a_failed_cell_has_only_its_ids_and_what_went_wrong(outcomes: list[Outco
         "failure_detail": "late",
         "error": "late",
     }
-    assert result["run_status"] == "complete"
+    assert result["run_status"] == "incomplete"
+
+
+def test_a_run_in_which_nothing_was_answered_has_failed(outcomes: list[Outcome]) -> None:
+    late = CellFailed("timeout", "late")
+    broken = [replace(one, reply=None, quality=None, failure=late) for one in outcomes]
+    assert build_result(JOB, broken, RULES.provenance, Rig(24))["run_status"] == "failed"
 
 
 def test_a_failed_cell_counts_as_zero_and_the_floor_is_kept_apart(outcomes) -> None:
     right = [replace(one, quality=1.0) for one in outcomes]
-    right[0] = replace(right[0], quality=None, failure=CellFailed("timeout", "late"))
+    right[1] = replace(right[1], quality=None, failure=CellFailed("timeout", "late"))
     assert model_score("m", right) == {
         "model_id": "m",
-        "status": "complete",
+        "status": "incomplete",
         "cells_total": 4,
-        "cells_attempted": 4,
+        "cells_attempted": 3,
         "cells_failed": 1,
-        "completeness": 1.0,
+        "completeness": 0.75,
         "partial_score": 0.75,
         "dominant_failure_code": "timeout",
         "floor_score": 1.0,
@@ -114,15 +131,16 @@ def test_a_failed_cell_counts_as_zero_and_the_floor_is_kept_apart(outcomes) -> N
     }
 
 
-def test_a_job_without_floor_tasks_has_a_floor_score_of_zero(outcomes) -> None:
-    score = model_score("m", outcomes[:4])
-    assert (score["floor_score"], score["floor_cells_total"]) == (0.0, 0)
+def test_a_job_without_floor_tasks_has_no_floor_score(outcomes) -> None:
+    score = model_score("m", outcomes[1:])
+    names = ("floor_score", "floor_cells_passed", "floor_cells_total")
+    assert [score[name] for name in names] == [None] * 3
 
 
 def test_the_summary_shows_each_score_and_what_failed(outcomes: list[Outcome]) -> None:
     shown = [replace(one, quality=1.0) for one in outcomes]
-    shown[0] = replace(shown[0], failure=CellFailed("timeout", "late"))
-    shown[1] = replace(shown[1], quality=None)
+    shown[1] = replace(shown[1], failure=CellFailed("timeout", "late"))
+    shown[2] = replace(shown[2], quality=None)
     text = build_bundle(JOB, shown, RULES.provenance, Rig(24), sign)["summary.md"].decode()
     assert text.startswith("# Llama-3.3-70B-Instruct (q4_k_m)\n")
     assert "| capital | terse | failed: timeout |" in text
@@ -142,10 +160,10 @@ def test_the_hardware_is_a_card_of_the_declared_size(vram_gb: int, model: str) -
 
 def test_a_mixture_of_experts_is_measured_by_its_active_parameters(outcomes) -> None:
     job = replace(JOB, model={**JOB.model, "active_parameter_count_b": 10.0})
-    record = build_result(job, outcomes, RULES.provenance, Rig(24))["records"][0]
+    record = build_result(job, outcomes, RULES.provenance, Rig(24))["records"][1]
     assert record["flops_per_token_theoretical"] == 20e9
     assert record["peak_vram_mb"] == 5888  # 10e9 * 4 bits * 1.15
-    assert build_result(JOB, outcomes, {}, Rig(24))["records"][0]["peak_vram_mb"] == 24 * 1024
+    assert build_result(JOB, outcomes, {}, Rig(24))["records"][1]["peak_vram_mb"] == 24 * 1024
 
 
 def accept(bundle: dict[str, bytes]) -> dict:
