@@ -22,7 +22,14 @@ from sigstore.verify import policy as certificate_policy
 from sigstore_models.bundle.v1 import Bundle as BundleModel
 
 from auth.errors import AuthError, PolicyRefused, SignatureInvalid, SignerNotAllowed
-from auth.signer_policy import Signer, SignerPolicy, check_signer, load_policy, source_of
+from auth.signer_policy import (
+    IgnoredEntry,
+    Signer,
+    SignerPolicy,
+    check_signer,
+    load_policy,
+    source_of,
+)
 from auth.trust_root import RootFile, TrustRoot, printable, read_root
 
 __all__ = [
@@ -71,6 +78,11 @@ class BundleVerifier:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuilt, (self._root.file, self._policy)
+
+    @property
+    def ignored(self) -> tuple[IgnoredEntry, ...]:
+        """The entries of the signer policy that no certificate can match; tell of them."""
+        return self._policy.ignored
 
     def trusted_root_age_s(self, now: datetime) -> float:
         """Seconds since the trust root's newest key came into use, for readyz and the metrics."""
@@ -176,6 +188,11 @@ def _rule(signer: Signer) -> certificate_policy.VerificationPolicy:
         # A fork that calls our reusable workflow gets our identity and issuer; only these differ.
         children.append(certificate_policy.OIDCSourceRepositoryURI(source.repository_uri))
         children.append(certificate_policy.OIDCSourceRepositoryRef(source.ref))
+    # A name that its owner gave up may be somebody else's by now; GitHub's ids are used once.
+    if signer.owner_id:
+        children.append(certificate_policy.OIDCSourceRepositoryOwnerIdentifier(signer.owner_id))
+    if signer.repository_id:
+        children.append(certificate_policy.OIDCSourceRepositoryIdentifier(signer.repository_id))
     return certificate_policy.AllOf(children)
 
 

@@ -69,7 +69,9 @@ def _shown(result: Mapping[str, Any]) -> Iterator[Violation]:
     if not isinstance(hardware.get("device_name", ""), str):
         yield Violation("/hardware/device_name", "is not text: the archive's page shows it")
     if not _counts(hardware.get("vram_gb")):
-        yield Violation("/hardware/vram_gb", "is beyond any machine: the archive's page filters by it")
+        yield Violation(
+            "/hardware/vram_gb", "is beyond any machine: the archive's page sorts by it"
+        )
     if not isinstance(result.get("config_hash") or "", str):
         yield Violation("/config_hash", "is not text: the archive's page shows it")
 

@@ -61,14 +61,15 @@ TOO_MANY = Violation(
 )
 
 
-def check_names(names: Iterable[str], signature: str) -> None:
+def check_names(names: Iterable[str], signature: str | None) -> None:
     """Step 1: the required files once each, and none that a bundle does not have.
 
-    `signature` is the file that holds this runner key's kind of signature. Names are compared,
-    never opened: `../` and archives are just unknown. Raises InvalidBundle.
+    `signature` is the file that holds this runner key's kind of signature; None is of a bundle of
+    the archive that nobody signed. Names are compared, never opened: `../` and archives are just
+    unknown. Raises InvalidBundle.
     """
     counted = Counter(names)
-    required = REQUIRED | {signature}
+    required = REQUIRED | ({signature} if signature else set())
     problems = [f"{name} is missing" for name in sorted(required - counted.keys())]
     problems += [
         f"{name} is not how this runner key signs: its signature_policy asks for {signature}"
@@ -82,14 +83,17 @@ def check_names(names: Iterable[str], signature: str) -> None:
         raise InvalidBundle("The bundle has the wrong files.", told)
 
 
-def check_manifest(manifest: bytes, digests: Mapping[str, str], run_id: str) -> dict[str, Any]:
+def check_manifest(
+    manifest: bytes, digests: Mapping[str, str], run_id: str, schema: Schema | None = None
+) -> dict[str, Any]:
     """Step 2: the manifest is of this run and names exactly the submitted files.
 
     `digests` are the SHA-256 (lower-case hex) of the files as received, by name. The signature
-    must be listed too: a runner signs result.json first and writes the manifest last. Raises
-    InvalidBundle, DigestMismatch or RunMismatch; returns the manifest.
+    must be listed too: a runner signs result.json first and writes the manifest last. `schema` is
+    that of a submit, if none is given. Raises InvalidBundle, DigestMismatch or RunMismatch; returns
+    the manifest.
     """
-    document = _read(MANIFEST, manifest, load_schema("manifest"))
+    document = _read(MANIFEST, manifest, schema or load_schema("manifest"))
     _refuse(RunMismatch, _other_run(document, run_id), "manifest.json is of another run.")
     submitted = {name: digest for name, digest in digests.items() if name != MANIFEST}
     _refuse(InvalidBundle, _other_files(document["files"], submitted))

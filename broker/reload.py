@@ -63,7 +63,7 @@ class Reload:
 
     def _take_up(self, settings: Settings, verifier: BundleVerifier) -> None:
         """Without a pause in between: no request sees the half of it."""
-        self._trusted.verifier = verifier
+        self._trusted.use(verifier)
         self._tokens.use(settings.token_ring)
         self._receipt_keys.use(settings.receipt_ring)
         log.info(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from auth.errors import AuthError, Unverifiable
 from auth.signers import SignerEvidence
-from broker import bundles
+from broker import archived_bundles, bundles
 from broker.documents import load_schema
 from broker.errors import BrokerError, InvalidBundle, RunMismatch
 from broker.jobs import Job
@@ -33,6 +33,7 @@ Value = TypeVar("Value")
 Files = Mapping[str, bytes]
 LEGACY = "a result of before, without records"
 OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
+VERIFIED, UNSIGNED = "verified", "unsigned"  # of a whole bundle; else FAILED
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +52,17 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
 
     @property
+    def outcome(self) -> str:
+        """Verified; or failed; or unsigned: nothing failed, and no signature was checked."""
+        if any(f.outcome == FAILED for f in self.findings):
+            return FAILED
+        signed = any(f.check == "signature" and f.outcome == OK for f in self.findings)
+        return VERIFIED if signed else UNSIGNED
+
+    @property
     def verified(self) -> bool:
         """Whether nothing failed, and the signature was checked."""
-        signed = any(f.check == "signature" and f.outcome == OK for f in self.findings)
-        return signed and all(f.outcome != FAILED for f in self.findings)
+        return self.outcome == VERIFIED
 
     def check(
         self, name: str, work: Callable[[], Value], told: Callable[[Value], str] = lambda _: ""
@@ -88,17 +96,29 @@ def reverify(
             lambda: check_digests(digests, stored.record),
             lambda _: "every digest is the one recorded at acceptance",
         )
+    unsigned = stored is None and not files.keys() & bundles.SIGNATURES
     file = signature.file if signature else _signature_file(files)
     report.check(
-        "files", lambda: bundles.check_names(list(files), file), lambda _: f"{len(files)} files"
+        "files",
+        lambda: bundles.check_names(list(files), None if unsigned else file),
+        lambda _: f"{len(files)} files",
     )
+    schema = archived_bundles.manifest_schema() if stored is None else None
     manifest = report.check(
         "manifest",
-        lambda: bundles.check_manifest(files.get(bundles.MANIFEST, b""), digests, run_id),
+        lambda: bundles.check_manifest(files.get(bundles.MANIFEST, b""), digests, run_id, schema),
         lambda _: "every digest is the manifest's",
     )
     text = files.get(bundles.RESULT, b"")
-    evidence = _check_signature(report, signature, text, files.get(file, b""))
+    evidence = None
+    if not unsigned:
+        evidence = _check_signature(report, signature, text, files.get(file, b""))
+    elif manifest is None:
+        report.skip("signature", "the bundle has none, and no manifest that says whether it should")
+    elif archived_bundles.must_be_signed(manifest):
+        report.check("signature", archived_bundles.refuse_unsigned)
+    else:
+        report.skip("signature", "the bundle is not signed: nobody vouches for it")
     result = report.check(
         "result",
         lambda: _read_result(text, run_id, archived=stored is None),
@@ -107,7 +127,9 @@ def reverify(
         ),
     )
     _check_agreement(report, manifest, result)
-    if stored is not None:
+    if stored is None:
+        _check_by_itself(report, result)
+    else:
         _check_stored(report, stored, result, evidence)
     return report
 
@@ -117,11 +139,35 @@ def _read_result(text: bytes, run_id: str, *, archived: bool) -> dict[str, Any]:
     document = bundles.parse_strictly(text)
     if archived and isinstance(document, dict) and "records" not in document:
         result = load_schema("result_legacy").read(text, InvalidBundle)
+    elif archived:
+        result = archived_bundles.parse_result(text, document)
     else:
         result = bundles.parse_result(text)
     if result["run_id"] != run_id:
         raise RunMismatch(f"result.json is not of run {run_id}.")
     return result
+
+
+def _check_by_itself(report: Report, result: dict[str, Any] | None) -> None:
+    """Without a server there is no job: the result is compared with what it says itself."""
+    if result is None or "records" not in result:
+        report.skip("cells", "no records to look at")
+        return
+    if archived_bundles.can_hash(result):
+        report.check(
+            "config hash",
+            lambda: archived_bundles.check_hash(result),
+            lambda _: "is of the config beside it",
+        )
+    else:
+        report.skip(
+            "config hash", "it is of a form that this version of the harness does not write"
+        )
+    report.check(
+        "cells",
+        lambda: archived_bundles.check_cells(result),
+        lambda _: f"{len(result['records'])} records of {len(result['config']['models'])} model(s)",
+    )
 
 
 def _check_agreement(

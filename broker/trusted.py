@@ -2,7 +2,11 @@
 
 from datetime import UTC, datetime
 
+import structlog
+
 from auth.signers import BundleVerifier
+
+log = structlog.get_logger()
 
 DAY_S = 86_400
 
@@ -16,8 +20,18 @@ class Trusted:
 
     def __init__(self, verifier: BundleVerifier, stale_s: int) -> None:
         """Believe `verifier`, whose trust root is degraded `stale_s` after its newest key began."""
-        self.verifier = verifier
         self._stale_s = stale_s
+        self.use(verifier)
+
+    def use(self, verifier: BundleVerifier) -> None:
+        """Believe `verifier` from now on. Entries of its signer policy that are ignored are told.
+
+        An operator who believes that such an entry works widens another one when results are
+        refused.
+        """
+        self.verifier = verifier
+        for entry in verifier.ignored:
+            log.warning("signers.entry_ignored", where=entry.where, why=entry.why)
 
     def root_age_s(self) -> float:
         """Seconds since the trust root's newest key came into use."""

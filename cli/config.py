@@ -34,10 +34,15 @@ def check() -> None:
 
     The files they name are read. No server is asked: `/readyz` of a process tells of those.
     """
+    from auth.signer_policy import load_policy
+    from config.settings import PREFIX
+
     settings = read_settings()
     if problems := [*settings.lacks, *_unusable(settings)]:
         first, *others = problems
         raise CommandFailed(first, code=ExitCode.USAGE, details=others)
+    for entry in load_policy(settings.signers_file).ignored:
+        note(f"warning: {PREFIX}SIGNERS_FILE: {entry}")
     note("the settings are good")
 
 

@@ -67,7 +67,7 @@ def verify(
     token: Token = "",
     as_json: AsJson = False,
 ) -> None:
-    """Verify accepted results again; exit 1 unless every one verifies."""
+    """Verify accepted results again; exit 1 if one fails, 7 if one has no checked signature."""
     from cli.believed import Believed
 
     if bool(identity) != bool(issuer):
@@ -162,7 +162,7 @@ def _run_id(folder: Path, files: Mapping[str, bytes]) -> str:
     """Return the run that a folder of the archive is of, by its name; elsewhere, as it says."""
     with suppress(ValueError):
         return str(uuid.UUID(folder.resolve().name))
-    with suppress(ValueError, KeyError, TypeError):
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
         return str(json.loads(files["result.json"])["run_id"])
     return ""
 
@@ -181,8 +181,13 @@ def _show(results: Sequence[_Verified], as_json: bool) -> None:
     good = sum(result.report.verified for result in results)
     counted = f"{good} of {len(results)} result(s) verified"
     if good < len(results):
-        bad = (result for result in results if not result.report.verified)
-        raise CommandFailed(counted, details=[f"{each.name}: {_failure(each)}" for each in bad])
+        bad = [result for result in results if not result.report.verified]
+        failed = any(result.report.outcome == "failed" for result in bad)
+        raise CommandFailed(
+            counted,
+            code=ExitCode.FAILURE if failed else ExitCode.UNSIGNED,
+            details=[f"{each.name}: {_failure(each)}" for each in bad],
+        )
     note(counted if results else "nothing matched: no result was accepted then or later")
     if results:
         note(ONLY_SIGNED)
@@ -193,13 +198,15 @@ def _show(results: Sequence[_Verified], as_json: bool) -> None:
 
 def _told(result: _Verified) -> dict[str, Any]:
     checks = [asdict(finding) for finding in result.report.findings]
-    verified = result.report.verified
-    return {"result": result.name, "state": result.state, "verified": verified, "checks": checks}
+    outcome, verified = result.report.outcome, result.report.verified
+    told = {"result": result.name, "state": result.state, "outcome": outcome}
+    return {**told, "verified": verified, "checks": checks}
 
 
 def _line(result: _Verified) -> tuple[str | None, ...]:
-    verified = "yes" if result.report.verified else "NO"
-    return result.name, result.state, verified, _failure(result) if verified == "NO" else None
+    verified = {"verified": "yes", "unsigned": "unsigned"}.get(result.report.outcome, "NO")
+    why = None if result.report.verified else _failure(result)
+    return result.name, result.state, verified, why
 
 
 def _failure(result: _Verified) -> str:

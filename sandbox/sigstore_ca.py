@@ -19,8 +19,8 @@ LEAF_LIFE = timedelta(minutes=10)
 GITHUB_ISSUER = "https://token.actions.githubusercontent.com"
 
 _FULCIO = "1.3.6.1.4.1.57264.1."
-_ISSUER, _ISSUER_V2, _SOURCE_REPOSITORY, _SOURCE_REF = (
-    x509.ObjectIdentifier(_FULCIO + leaf) for leaf in ("1", "8", "12", "14")
+_ISSUER, _ISSUER_V2, _SOURCE_REPOSITORY, _SOURCE_REF, _REPOSITORY_ID, _OWNER_ID = (
+    x509.ObjectIdentifier(_FULCIO + leaf) for leaf in ("1", "8", "12", "14", "15", "17")
 )
 # TLS registry numbers (RFC 5246 7.4.1.4.1), as an SCT names its algorithm.
 _SHA256_ECDSA = bytes((4, 3))
@@ -54,6 +54,8 @@ class WorkflowSubject:
     issuer: str = GITHUB_ISSUER
     source_repository: str | None = None
     source_ref: str | None = None
+    owner_id: str | None = None
+    repository_id: str | None = None
 
     @property
     def identity(self) -> str:
@@ -68,6 +70,11 @@ class WorkflowSubject:
             *_issuer_extensions(self.issuer),
             x509.UnrecognizedExtension(_SOURCE_REPOSITORY, asn1.encode_der(repository)),
             x509.UnrecognizedExtension(_SOURCE_REF, asn1.encode_der(self.source_ref or self.ref)),
+            *(
+                x509.UnrecognizedExtension(oid, asn1.encode_der(value))
+                for oid, value in ((_REPOSITORY_ID, self.repository_id), (_OWNER_ID, self.owner_id))
+                if value is not None
+            ),
         ]
 
 

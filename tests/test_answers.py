@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -83,7 +84,7 @@ def endpoint(io_loop) -> Iterator[Endpoint]:
 
 def catalogue_job(model_id: str) -> Job:
     config = yaml.safe_load((CATALOGUE / "config.yaml").read_text())
-    tasks = {
+    tasks: dict[str, Any] = {
         name: [json.loads(line) for line in (CATALOGUE / f"{name}.jsonl").read_text().splitlines()]
         for name in ("tasks", "floor_tasks")
     }

@@ -254,7 +254,7 @@ async def test_a_result_of_a_runner_key_verifies_under_that_key_only(
         theirs = await desk(*offline, "--public-key", public_key_text(other.key))
         assert (theirs.code, outcomes(theirs)[0]["signature"]) == (1, "failed")
         nobodys = await desk(*offline)
-        assert (nobodys.code, outcomes(nobodys)[0]["signature"]) == (1, "not checked")
+        assert (nobodys.code, outcomes(nobodys)[0]["signature"]) == (7, "not checked")
         assert (await desk(*offline, "--public-key", "AAAA")).code == 2
 
         await fleet.pool.execute(
@@ -293,7 +293,8 @@ async def test_an_exported_folder_verifies_without_a_server_by_who_should_have_s
 
     both = verify(tmp_path, *WHO)
     assert (both.code, both.err) == (0, ["2 of 2 result(s) verified", ONLY_SIGNED])
-    offline = dict.fromkeys(["files", "manifest", "signature", "result", "agreement"], "ok")
+    checks = ["files", "manifest", "signature", "result", "agreement", "config hash", "cells"]
+    offline = dict.fromkeys(checks, "ok")
     assert outcomes(both) == [offline, offline]
     bundle = tmp_path / "submissions" / "runner-a" / runs[0]
     assert verify(bundle, "--signers", signers_file).code == 0

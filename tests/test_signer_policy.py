@@ -1,11 +1,16 @@
 """The signer policy file and the signers of keys: what is refused, and that each entry is named."""
 
+import pickle
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from auth.errors import PolicyRefused
-from auth.signers import Signer, SignerPolicy, check_signer, load_policy
+from auth.signers import BundleVerifier, Signer, SignerPolicy, check_signer, load_policy
+from broker.trusted import Trusted
+from sandbox.sigstore_instance import ThrowawaySigstore
+from tests.cli_admin import Shell
 
 ROOT = Path(__file__).parents[1]
 GITHUB = "https://token.actions.githubusercontent.com"
@@ -183,3 +188,122 @@ def test_every_bad_entry_is_named_at_once(load):
 def test_a_policy_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(PolicyRefused, match=r"none\.yaml cannot be read"):
         load_policy(tmp_path / "none.yaml")
+
+
+# Entries that can never match: told, and harmless beside one that can
+
+IGNORED = [
+    ("github-actions[bot]", GITHUB, "is a GitHub account"),
+    ("repo:org/name:ref:refs/heads/main", GITHUB, "is an OIDC subject"),
+    ("https://github.com/org/name", GITHUB, "is a GitHub page"),
+    ("someone@example.org", GITHUB, "only for workflows: name the issuer that does"),
+]
+
+
+def identity(name: str, issuer: str) -> str:
+    """Return the part of a policy file that trusts one identity."""
+    return f'trusted_identities:\n  - {{identity: "{name}", issuer: "{issuer}"}}\n'
+
+
+@pytest.mark.parametrize(("name", "issuer", "why"), IGNORED)
+def test_an_entry_that_can_never_match_is_told_beside_one_that_can(load, name, issuer, why):
+    policy = load(HEAD + REPOSITORY + identity(name, issuer))
+    assert policy.signers == (Signer(WORKFLOW, GITHUB),)
+    [entry] = policy.ignored
+    assert entry.where == "trusted_identities[0]"
+    assert why in entry.why
+    assert str(entry).startswith("trusted_identities[0] is ignored: ")
+
+
+@pytest.mark.parametrize(("name", "issuer", "why"), IGNORED)
+def test_a_policy_of_nothing_but_such_entries_is_refused(load, name, issuer, why):
+    with pytest.raises(PolicyRefused, match=why):
+        load(HEAD + identity(name, issuer))
+
+
+@pytest.mark.parametrize(
+    ("name", "issuer"),
+    [
+        (".*[bot]", GITHUB), ("*@example.org", GOOGLE), ("repo:org/*:ref:refs/heads/main", GITHUB),
+        ("https://github.com/org/*", GITHUB), ("github-actions[bot]", ""),
+        ("github-actions[bot]", "https://.*"), (WORKFLOW, GOOGLE), ("someone", GOOGLE),
+        (WORKFLOW.replace("heads/main", "pull/7/merge"), GITHUB),
+    ],
+)  # fmt: skip
+def test_what_is_dangerous_is_refused_beside_a_good_entry_too(load, name, issuer):
+    with pytest.raises(PolicyRefused, match=r"trusted_identities\[0\]"):
+        load(HEAD + REPOSITORY + identity(name, issuer))
+
+
+# GitHub's subjects with ids
+
+WITH_IDS = REPOSITORY.replace("repo:org/name:", "repo:org@7/name@42:")
+
+
+def test_a_subject_with_ids_asks_a_certificate_for_them(load):
+    assert load(HEAD + WITH_IDS).signers == (Signer(WORKFLOW, GITHUB, "7", "42"),)
+
+
+def test_a_subject_by_name_beside_one_with_ids_has_the_ids_too(load):
+    """By name alone it would admit the very repository that the ids keep out."""
+    both = REPOSITORY.replace('main"]', 'main", "repo:org@7/name@42:ref:refs/tags/v1"]')
+    assert {(signer.owner_id, signer.repository_id) for signer in load(HEAD + both).signers} == {
+        ("7", "42")
+    }
+
+
+@pytest.mark.parametrize(
+    "subject",
+    ["repo:org@7/name", "repo:org/name@42", "repo:org@x/name@42", "repo:org@07/name@42",
+     "repo:org@/name@", "repo:org@7/name@4*", "repo:org@7/other@42"],
+)  # fmt: skip
+def test_half_an_id_or_another_name_is_refused(load, subject):
+    with pytest.raises(PolicyRefused, match="subject"):
+        load(HEAD + REPOSITORY.replace("repo:org/name", subject))
+
+
+LIVE = f"""# TRUST NOTE: this file is unsigned plain YAML.
+schema_version: bakeoff-results-signers/v1
+trusted_repositories:
+  - repository: Some-Org/bench
+    issuer: {GITHUB}
+    subjects:
+      - repo:Some-Org/bench:ref:refs/heads/main
+    workflows:
+      - .github/workflows/package-results.yml
+trusted_identities:
+  - identity: github-actions[bot]
+    issuer: {GITHUB}
+"""
+
+
+def test_a_policy_as_the_archive_has_it_starts_with_a_warning(load):
+    policy = load(LIVE)
+    assert len(policy.signers) == 1
+    assert [entry.where for entry in policy.ignored] == ["trusted_identities[0]"]
+
+
+def test_whoever_believes_a_policy_tells_what_it_ignores(load, tmp_path):
+    sigstore = ThrowawaySigstore.create(tmp_path / "sigstore")
+    verifier = BundleVerifier(sigstore.trusted_root, load(LIVE))
+    with capture_logs() as logs:
+        trusted = Trusted(verifier, 60)
+        trusted.use(pickle.loads(pickle.dumps(verifier)))  # noqa: S301 (our own)
+    told = [line for line in logs if line["event"] == "signers.entry_ignored"]
+    assert [line["where"] for line in told] == ["trusted_identities[0]"] * 2
+    assert {line["log_level"] for line in told} == {"warning"}
+
+
+def test_config_check_prints_what_a_policy_ignores(tmp_path, monkeypatch, capsys):
+    (tmp_path / "signers.yaml").write_text(LIVE)
+    for name, value in {
+        "SIGNERS_FILE": str(tmp_path / "signers.yaml"),
+        "DATABASE_URL": "postgres://db/bakeoff",
+        "PUBLIC_URL": "https://queue.example.org",
+        "TOKEN_KEYS": f"k1:{'a1' * 32}",
+        "RECEIPT_KEYS": f"r1:{'b2' * 32}",
+    }.items():
+        monkeypatch.setenv(f"BAKEOFF_QUEUE_{name}", value)
+    outcome = Shell(capsys)("config", "check")
+    assert outcome.code == 0, outcome.err
+    assert "BAKEOFF_QUEUE_SIGNERS_FILE: trusted_identities[0] is ignored" in outcome.err[0]

@@ -160,6 +160,23 @@ def test_a_signer_that_no_admin_could_have_added_matches_nothing(verifier, good,
         verifier.verify(RESULT, good, expected)
 
 
+@pytest.mark.parametrize(
+    ("owner_id", "repository_id"),
+    [("7", "43"), ("8", "42"), (None, "42"), ("7", None), (None, None), ("42", "7")],
+)
+def test_a_repository_of_the_same_name_with_other_ids_is_not_allowed(
+    instance, owner_id: str | None, repository_id: str | None
+):
+    """Names can be had by others once their owner gives them up."""
+    signer = replace(WORKFLOW_SIGNER, owner_id="7", repository_id="42")
+    verifier = BundleVerifier(instance.trusted_root, SignerPolicy((signer,)))
+    same = replace(WORKFLOW, owner_id="7", repository_id="42")
+    assert verifier.verify(RESULT, instance.sign(RESULT, same), None).identity == signer.identity
+    other = replace(WORKFLOW, owner_id=owner_id, repository_id=repository_id)
+    with pytest.raises(SignerNotAllowed):
+        verifier.verify(RESULT, instance.sign(RESULT, other), None)
+
+
 def test_a_key_with_a_signer_of_its_own_does_not_fall_back_to_the_policy(verifier, instance):
     with pytest.raises(SignerNotAllowed):
         verifier.verify(RESULT, instance.sign(RESULT, WORKFLOW), EMAIL_SIGNER)

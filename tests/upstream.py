@@ -141,8 +141,8 @@ def _check_policies(folder: Path, tally: Tally) -> None:
                 tally.problems.append(f"{path.name} is refused")
         else:
             print(f"{path.name}: {len(policy.signers)} signers", flush=True)
-            for warning in policy.warnings:
-                print(f"  warning: {warning}", flush=True)
+            for entry in policy.ignored:
+                print(f"  warning: {entry}", flush=True)
 
 
 async def _compare_schema(folder: Path, dsn: str, name: str, tally: Tally) -> None:
@@ -164,6 +164,7 @@ async def _replay(
         for path in sorted(folder.glob("harness/*/job.json")):
             await _hand_in(fleet, runner, path.parent, name, tally)
         await _export(fleet, archive, name, tally)
+        await _verify_standalone(folder, tally)
 
 
 @asynccontextmanager
@@ -217,6 +218,20 @@ async def _export(fleet: Fleet, archive: Path, name: str, tally: Tally) -> None:
         tally.exported += result["outcome"] == "written"
         print(f"{name}: {result['run_id']} {result['outcome']}: {result['detail']}", flush=True)
     tally.problems += [f"{name} archive: {problem}" for problem in problems(archive)]
+
+
+async def _verify_standalone(folder: Path, tally: Tally) -> None:
+    """Verify the bundles that were in no queue: none may fail, and unsigned is no failure."""
+    for path in sorted(folder.glob("harness/*/manifest.json")):
+        if path.with_name("job.json").exists():
+            continue
+        command = (PROGRAM, "results", "verify", "--dir", path.parent, "--json")
+        done = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        printed, _ = await done.communicate()
+        outcome = json.loads(printed)["results"][0]["outcome"]
+        print(f"{path.parent.name}: {outcome} by `results verify --dir`", flush=True)
+        if outcome == "failed":
+            tally.problems.append(f"{path.parent.name} fails to verify")
 
 
 def run_of_job(job: Mapping[str, Any]) -> dict[str, Any]:

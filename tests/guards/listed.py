@@ -1594,6 +1594,29 @@ UPSTREAM = (
         f"{JUDGES}::test_a_descriptor_is_taken_as_bakeoffs_store_keeps_it",
     ),
     Guard(
+        "signer policy: GitHub's id of the owner",
+        "auth/signers.py",
+        "        children.append("
+        "certificate_policy.OIDCSourceRepositoryOwnerIdentifier(signer.owner_id))\n",
+        "        pass\n",
+        "tests/test_signers.py::test_a_repository_of_the_same_name_with_other_ids_is_not_allowed",
+    ),
+    Guard(
+        "signer policy: GitHub's id of the repository",
+        "auth/signers.py",
+        "        children.append("
+        "certificate_policy.OIDCSourceRepositoryIdentifier(signer.repository_id))\n",
+        "        pass\n",
+        "tests/test_signers.py::test_a_repository_of_the_same_name_with_other_ids_is_not_allowed",
+    ),
+    Guard(
+        "signer policy: nothing but entries that never match is refused",
+        "auth/signer_policy.py",
+        "    if problems or not signers:",
+        "    if problems:",
+        "tests/test_signer_policy.py::test_a_policy_of_nothing_but_such_entries_is_refused",
+    ),
+    Guard(
         "adoption: numbered models are refused",
         "db/migrations/20261123000001_upstream_tables.sql",
         "    IF FOUND THEN\n",
