@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 from broker.jobs import harness_hash
@@ -63,6 +64,17 @@ def rehashed(result: dict[str, Any]) -> dict[str, Any]:
     """Return the result as the harness would write it with its config: `config_hash` is of that."""
     result["provenance"]["config_hash"] = harness_hash(result["config"])
     return result
+
+
+def put(value: Any, *path: str | int) -> Callable[[dict[str, Any]], None]:
+    """Return a change that puts a value at a place of a document."""
+
+    def change(document: Any) -> None:
+        for name in path[:-1]:
+            document = document[name]
+        document[path[-1]] = value
+
+    return change
 
 
 def bundle_files(result: dict[str, Any], signature: bytes) -> dict[str, bytes]:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from tests.result_factory import (
     failed_record,
     job_payload,
     manifest_for,
+    put,
     rehashed,
     result_for,
 )
@@ -45,17 +45,6 @@ def job() -> Job:
 @pytest.fixture
 def result() -> Json:
     return result_for(RUN_ID, payload())
-
-
-def put(value: Any, *path: str | int) -> Callable[[Json], None]:
-    """Return a change that puts a value at a place of a document."""
-
-    def change(document: Any) -> None:
-        for name in path[:-1]:
-            document = document[name]
-        document[path[-1]] = value
-
-    return change
 
 
 CONTRADICTIONS = {

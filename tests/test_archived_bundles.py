@@ -13,7 +13,7 @@ from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.cli_admin import Outcome, Shell
 from tests.fleet import SIGNER
 from tests.harness_shapes import CONFIG, RUN, Json, harness_files, harness_result, written
-from tests.result_factory import rehashed
+from tests.result_factory import put, rehashed
 
 Change = Callable[[Json], object]
 WHO = ("--identity", SIGNER.identity, "--issuer", SIGNER.issuer)
@@ -87,30 +87,18 @@ def test_a_record_of_an_older_harness_has_no_tier_and_no_hash_of_todays_form(jud
     assert (found["config hash"], found["cells"]) == ("not checked", "ok")
 
 
-def edited(*path: Any, value: Any) -> Change:
-    """Return a change that puts a value at a place of a result."""
-
-    def change(result: Json) -> None:
-        place: Any = result
-        for name in path[:-1]:
-            place = place[name]
-        place[path[-1]] = value
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("change", "check"),
     [
-        (edited("config", "server", "ctx", value=1), "config hash"),
-        (edited("records", 3, "model_id", value="m3"), "cells"),
-        (edited("judgements", 0, "b_model", value="m3"), "cells"),
+        (put(1, "config", "server", "ctx"), "config hash"),
+        (put("m3", "records", 3, "model_id"), "cells"),
+        (put("m3", "judgements", 0, "b_model"), "cells"),
         (lambda result: result["records"].append(result["records"][0]), "cells"),
         (lambda result: result["records"].pop(), "cells"),
-        (edited("records", value={}), "result"),
-        (edited("timestamp", value="yesterday"), "result"),
-        (edited("config", "models", value=[]), "result"),
-        (edited("judgements", 0, value={"task_id": "t", "prompt_id": "p"}), "result"),
+        (put({}, "records"), "result"),
+        (put("yesterday", "timestamp"), "result"),
+        (put([], "config", "models"), "result"),
+        (put({"task_id": "t", "prompt_id": "p"}, "judgements", 0), "result"),
     ],
 )
 def test_a_result_that_contradicts_itself_fails(judged, change: Change, check: str) -> None:

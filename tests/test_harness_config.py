@@ -1,6 +1,7 @@
 """From bakeoff's config.yaml, a dataset and model descriptors to the runs of an enqueue request."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -578,6 +579,8 @@ def test_what_is_worked_out_from_a_config_fits_the_services_schema(tmp_path: Pat
 def test_the_demos_catalogue_converts() -> None:
     config = yaml.safe_load((CATALOGUE / "config.yaml").read_text())
     runs = read_runs(CATALOGUE / "config.yaml", CATALOGUE_FILES, BATCH)
+    assert config["server"], "the harness refuses a config without"
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+/[\w.-]+\.gguf", m["gguf"]) for m in config["models"])
     assert [run["config"]["models"] for run in runs] == [[model] for model in config["models"]]
     for run in runs:
         model = run["config"]["models"][0]

@@ -22,7 +22,7 @@ from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.archive import problems
 from tests.fleet import SIGNER, Fleet, Runner, code_of, open_fleet
 from tests.harness_shapes import KINDS, RUN, Json, harness_files, harness_result
-from tests.result_factory import rehashed
+from tests.result_factory import put, rehashed
 from tests.test_adoption import ROWS, UPSTREAM, on
 from tests.test_cli_runners import operating
 from tests.upstream import FILLED
@@ -122,18 +122,6 @@ async def test_a_machine_of_which_the_gpu_or_nothing_is_known_has_no_gpu_row(
         assert await rows() == before
         written = await fleet.pool.fetch("SELECT * FROM run_hardware_metrics")
         assert [row["gpu_hardware_id"] for row in written].count(None) == 4
-
-
-def put(value: Any, *path: str | int) -> Callable[[Json], None]:
-    """Return a change that puts a value at a place of a result, which is signed after it."""
-
-    def change(result: Json) -> None:
-        place: Any = result
-        for name in path[:-1]:
-            place = place[name]
-        place[path[-1]] = value
-
-    return change
 
 
 def of_config(value: Any, *path: str | int) -> Callable[[Json], None]:
