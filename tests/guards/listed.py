@@ -1227,8 +1227,8 @@ RESULTS = (
     Guard(
         "reverify: a signature that was not checked verifies nothing",
         "broker/reverify.py",
-        "        return signed and all(",
-        "        return all(",
+        "return VERIFIED if signed else UNSIGNED",
+        "return VERIFIED",
         VERIFY,
     ),
     Guard(
