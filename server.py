@@ -4,7 +4,7 @@ import asyncio
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from importlib.metadata import version as installed_version
@@ -45,11 +45,12 @@ from broker.results import Results
 from broker.runner_care import RunnerCare
 from broker.services import Services
 from broker.submissions import Submissions
+from broker.supervision import Supervisor
 from broker.telemetry import Telemetry
 from broker.trusted import Trusted
 from broker.wakeup import Wakeup
 from broker.workers import Workers
-from config.logging import configure_logging
+from config.logging import configure_logging, dropped_lines
 from config.settings import PREFIX, Settings, SettingsRefused, load_settings
 from db.migrate import newest_version
 from db.pool import DatabaseUnready, check_migrated, describe, open_pool
@@ -130,17 +131,19 @@ async def open_services(
             listener_connected=listener.healthy.is_set,
             trust_root_age_seconds=trusted.root_age_s,
         )
-        loops = (
-            sweep.run(),
-            listener.run(),
-            liveness.run(),
-            wakeup.run(),
-            claims.room.run(),
-            telemetry.watch_loop(),
-            Archiver(pool, settings).run(),
-        )
-        for task in loops:
-            stack.push_async_callback(cancel, asyncio.create_task(task))
+        telemetry.watch_dropped_lines(dropped_lines)
+        supervisor = Supervisor(telemetry)
+        loops: dict[str, Callable[[], Awaitable[None]]] = {
+            "sweep": sweep.run,
+            "expiry_listener": listener.run,
+            "liveness": liveness.run,
+            "wakeup": wakeup.run,
+            "waiting_room": claims.room.run,
+            "loop_lag": telemetry.watch_loop,
+            "archiver": Archiver(pool, settings).run,
+        }
+        for name, loop in loops.items():
+            stack.push_async_callback(cancel, supervisor.start(name, loop))
         stack.push_async_callback(claims.close)
         stack.push_async_callback(revocations.close)
         yield Services(
@@ -159,7 +162,7 @@ async def open_services(
             in_flight=in_flight,
             liveness=liveness,
             runner_care=RunnerCare(pool, settings),
-            health=Health(pool, leases.client, listener, trusted, newest_version()),
+            health=Health(pool, leases.client, listener, trusted, newest_version(), supervisor),
             receipts=receipts,
             reload=Reload(settings, trusted, tokens, receipt_keys),
             telemetry=telemetry,

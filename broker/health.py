@@ -7,6 +7,7 @@ from typing import Any
 import asyncpg
 
 from broker.expiry_listener import ExpiryListener
+from broker.supervision import Supervisor
 from broker.trusted import Trusted
 from db.pool import describe, missing_migration
 
@@ -31,7 +32,9 @@ class Health:
         listener: ExpiryListener,
         trusted: Trusted,
         newest_migration: str,
+        supervisor: Supervisor,
     ) -> None:
+        self._supervisor = supervisor
         self._pool = pool
         self._lease_client = lease_client
         self._listener = listener
@@ -50,11 +53,17 @@ class Health:
             "postgres": database,
             "redis": await self._redis(),
             "listener": "ok" if self._listener.healthy.is_set() else "degraded",
+            "loops": self._loops(),
             "trust_root": self._trusted.root_state(),
             "trust_root_age_s": round(self._trusted.root_age_s()),
             "draining": self._draining,
         }
         return Readiness(database == "ok" and not self._draining, checks)
+
+    def _loops(self) -> str:
+        """Return "ok", or which background loops have ended and wait to be started again."""
+        problems = [f"{name} ended: {why}" for name, why in self._supervisor.problems.items()]
+        return f"degraded: {'; '.join(problems)}" if problems else "ok"
 
     async def _database(self) -> str:
         try:

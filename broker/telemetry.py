@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from auth.errors import AuthError
 from broker.errors import BrokerError, code_of
@@ -66,6 +68,9 @@ class Telemetry:
         self.sweep_success = self._gauge(
             "sweep_last_success_timestamp_seconds", "When a sweep last went through."
         )
+        self.loop_restarts = self._counter(
+            "loop_restarts", "Background loops that ended and were started again.", "loop"
+        )
         self.submissions = self._counter("submissions", "Submits, by what came of them.", "outcome")
         self.submission_bytes = self._histogram(
             "submission_bytes", "Size of the bundles that arrived whole.", BYTES
@@ -96,6 +101,10 @@ class Telemetry:
         pool.labels("idle").set_function(idle)
         pool.labels("busy").set_function(lambda: size() - idle())
 
+    def watch_dropped_lines(self, look: Callable[[], int]) -> None:
+        """Show how many log lines were lost, by calling `look` at every scrape."""
+        self._registry.register(_DroppedLines(look))
+
     async def watch_loop(self) -> None:
         """Measure the event loop's lag until cancelled."""
         loop = asyncio.get_running_loop()
@@ -120,6 +129,18 @@ class Telemetry:
         return Histogram(
             name, what, labels, namespace=NAMESPACE, buckets=buckets, registry=self._registry
         )
+
+
+class _DroppedLines(Collector):
+    """A counter that somebody else counts."""
+
+    def __init__(self, look: Callable[[], int]) -> None:
+        self._look = look
+
+    def collect(self) -> Iterator[Metric]:
+        name = f"{NAMESPACE}_log_lines_dropped"
+        what = "Log lines that could not be written: stderr full, closed or not read."
+        yield CounterMetricFamily(name, what, value=self._look())
 
 
 @contextmanager

@@ -31,6 +31,7 @@ NAMES = {
     "auth_failures", "breaker_open", "build_info", "claim_batch_size", "claim_duration_seconds",
     "claims", "db_pool", "event_loop_lag_seconds", "expiry_lag_seconds", "heartbeats",
     "http_in_flight", "http_request_duration_seconds", "http_requests", "leases_lapsed",
+    "log_lines_dropped", "loop_restarts",
     "listener_connected", "oldest_pending_age_seconds", "runs", "submission_bytes", "submissions",
     "sweep_last_success_timestamp_seconds", "trust_root_age_seconds", "verify_seconds",
     "verify_workers_lost", "waiters",
@@ -79,6 +80,7 @@ async def test_the_names_are_the_designs_and_no_label_tells_who(
     labels = {name for sample in seen.samples for name in sample.labels}
     assert labels <= {
         "le", "outcome", "route", "method", "status", "state", "reason", "noticed_by", "version",
+        "loop",
     }  # fmt: skip
     for secret in ("runner-a", runner.fingerprint, job["run_id"], job["lease_id"], runner.token):
         assert secret not in text

@@ -1617,6 +1617,27 @@ UPSTREAM = (
         "tests/test_signer_policy.py::test_a_policy_of_nothing_but_such_entries_is_refused",
     ),
     Guard(
+        "log: a line that cannot be written is dropped",
+        "config/log_writer.py",
+        "except (OSError, ValueError):",
+        "except ZeroDivisionError:",
+        "tests/test_supervision.py::test_a_program_goes_on_and_ends_whatever_becomes_of_its_log",
+    ),
+    Guard(
+        "log: a line that does not fit is dropped",
+        "config/log_writer.py",
+        "        except queue.Full:\n            self.dropped += 1\n",
+        "        except ZeroDivisionError:\n            self.dropped += 1\n",
+        "tests/test_supervision.py::test_what_does_not_fit_into_memory_is_dropped_and_counted",
+    ),
+    Guard(
+        "loops: one that fails is started again",
+        "broker/supervision.py",
+        "            except Exception as error:  # whatever it is, the loop has to go on\n",
+        "            except ZeroDivisionError as error:\n",
+        "tests/test_supervision.py::test_a_loop_that_ends_is_started_again_and_told",
+    ),
+    Guard(
         "adoption: numbered models are refused",
         "db/migrations/20261123000001_upstream_tables.sql",
         "    IF FOUND THEN\n",
