@@ -204,12 +204,27 @@ def _read(raw: bytes) -> BundleModel:
     try:
         return BundleModel.from_json(raw)
     except ValidationError as error:
+        if _is_of_cosign_2(raw):
+            raise SignatureInvalid(
+                "The signature is in cosign 2's own form, not a Sigstore bundle: sign with"
+                " `cosign sign-blob --new-bundle-format --bundle signature.sigstore.json`, or with"
+                " cosign 3"
+            ) from error
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(name) for name in first["loc"]) or "its text"
         problem = printable(f"{where}: {first['msg']}")
         raise SignatureInvalid(
             f"The signature is not a Sigstore bundle in JSON: {problem}"
         ) from error
+
+
+def _is_of_cosign_2(raw: bytes) -> bool:
+    """Whether this is what `cosign sign-blob --bundle` wrote before version 3."""
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and document.keys() >= {"base64Signature", "cert"}
 
 
 def _require_one_reading(raw: bytes, model: BundleModel) -> None:

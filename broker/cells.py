@@ -25,6 +25,7 @@ HARDWARE = (
     "driver_version",
 )
 OF_THE_GPU = ("vram_mb", "tflops_fp16")  # columns of gpu_hardware, where a row has a model
+HAIR = 1e-6  # so far beside [0, 1], a quality is a rounding of the scorer's, and not another scale
 UNNAMED_FAILURE = "unknown"  # upstream's code for an error without one
 JUDGE_FAILED = "infra_error"
 
@@ -111,7 +112,7 @@ def _judgements(result: dict[str, Any]) -> dict[tuple[str, str, str], _Judged]:
 
 
 def _metrics(record: dict[str, Any], judged: _Judged | None, scorer: str) -> CellMetrics:
-    quality, flops = record.get("quality_heuristic"), record.get("flops_per_token_theoretical")
+    quality, flops = _quality(record), record.get("flops_per_token_theoretical")
     failure, detail = _failure(record)
     score = None if failure else _score(quality, record.get("judge_score"), judged)
     if not failure and score is None:
@@ -127,6 +128,14 @@ def _metrics(record: dict[str, Any], judged: _Judged | None, scorer: str) -> Cel
         failure_detail=detail,
         gflops_per_token=None if flops is None else flops / 1e9,
     )
+
+
+def _quality(record: dict[str, Any]) -> float | None:
+    """The scorer's verdict from 0 to 1, a hair beside it cut off; else as it is."""
+    quality = record.get("quality_heuristic")
+    if quality is not None and -HAIR <= quality <= 1 + HAIR:
+        return min(max(quality, 0), 1)
+    return quality
 
 
 def _failure(record: dict[str, Any]) -> tuple[str | None, str | None]:

@@ -37,6 +37,7 @@ from db.run_queue import Claimant, LeaseGuard
 # Two claims of one runner may race for a lease slot; the loser looks again and sees the winner.
 RACES_MAX = 5
 RETRY_AFTER_DEFAULT_S = 30
+RETRY_AFTER_MOST_S = 300
 # A wait that our stop cut short goes on at another process, at once.
 RETRY_AFTER_DRAIN_S = 1
 # A runner that asks why it gets nothing is told of so many runs per model, and not of a million.
@@ -108,11 +109,16 @@ class Claims:
             woken = await self.room.wait(place, claimant.capabilities, heard, left_s)
 
     async def retry_after_s(self, capabilities: Capabilities) -> int:
-        """Return the seconds until a deferred run that fits comes due; 30 when there is none."""
+        """Return the seconds until a deferred run that fits comes due; 30 when there is none.
+
+        Never more than some minutes: what is enqueued meanwhile would find the runner asleep.
+        """
         if self._draining:
             return RETRY_AFTER_DRAIN_S
         due = due_in(await self._offers.ask(1), capabilities)
-        return RETRY_AFTER_DEFAULT_S if due is None else max(1, math.ceil(due.total_seconds()))
+        if due is None:
+            return RETRY_AFTER_DEFAULT_S
+        return min(max(1, math.ceil(due.total_seconds())), RETRY_AFTER_MOST_S)
 
     async def explain(self, runner_id: str, capabilities: Capabilities) -> list[Reason]:
         """Return why this runner, of these capabilities, gets nothing."""

@@ -36,9 +36,13 @@ def read_cursor(cursor: str) -> tuple[datetime, UUID]:
     try:
         text = base64.b64decode(cursor.encode("ascii"), altchars=b"-_", validate=True).decode()
         microseconds, _, run_id = text.partition(":")
-        return _EPOCH + timedelta(microseconds=int(microseconds)), UUID(run_id)
+        at = _EPOCH + timedelta(microseconds=int(microseconds)), UUID(run_id)
+        forged = write_cursor(*at) != cursor  # int() and UUID() read more than we write
     except (ValueError, OverflowError, binascii.Error):
         raise _not_ours() from None
+    if forged:
+        raise _not_ours()
+    return at
 
 
 def write_number(number: int) -> str:
@@ -52,7 +56,7 @@ def read_number(cursor: str) -> int:
         number = int(base64.b64decode(cursor.encode("ascii"), altchars=b"-_", validate=True))
     except (ValueError, binascii.Error):
         raise _not_ours() from None
-    if not 0 <= number <= INT_MAX:
+    if not 0 <= number <= INT_MAX or write_number(number) != cursor:
         raise _not_ours()
     return number
 
@@ -69,7 +73,7 @@ def read_name(cursor: str) -> str:
     except (ValueError, binascii.Error):
         raise _not_ours() from None
     # PostgreSQL takes no U+0000, and a name has at most 128 characters.
-    if not _RUNNER_ID.fullmatch(name):
+    if not _RUNNER_ID.fullmatch(name) or write_name(name) != cursor:
         raise _not_ours()
     return name
 

@@ -187,7 +187,14 @@ class Handler(RequestHandler):
                 f"The query's parameter {quote(name)} {wrong}: {takes}.",
                 (Violation(pointer([name]), f"{wrong}: {takes}"),),
             )
-        return {name: self.get_query_argument(name) for name in given}
+        asked = {name: self.get_query_argument(name, strip=False) for name in given}
+        for name, text in asked.items():
+            # Tornado would strip it: `limit=+1` would be 1 for us, and not for who sent it.
+            if text != text.strip():
+                wrong = "has a blank or a control character at its start or end"
+                detail = f"The query's parameter {quote(name)} {wrong}."
+                raise InvalidRequest(detail, (Violation(pointer([name]), wrong),))
+        return asked
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Send a problem document, whoever raised: we, Tornado, or a library below us."""

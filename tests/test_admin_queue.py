@@ -403,6 +403,12 @@ async def test_a_query_that_makes_no_sense_is_422(
     bad = (
         "limit=-1", "limit=0", "limit=1001", "limit=ten", "limit=", "limit=1e3", "limit=%EF%BC%91",
         "limit=1&limit=2", "limit=99999999999999999999", "status=pending", "status=", "status=%00",
+        "limit=+1", "limit=%201", "limit=1%20", "limit=1_0",
+        "cursor=KzE6MDAwMDAwMDAtMDAwMC00MDAwLTgwMDAtMDAwMDAwMDAwMDAw",
+        "cursor=MV8wOjAwMDAwMDAwLTAwMDAtNDAwMC04MDAwLTAwMDAwMDAwMDAwMA==",
+        "cursor=IDE6MDAwMDAwMDAtMDAwMC00MDAwLTgwMDAtMDAwMDAwMDAwMDAw",
+        "cursor=MTowMDAwMDAwMDAwMDA0MDAwODAwMDAwMDAwMDAwMDAwMA==",
+        "cursor=MTp7MDAwMDAwMDAtMDAwMC00MDAwLTgwMDAtMDAwMDAwMDAwMDAwfQ==",
         "cursor=x", "cursor=%C3%A9", "cursor=MQ==", "cursor=" + "A" * 5000, "cursor=%FF",
         "cursor=OTk5OTk5OTk5OTk5OTk5OTk5OTk5OTk6MDAwMDAwMDAtMDAwMC00MDAwLTgwMDAtMDAwMDAwMDAwMDAw",
         "cursor=bmFuOjAwMDAwMDAwLTAwMDAtNDAwMC04MDAwLTAwMDAwMDAwMDAwMA==",

@@ -160,6 +160,13 @@ def test_a_signer_that_no_admin_could_have_added_matches_nothing(verifier, good,
         verifier.verify(RESULT, good, expected)
 
 
+def test_a_bundle_of_cosign_2_is_told_how_to_be_one(verifier):
+    """Before version 3, `cosign sign-blob --bundle` wrote a form of its own."""
+    own = {"base64Signature": "MEUC", "cert": "LS0t", "rekorBundle": {"Payload": {}}}
+    with pytest.raises(SignatureInvalid, match=r"cosign 2's own form.* --new-bundle-format"):
+        verifier.verify(RESULT, json.dumps(own).encode(), EMAIL_SIGNER)
+
+
 @pytest.mark.parametrize(
     ("owner_id", "repository_id"),
     [("7", "43"), ("8", "42"), (None, "42"), ("7", None), (None, None), ("42", "7")],
