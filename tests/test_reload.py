@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,28 @@ async def test_what_only_a_restart_takes_up_is_named_until_then(
                 assert await fleet.services.reload.run_once(lambda read=read: read)
     told = [line["needs_restart"] for line in logs if line["event"] == "reload.done"]
     assert told == [["lease_ttl_s", "max_leases"], ["lease_ttl_s", "max_leases"], []]
+
+
+@pytest.mark.gen_test
+async def test_an_entry_that_can_never_match_is_told_at_the_start_and_at_each_reload(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, tmp_path: Path
+) -> None:
+    account = EmailSubject("github-actions[bot]", SIGNER.issuer)
+    settings = make_settings(signers_file=policy(tmp_path / "signers.yaml", SIGNER, account))
+    with capture_logs() as logs:
+        async with claimed(settings, sigstore) as (fleet, runner, job):
+            assert ignored(logs) == ["trusted_identities[1]"]
+            policy(settings.signers_file, account, SIGNER)
+            assert await fleet.services.reload.run_once(lambda: settings)
+            assert ignored(logs) == ["trusted_identities[1]", "trusted_identities[0]"]
+            assert (await runner.submit(job)).status_code == 201
+
+
+def ignored(logs: Sequence[MutableMapping[str, Any]]) -> list[str]:
+    """Return the place of each entry that a warning was logged of."""
+    told = [line for line in logs if line["event"] == "signers.entry_ignored"]
+    assert {line["log_level"] for line in told} <= {"warning"}
+    return [line["where"] for line in told]
 
 
 @pytest.mark.gen_test

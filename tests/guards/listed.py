@@ -1610,6 +1610,13 @@ UPSTREAM = (
         "tests/test_signers.py::test_a_repository_of_the_same_name_with_other_ids_is_not_allowed",
     ),
     Guard(
+        "signer policy: a reload tells of entries that never match",
+        "broker/reload.py",
+        "self._trusted.use(verifier)",
+        "self._trusted.verifier = verifier",
+        f"{RELOAD}::test_an_entry_that_can_never_match_is_told_at_the_start_and_at_each_reload",
+    ),
+    Guard(
         "signer policy: nothing but entries that never match is refused",
         "auth/signer_policy.py",
         "    if problems or not signers:",
