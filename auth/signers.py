@@ -189,9 +189,9 @@ def _rule(signer: Signer) -> certificate_policy.VerificationPolicy:
         children.append(certificate_policy.OIDCSourceRepositoryURI(source.repository_uri))
         children.append(certificate_policy.OIDCSourceRepositoryRef(source.ref))
     # A name that its owner gave up may be somebody else's by now; GitHub's ids are used once.
-    if signer.owner_id:
+    if signer.owner_id is not None:
         children.append(certificate_policy.OIDCSourceRepositoryOwnerIdentifier(signer.owner_id))
-    if signer.repository_id:
+    if signer.repository_id is not None:
         children.append(certificate_policy.OIDCSourceRepositoryIdentifier(signer.repository_id))
     return certificate_policy.AllOf(children)
 

@@ -184,6 +184,15 @@ def test_a_repository_of_the_same_name_with_other_ids_is_not_allowed(
         verifier.verify(RESULT, instance.sign(RESULT, other), None)
 
 
+@pytest.mark.parametrize("name", ["owner_id", "repository_id"])
+def test_an_id_that_is_empty_is_still_compared(instance, name: str):
+    subject = replace(WORKFLOW, owner_id="7", repository_id="42")
+    signer = replace(WORKFLOW_SIGNER, **{"owner_id": "7", "repository_id": "42", name: ""})
+    verifier = BundleVerifier(instance.trusted_root, SignerPolicy((signer,)))
+    with pytest.raises(SignerNotAllowed):
+        verifier.verify(RESULT, instance.sign(RESULT, subject), None)
+
+
 def test_a_key_with_a_signer_of_its_own_does_not_fall_back_to_the_policy(verifier, instance):
     with pytest.raises(SignerNotAllowed):
         verifier.verify(RESULT, instance.sign(RESULT, WORKFLOW), EMAIL_SIGNER)
