@@ -11,7 +11,7 @@ from auth.signers import BundleVerifier, Signer, SignerPolicy, load_policy
 from broker import bundles
 from broker.errors import InvalidBundle
 from broker.signatures import RunnerKeySignature, Signature, SigstoreSignature
-from cli.output import CommandFailed, usage_error
+from cli.output import CommandFailed, note, usage_error
 from cli.settings import read_settings
 
 
@@ -49,14 +49,17 @@ class Believed:
         if signer not in self._verifiers:
             root = self.trusted_root or read_settings().trusted_root
             try:
-                policy = SignerPolicy((signer,)) if signer else load_policy(self._policy_file())
+                policy = SignerPolicy((signer,)) if signer else self._policy()
                 self._verifiers[signer] = BundleVerifier(root, policy)
             except PolicyRefused as error:
                 raise CommandFailed(str(error)) from None
         return SigstoreSignature(self._verifiers[signer], signer)
 
-    def _policy_file(self) -> Path:
-        return self.signers or read_settings().signers_file
+    def _policy(self) -> SignerPolicy:
+        policy = load_policy(self.signers or read_settings().signers_file)
+        for entry in policy.ignored:
+            note(f"warning: the signer policy's {entry}")
+        return policy
 
 
 def _key(text: str) -> RunnerKey:

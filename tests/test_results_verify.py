@@ -13,13 +13,14 @@ from cli import client
 from cli.main import main
 from config.settings import Settings
 from sandbox.runner_identity import public_key_text
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
 from tests.cli_admin import Outcome, Shell
 from tests.fleet import SIGNER, Fleet, Runner
 from tests.result_factory import digests, failed_record, result_for
 from tests.test_admin_results import decide, hand_in
 from tests.test_cli_runners import operating
 from tests.test_receipts import WELL_KNOWN
+from tests.test_reload import policy
 from tests.test_runner_key_policy import bundle as enveloped
 from tests.test_runner_key_policy import signed as envelope
 from tests.test_submit import listed
@@ -298,6 +299,11 @@ async def test_an_exported_folder_verifies_without_a_server_by_who_should_have_s
     assert outcomes(both) == [offline, offline]
     bundle = tmp_path / "submissions" / "runner-a" / runs[0]
     assert verify(bundle, "--signers", signers_file).code == 0
+    account = EmailSubject("github-actions[bot]", SIGNER.issuer)
+    with_account = policy(tmp_path / "with-account.yaml", SIGNER, account)
+    told = verify(bundle, "--signers", with_account)
+    assert told.code == 0
+    assert told.err[0].startswith("warning: the signer policy's trusted_identities[1] is ignored")
     monkeypatch.setenv("BAKEOFF_QUEUE_SIGNERS_FILE", str(signers_file))
     monkeypatch.setenv("BAKEOFF_QUEUE_TRUSTED_ROOT", str(sigstore.trusted_root))
     monkeypatch.delenv("BAKEOFF_QUEUE_URL")
