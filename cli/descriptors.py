@@ -64,7 +64,7 @@ def _find(model: Mapping[str, Any], files: Sequence[DescriptorFile]) -> Descript
     """By the file named after the id; else by the id or alias as its name; else by the weights."""
     file_name = _file_name(model.get("gguf"))
     stem = file_name.removesuffix(".gguf").lower()
-    names = {model["id"], model.get("alias")} - {None}
+    names = [name for name in (model["id"], model.get("alias")) if isinstance(name, str)]
     ways: tuple[Callable[[DescriptorFile], bool], ...] = (
         lambda file: file.path.stem == model["id"],
         lambda file: file.body.get("name") in names,
@@ -85,21 +85,23 @@ def _find(model: Mapping[str, Any], files: Sequence[DescriptorFile]) -> Descript
 
 def _is_of_weights(body: Mapping[str, Any], gguf: Any) -> bool:
     """Whether a source is this very file, or its repository in this file's quantization."""
-    parts = re.split(r"[\\/]", gguf) if isinstance(gguf, str) else []
-    if len(parts) < 2:
+    *folders, file_name = re.split(r"[\\/]", gguf) if isinstance(gguf, str) else [""]
+    if not file_name:
         return False
     listed = body.get("sources")
     sources = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     urls = [str(source.get("url")).rstrip("/") for source in sources]
-    if any(url.endswith(f"/{parts[-1]}") or url == parts[-1] for url in urls):
+    if any(url.endswith(f"/{file_name}") or url == file_name for url in urls):
         return True
-    repository = "/".join(parts[:2])
+    if len(folders) < 2:
+        return False
+    repository = "/".join(folders[:2])
     of_repository = any(url.endswith(f"/{repository}") for url in urls) or any(
         isinstance(source.get("source_metadata"), dict)
         and source["source_metadata"].get("hf_repo") == repository
         for source in sources
     )
-    named = quantizations.in_file_name(parts[-1])
+    named = quantizations.in_file_name(file_name)
     return of_repository and [quantizations.canonical(str(body.get("quantization")))] == named
 
 
@@ -117,7 +119,8 @@ def _refuse_other_weights(model: Mapping[str, Any], found: DescriptorFile) -> No
 def _from_config(model: Mapping[str, Any]) -> dict[str, Any]:
     file_name = _file_name(model.get("gguf"))
     total, active = _billions(model.get("num_params")), _billions(model.get("num_active_params"))
-    other = f", or put a descriptor {model['id']}.json into the --models folder"
+    put = f"put a descriptor {model['id']}.json into the --models folder"
+    other = f", or {put}"
     problems = []
     if total is None:
         problems.append(
@@ -128,13 +131,13 @@ def _from_config(model: Mapping[str, Any]) -> dict[str, Any]:
     if not file_name:
         problems.append(f"no gguf: set it to the weights' file name{other}")
     else:
-        problems += _quantization_problems(file_name, other)
+        problems += _quantization_problems(file_name, put)
     if total is None or problems:
         raise Undescribed(*problems)
     return _descriptor(model, file_name, quantizations.in_file_name(file_name)[0], total, active)
 
 
-def _quantization_problems(file_name: str, other: str) -> list[str]:
+def _quantization_problems(file_name: str, put: str) -> list[str]:
     named = quantizations.in_file_name(file_name)
     if len(named) == 1 and named[0] in quantizations.KNOWN:
         return []
@@ -142,9 +145,9 @@ def _quantization_problems(file_name: str, other: str) -> list[str]:
     if len(named) == 1:
         no_need = f"{file_name} is in {named[0]}, of which bakeoff's table has no VRAM need"
         nearest = "that names the nearest it has by bytes per weight"
-        return [f"{no_need}{other} {nearest}; known: {known}"]
+        return [f"{no_need}: {put} {nearest}; known: {known}"]
     what = "names no quantization" if not named else f"names {' and '.join(named)}"
-    return [f"{file_name} {what}: rename it so that it names one{other}; known: {known}"]
+    return [f"{file_name} {what}: rename it so that it names one, or {put}; known: {known}"]
 
 
 def _descriptor(

@@ -227,10 +227,12 @@ def _describe_judge(
     judge: Mapping[str, Any] = config.get("judge") or {}
     if not _judges(judge):
         return {}
+    gguf = judge.get("gguf")
     for model, descriptor in described:
-        if model.get("gguf") == judge.get("gguf"):
+        if gguf and model.get("gguf") == gguf:
             return {"judge": descriptor}
-    name = judge.get("id") or Path(str(judge.get("gguf"))).stem  # its alias says "judge"
+    # Not its alias: in most configs that is "judge".
+    name = judge.get("id") or Path(str(gguf or "")).stem or "judge"
     try:
         return {"judge": describe({**judge, "id": name}, descriptors)}
     except Undescribed as error:

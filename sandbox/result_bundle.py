@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from broker.jobs import harness_hash
-from sandbox.answers import Cell, Outcome, Reply
+from sandbox.answers import Outcome, Reply
 from sandbox.runner_wire import Job
 
 SCHEMA_VERSION = "bakeoff-results/v1"
@@ -37,6 +37,11 @@ GPUS = (
     (24, "NVIDIA GeForce RTX 4090", 450, 82.6),
     (48, "NVIDIA RTX 6000 Ada Generation", 300, 91.1),
     (80, "NVIDIA H100 80GB HBM3", 700, 198.9),
+)
+# The harness's order, by which it names one of several codes that are equally frequent.
+FAILURES = (
+    *("timeout", "refusal", "malformed_output", "oom", "load_failure"),
+    *("capability_gap", "infra_error", "cancelled", "unknown"),
 )
 SUMMARIZED = ("model_id", "status", "partial_score", "floor_score", "dominant_failure_code")
 Sign = Callable[[bytes], bytes]
@@ -134,12 +139,14 @@ def build_manifest(result: dict[str, Any], files: dict[str, bytes]) -> dict[str,
 def build_summary(job: Job, outcomes: Sequence[Outcome]) -> str:
     """Return summary.md: the cells' scores as a table for people."""
     score = model_score(job.model_ref, outcomes)
-    floor = f"{score['floor_cells_passed']} of {score['floor_cells_total']}"
+    floor = "no floor tasks"
+    if score["floor_cells_total"]:
+        floor = f"floor {score['floor_cells_passed']} of {score['floor_cells_total']}"
     rows = [f"| {one.cell.task['id']} | {one.cell.prompt_id} | {_shown(one)} |" for one in outcomes]
     lines = [
         f"# {job.model['name']} ({job.model['quantization']})",
         "",
-        f"Run {job.run_id}: score {score['partial_score']:.2f}, floor {floor}.",
+        f"Run {job.run_id}: score {score['partial_score']:.2f}, {floor}.",
         "",
         "| task | prompt | score |",
         "|---|---|---|",
@@ -164,7 +171,7 @@ def model_score(model_ref: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "cells_failed": failures.total(),
         "completeness": attempted / len(main),
         "partial_score": sum(one.quality or 0.0 for one in main) / len(main),
-        "dominant_failure_code": failures.most_common(1)[0][0] if failures else None,
+        "dominant_failure_code": max(FAILURES, key=failures.__getitem__) if failures else None,
         "floor_score": passed / len(floor) if floor else None,
         "floor_cells_passed": passed if floor else None,
         "floor_cells_total": len(floor) or None,
@@ -197,10 +204,10 @@ def _record(job: Job, outcome: Outcome, rig: Rig) -> dict[str, Any]:
     }
     if cell.tier != "main":  # of a floor cell the harness measures nothing else
         return answered
-    return {**answered, **_measurements(job, cell, outcome.seconds, outcome.reply, rig)}
+    return {**answered, **_measurements(job, outcome.seconds, outcome.reply, rig)}
 
 
-def _measurements(job: Job, cell: Cell, seconds: float, reply: Reply, rig: Rig) -> dict[str, Any]:
+def _measurements(job: Job, seconds: float, reply: Reply, rig: Rig) -> dict[str, Any]:
     _, _, watts, peak_tflops = rig.gpu
     active_b = job.model.get("active_parameter_count_b") or job.model["parameter_count_b"]
     needed_mb = active_b * _bits(job.model["quantization"]) / 8 * 1.15 * 1024
@@ -242,15 +249,17 @@ def _provenance(job: Job, executor: dict[str, str]) -> dict[str, Any]:
 def _model_metadata(job: Job) -> dict[str, Any]:
     model = job.config["models"][0]
     parts = (model.get("gguf") or "").split("/")
+    named = re.search(r"(?:IQ|Q|BF|F)\d\w*", parts[-1], re.IGNORECASE)
+    server = job.config.get("server") or {}
     return {
         "id": job.model_ref,
         "alias": model.get("alias"),
         "gguf": model.get("gguf"),
         "repo_id": "/".join(parts[:2]) if len(parts) >= 3 else None,
         "filename": parts[-1] or None,
-        "quantization": job.model["quantization"].upper(),
-        "ctx": model.get("ctx"),
-        "n_cpu_moe": None,
+        "quantization": named[0].upper() if named else None,
+        "ctx": model.get("ctx") or server.get("ctx"),
+        "n_cpu_moe": model.get("n_cpu_moe"),
     }
 
 

@@ -157,6 +157,44 @@ def test_add_takes_descriptors_from_a_folder(
     assert body["runs"][0]["model"] == descriptor
 
 
+def test_add_takes_floor_tasks_and_how_to_judge(
+    admin: Admin, shell: Shell, grid: Path, tmp_path: Path
+) -> None:
+    judged = "judge: {enabled: true, gguf: large-Q4_K_M.gguf}\n"
+    grid.write_text(grid.read_text().replace("dumb_model_tier: {enabled: false}\n", judged))
+    floor = tmp_path / "floor.jsonl"
+    floor.write_text('{"id": "f", "tier": "dumb_model", "user_prompt": "?", "scorer": "exact"}\n')
+    given = ("queue", "add", grid, *beside(grid), "--floor-tasks", floor, "--dry-run", "--json")
+    refused = shell(*given)
+    assert (refused.code, "give --judge-mode scored (or off)" in refused.err[0]) == (1, True)
+    runs = shell(*given, "--judge-mode", "scored").json["runs"]
+    assert [[task["id"] for task in run["floor_tasks"]] for run in runs] == [["f"], ["f"]]
+    assert [run["judge"]["name"] for run in runs] == ["large", "large"]
+    assert {run["config"]["judge"]["mode"] for run in runs} == {"scored"}
+    runs = shell(*given, "--judge-mode", "off").json["runs"]
+    assert [run.get("judge") for run in runs] == [None, None]
+
+
+def test_a_config_without_its_tasks_is_one_line_that_says_where_they_come_from(
+    admin: Admin, shell: Shell, grid: Path
+) -> None:
+    outcome = shell("queue", "add", grid)
+    assert outcome.code == 1
+    [line] = outcome.err
+    assert "give --tasks FILE, which `python -m bench.runner --dry-run`" in line
+    assert admin.seen == []
+
+
+@pytest.mark.parametrize("option", ["--tasks", "--floor-tasks", "--models"])
+def test_add_names_an_option_whose_file_is_not_there(
+    admin: Admin, shell: Shell, grid: Path, option: str
+) -> None:
+    outcome = shell("queue", "add", grid, option, grid.with_name("nowhere"))
+    assert outcome.code == 2
+    assert option in outcome.err[0]
+    assert admin.seen == []
+
+
 def test_more_than_a_batch_goes_in_batches_with_keys_of_their_own(
     admin: Admin, shell: Shell, tmp_path: Path
 ) -> None:

@@ -231,6 +231,19 @@ def test_dev_keeps_its_runs_and_its_token_over_a_restart(base):
     stop(dev)
 
 
+def test_the_grid_that_dev_tells_to_enqueue_is_enqueued_as_it_is_typed(base):
+    dev = start(base, "dev", "--port", str(free_port()))
+    lines = read_until("results verify", dev)
+    typed = [line for line in lines if line.startswith("export ") or " queue add " in line]
+    shell = subprocess.run(
+        ["sh", "-e", "-c", "\n".join(typed)], capture_output=True, text=True, timeout=60, cwd="/"
+    )
+    stop(dev)
+    assert (shell.returncode, shell.stderr) == (0, "")
+    _, *rows = (line.split() for line in shell.stdout.splitlines())
+    assert [row[-2:] for row in rows] == [["PENDING", "true"]] * 8
+
+
 def test_dev_without_data_leaves_nothing_when_it_is_killed(base):
     dev = start(base, "dev", "--port", str(free_port()))
     dev_is_up(dev)

@@ -175,7 +175,7 @@ def test_a_quantization_without_a_vram_need_is_refused_with_the_list(gguf: str, 
     with pytest.raises(Undescribed) as problem:
         describe(MODEL | {"gguf": gguf}, [])
     [said] = problem.value.problems
-    assert f"is in {name}, of which bakeoff's table has no VRAM need" in said
+    assert f"is in {name}, of which bakeoff's table has no VRAM need: put a descriptor" in said
     assert "m-q4_0.json into the --models folder that names the nearest" in said
     assert said.endswith("known: " + ", ".join(KNOWN))
 
@@ -202,6 +202,23 @@ def test_every_name_of_bakeoffs_table_is_recognised_in_any_spelling(name: str) -
     assert find("UD-Q4_K_XL", KNOWN) is None
 
 
+@pytest.mark.parametrize(
+    ("file", "names"),
+    [
+        ("DeepSeek-R1-0528-Qwen3-8B.gguf", []),
+        ("phi-4-q8.gguf", []),
+        ("m-Q4_K_M_imatrix.gguf", ["q4_k_m"]),
+        ("Q4_K_M-of-m-q4_k_m.gguf", ["q4_k_m"]),
+        ("m-F16.fp16.gguf", ["fp16"]),
+        ("m-UD-Q4_K_XL.gguf", ["ud_q4_k_xl"]),
+        ("m.UD_IQ1_S-00001-of-00003.gguf", ["ud_iq1_s"]),
+        ("m-F16-Q4_0.gguf", ["fp16", "q4_0"]),
+    ],
+)
+def test_a_file_name_tells_each_quantization_once_and_whole(file: str, names: list[str]) -> None:
+    assert in_file_name(file) == names
+
+
 def test_a_name_that_a_database_has_of_its_own_is_itself() -> None:
     assert find("Q4_CUSTOM", ["Q4_CUSTOM"]) == "Q4_CUSTOM"
 
@@ -223,6 +240,7 @@ def test_a_descriptor_is_found_by_file_name_id_or_alias(
         {"source_type": "local_file", "url": "M-Q4_0.gguf"},
         {"source_type": "direct_url", "url": "https://x.example/files/M-Q4_0.gguf"},
         {"source_type": "huggingface", "url": "https://huggingface.co/o/r"},
+        {"source_type": "huggingface", "url": "https://huggingface.co/o/r/"},
         {"source_type": "huggingface", "url": "-", "source_metadata": {"hf_repo": "o/r"}},
     ],
 )
@@ -236,6 +254,29 @@ def test_a_descriptor_of_the_store_is_found_by_its_weights(
     write(tmp_path, "a.json", of | {"quantization": "q8_0", "sources": [
         {"source_type": "huggingface", "url": "https://huggingface.co/o/r"}]})  # fmt: skip
     assert describe(MODEL, read_folder(tmp_path)) == of, "the repository's other quantization"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"url": "https://huggingface.co/o/another"},
+        {"url": "https://huggingface.co/o/r", "instead": {"quantization": "q8_0"}},
+        {"url": "https://x.example/files/Another-M-Q4_0.gguf"},
+        {"url": "-", "source_metadata": {"hf_repo": "o/another"}},
+        {"url": "-", "source_metadata": None},
+    ],
+)
+def test_a_descriptor_of_other_weights_is_not_taken(tmp_path: Path, source: dict[str, Any]) -> None:
+    other = {"name": "Some Name", "quantization": "q4_0", "sources": [source]}
+    write(tmp_path, "5d2d89c1.json", DESCRIPTOR | other | source.get("instead", {}))
+    assert describe(MODEL, read_folder(tmp_path))["name"] == "m-q4_0"
+
+
+def test_a_file_without_folders_is_found_by_its_url_too(tmp_path: Path) -> None:
+    of = {"name": "Some Name", "sources": [{"source_type": "local_file", "url": "M-Q4_0.gguf"}]}
+    write(tmp_path, "5d2d89c1.json", DESCRIPTOR | of)
+    model = MODEL | {"gguf": "M-Q4_0.gguf"}
+    assert describe(model, read_folder(tmp_path))["name"] == "Some Name"
 
 
 def test_a_descriptor_of_the_store_is_found_by_the_files_name(tmp_path: Path) -> None:
@@ -260,6 +301,12 @@ def test_an_alias_that_is_missing_matches_no_descriptor(tmp_path: Path) -> None:
     write(tmp_path, "nameless.json", {"quantization": "q8_0"})
     model = {name: value for name, value in MODEL.items() if name != "alias"}
     assert describe(model, read_folder(tmp_path))["quantization"] == "q4_0"
+
+
+@pytest.mark.parametrize("alias", [["M"], {"of": "M"}, 7])
+def test_an_alias_that_is_not_text_matches_no_descriptor(tmp_path: Path, alias: Any) -> None:
+    write(tmp_path, "a.json", DESCRIPTOR | {"name": alias})
+    assert describe(MODEL | {"alias": alias}, read_folder(tmp_path))["name"] == "m-q4_0"
 
 
 def test_a_descriptor_without_a_parameter_count_is_refused_by_name(tmp_path: Path) -> None:
@@ -357,6 +404,7 @@ def test_a_dataset_that_the_harness_cannot_read_is_refused(tmp_path: Path, datas
     [
         ({"tasks": None}, r"the harness makes 1 tasks .* give --tasks FILE, which .* --dry-run"),
         ({"floor_tasks": None}, r"always runs its floor tasks: give --floor-tasks FILE"),
+        ({"floor_tasks": None, "dumb_model_tier": {}}, r"always runs its floor tasks"),
         ({"tasks": [TASK, TASK | {"id": "u"}]}, r"has 2 tasks, and .* asks for n = 1"),
         ({"tasks": [TASK | {"domain": "classify"}]}, r"tasks\[0\]\.domain is not of"),
         ({"tasks": [FLOOR]}, r"tasks\[0\] is of tier dumb_model, not of main"),
@@ -406,6 +454,22 @@ def test_a_judge_that_cannot_be_described_is_refused_as_it_needs_memory(tmp_path
     assert "the judge needs VRAM as well (the larger of both counts)" in failure.line
     assert failure.details[0].startswith("judge: no usable parameter count: set num_params")
     assert "Judge-Q8_0.json into the --models folder" in failure.details[0]
+
+
+def test_a_judge_without_a_file_is_no_model_without_a_file(tmp_path: Path) -> None:
+    write(tmp_path / "models", "m-q4_0.json", DESCRIPTOR)
+    bare = {name: value for name, value in MODEL.items() if name != "gguf"}
+    judge = {"enabled": True, "mode": "scored", "num_params": 20}
+    failure = refused(tmp_path, tmp_path / "models", models=[bare], judge=judge)
+    assert "the judge needs VRAM as well" in failure.line
+    [problem] = failure.details
+    assert problem.startswith("judge: no gguf: set it to the weights' file name")
+    assert problem.endswith("or put a descriptor judge.json into the --models folder")
+
+
+def test_a_judge_that_is_switched_off_is_nobodys_need(tmp_path: Path) -> None:
+    [run] = convert(tmp_path, judge={"enabled": False, "mode": "pairwise_all"})
+    assert "judge" not in run
 
 
 @pytest.mark.parametrize("judge", [JUDGE | {"mode": "pairwise_all"}, {"enabled": True}])
@@ -485,12 +549,15 @@ def test_bakeoffs_own_config_is_taken_as_it_is(tmp_path: Path) -> None:
     beside = Beside(tasks, floor, tmp_path / "models", JudgeMode.SCORED)
     runs = read_runs(config, beside, BATCH)
     assert [run["model"]["name"] for run in runs] == ["Qwen-9B", "Qwen-35B-A3B"]
+    assert {run["model"]["schema_version"] for run in runs} == {1}
     assert {run["judge"]["name"] for run in runs} == {"Qwen-35B-A3B"}
     assert runs[0]["config"]["dataset"] == {
         "n": 2,
         "domains": ["qa", "code", "summarize", "classify"],
     }
     assert load_schema("enqueue").violations({"runs": runs}) == ()
+    with pytest.raises(CommandFailed, match="give --judge-mode scored"):
+        read_runs(config, Beside(tasks, floor, tmp_path / "models"), BATCH)
     with pytest.raises(CommandFailed) as failure:
         read_runs(config, Beside(tasks, floor, None, JudgeMode.SCORED), BATCH)
     assert [said.partition(":")[0] for said in failure.value.details] == [
@@ -519,7 +586,13 @@ def test_what_stands_beside_runs_is_not_dropped_silently(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "beside", [Beside(tasks=Path("t")), Beside(models=Path("m")), Beside(judge_mode=JudgeMode.OFF)]
+    "beside",
+    [
+        Beside(tasks=Path("t")),
+        Beside(floor_tasks=Path("f")),
+        Beside(models=Path("m")),
+        Beside(judge_mode=JudgeMode.OFF),
+    ],
 )
 def test_what_belongs_to_a_config_is_refused_beside_runs(tmp_path: Path, beside: Beside) -> None:
     path = write(tmp_path, "runs.json", {"runs": [{"model": {}}]})

@@ -3,17 +3,30 @@
 import hashlib
 import json
 import re
+import time
+from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from auth.signers import BundleVerifier, Signer, load_policy
-from broker.bundles import SIGNATURE, check_binding, check_manifest, check_names, parse_result
+from broker.archive_rules import check_archivable
+from broker.bundles import (
+    SIGNATURE,
+    check_agreement,
+    check_binding,
+    check_manifest,
+    check_names,
+    parse_result,
+)
 from broker.jobs import Job as HandedOut
 from sandbox.answers import BuiltInRules, CellFailed, Outcome, cells_of, execute
 from sandbox.result_bundle import WARNING, Rig, build_bundle, build_result, model_score
 from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
+from tests import harness_shapes
 from tests.runner_stage import BODY, JOB, RUN_ID
 
 RULES = BuiltInRules()
@@ -84,6 +97,87 @@ def test_each_cell_is_recorded_once_under_the_harness_name_of_the_model(bundle) 
     assert "tokens_per_second" not in floor, "of a floor cell the harness measures little"
 
 
+def shape(document: dict[str, Any]) -> dict[str, Any]:
+    """Which members each object of a result has, by its place."""
+    records = {one["tier"]: set(one) for one in document["records"]}
+    one_of = {name: set(document[name][0]) for name in ("model_metadata", "model_scores")}
+    objects = {name: set(document[name]) for name in ("provenance", "hardware")}
+    return {"": set(document), **records, **one_of, **objects}
+
+
+def test_the_result_has_the_members_that_the_harness_writes(bundle) -> None:
+    job = {**harness_shapes.RUN, "run_id": RUN_ID, "config": harness_shapes.CONFIG}
+    real = shape(harness_shapes.harness_result(job))
+    real["provenance"].add("executor")  # ours: it says that there was no model
+    assert shape(json.loads(bundle["result.json"])) == real
+
+
+def test_the_manifest_has_the_members_that_the_harness_writes(bundle) -> None:
+    job = {**harness_shapes.RUN, "run_id": RUN_ID, "config": harness_shapes.CONFIG}
+    real = harness_shapes.harness_files(harness_shapes.harness_result(job), b"{}")
+    manifest = json.loads(bundle["manifest.json"])
+    assert set(manifest) == set(json.loads(real["manifest.json"]))
+    (score,) = json.loads(bundle["result.json"])["model_scores"]
+    names = ("model_id", "status", "partial_score", "floor_score", "dominant_failure_code")
+    assert manifest["model_scores_summary"] == [{name: score[name] for name in names}]
+    assert (manifest["judge_mode"], manifest["model_ids"]) == ("none", ["llama-70b"])
+    assert manifest["run_status"] == "complete"
+
+
+def test_the_files_are_written_as_the_harness_writes_json(outcomes: list[Outcome]) -> None:
+    reply = outcomes[1].reply
+    assert reply is not None
+    foreign = replace(outcomes[1], reply=replace(reply, text="Troms\u00f8"))
+    told = [outcomes[0], foreign, *outcomes[2:]]
+    files = build_bundle(JOB, told, RULES.provenance, Rig(24), sign)
+    for name in ("result.json", "manifest.json"):
+        assert files[name] == harness_shapes.written(json.loads(files[name]))
+    assert files["result.json"].isascii()
+
+
+@pytest.fixture
+def far_east(monkeypatch: pytest.MonkeyPatch) -> Iterator[timedelta]:
+    """A clock eleven hours ahead of UTC."""
+    monkeypatch.setenv("TZ", "EAST-11")
+    time.tzset()
+    yield timedelta(hours=11)
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_the_timestamp_is_local_and_the_manifests_time_is_not(
+    outcomes: list[Outcome], far_east: timedelta
+) -> None:
+    files = build_bundle(JOB, outcomes, RULES.provenance, Rig(24), sign)
+    manifest = json.loads(files["manifest.json"])
+    local = datetime.strptime(manifest["timestamp"], "%Y%m%d-%H%M%S").replace(tzinfo=UTC)
+    created = datetime.fromisoformat(manifest["created_at"])
+    assert abs(local - created - far_east) < timedelta(seconds=5)
+    assert abs(created - datetime.now(UTC)) < timedelta(seconds=60)
+
+
+def test_what_the_model_has_not_set_comes_from_the_server_section(outcomes) -> None:
+    models = [{"id": "m", "alias": "M", "gguf": "org/repo/M-F16.gguf", "n_cpu_moe": 9}]
+    config = {**JOB.config, "server": {"ctx": 4096, "image": "llama.cpp:server"}, "models": models}
+    result = build_result(replace(JOB, config=config), outcomes, RULES.provenance, Rig(24))
+    assert result["provenance"]["server_image"] == "llama.cpp:server"
+    assert result["model_metadata"] == [
+        {
+            "id": "m",
+            "alias": "M",
+            "gguf": "org/repo/M-F16.gguf",
+            "repo_id": "org/repo",
+            "filename": "M-F16.gguf",
+            "quantization": "F16",
+            "ctx": 4096,
+            "n_cpu_moe": 9,
+        }
+    ]
+    models[0]["ctx"] = 8192
+    result = build_result(replace(JOB, config=config), outcomes, RULES.provenance, Rig(24))
+    assert result["model_metadata"][0]["ctx"] == 8192
+
+
 def test_the_result_says_that_no_model_and_no_gpu_were_there(bundle) -> None:
     provenance = json.loads(bundle["result.json"])["provenance"]
     assert provenance["executor"] == {"kind": "built-in rules"}
@@ -131,10 +225,39 @@ def test_a_failed_cell_counts_as_zero_and_the_floor_is_kept_apart(outcomes) -> N
     }
 
 
+@pytest.mark.parametrize(
+    ("codes", "dominant"),
+    [
+        (("malformed_output", "timeout"), "timeout"),
+        (("malformed_output", "timeout", "malformed_output"), "malformed_output"),
+    ],
+)
+def test_of_two_equally_frequent_failures_the_harness_names_the_earlier_of_its_list(
+    outcomes: list[Outcome], codes: tuple[str, ...], dominant: str
+) -> None:
+    failed = [
+        replace(one, reply=None, quality=None, failure=CellFailed(code, "-"))
+        for one, code in zip(outcomes[1:], codes, strict=False)
+    ]
+    told = [outcomes[0], *failed, *outcomes[1 + len(failed) :]]
+    assert model_score("m", told)["dominant_failure_code"] == dominant
+
+
+def test_a_failed_floor_cell_leaves_the_run_complete(outcomes: list[Outcome]) -> None:
+    late = CellFailed("timeout", "late")
+    floor = replace(outcomes[0], reply=None, quality=None, failure=late)
+    score = model_score("m", [floor, *outcomes[1:]])
+    assert (score["status"], score["cells_failed"]) == ("complete", 0)
+    assert score["dominant_failure_code"] is None
+    assert (score["floor_score"], score["floor_cells_total"]) == (0.0, 1)
+
+
 def test_a_job_without_floor_tasks_has_no_floor_score(outcomes) -> None:
     score = model_score("m", outcomes[1:])
     names = ("floor_score", "floor_cells_passed", "floor_cells_total")
     assert [score[name] for name in names] == [None] * 3
+    told = build_bundle(JOB, outcomes[1:], RULES.provenance, Rig(24), sign)["summary.md"].decode()
+    assert ", no floor tasks.\n" in told
 
 
 def test_the_summary_shows_each_score_and_what_failed(outcomes: list[Outcome]) -> None:
@@ -143,6 +266,7 @@ def test_the_summary_shows_each_score_and_what_failed(outcomes: list[Outcome]) -
     shown[2] = replace(shown[2], quality=None)
     text = build_bundle(JOB, shown, RULES.provenance, Rig(24), sign)["summary.md"].decode()
     assert text.startswith("# Llama-3.3-70B-Instruct (q4_k_m)\n")
+    assert ", floor 1 of 1.\n" in text
     assert "| capital | terse | failed: timeout |" in text
     assert "| capital | kind | not scored |" in text
     assert "| sum | kind | 1.00 |" in text
@@ -170,9 +294,11 @@ def accept(bundle: dict[str, bytes]) -> dict:
     """The server's own checks of a bundle, the signature apart."""
     digests = {name: hashlib.sha256(raw).hexdigest() for name, raw in bundle.items()}
     check_names(list(bundle), SIGNATURE)
-    check_manifest(bundle["manifest.json"], digests, RUN_ID)
+    manifest = check_manifest(bundle["manifest.json"], digests, RUN_ID)
     result = parse_result(bundle["result.json"])
     check_binding(result, HandedOut.from_payload(RUN_ID, BODY))
+    check_agreement(manifest, result)
+    check_archivable(manifest, result)
     return result
 
 
