@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 from nacl.signing import SigningKey
 
-from auth import admin_tokens
 from config.settings import Settings
-from db import admin
 from sandbox.runner_identity import public_key_text
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, code_of, open_fleet
@@ -49,13 +47,6 @@ def spelt(raw: bytes) -> str:
 async def add(fleet: Fleet, **changes: Any) -> Any:
     """Ask for a key to be admitted."""
     return await fleet.admin("POST", "/runner-keys", json=key_of(**changes))
-
-
-async def token_of(fleet: Fleet, *scopes: str) -> dict[str, str]:
-    """Return the headers of an admin who has these scopes only."""
-    token, digest = admin_tokens.make()
-    await admin.add_token(fleet.pool, digest, "-".join(scopes), scopes, None)
-    return {"Authorization": f"Bearer {token}"}
 
 
 @pytest.mark.gen_test
@@ -256,35 +247,6 @@ async def test_a_revocation_needs_a_known_key_a_reason_and_json(
         typed = {"Content-Type": "application/json"}
         assert code_of(await fleet.admin("DELETE", path, headers=typed)) == (400, "empty_body")
         assert (await runner.claim()).status_code == 204, "the key is as good as before"
-
-
-@pytest.mark.gen_test
-async def test_each_address_needs_its_scope(
-    make_settings: MakeSettings, sigstore: ThrowawaySigstore
-) -> None:
-    async with open_fleet(make_settings(), sigstore) as fleet:
-        run = await fleet.enqueue()
-        needs = [
-            ("GET", "/runner-keys", "read"),
-            ("POST", "/runner-keys", "admin"),
-            ("DELETE", f"/runner-keys/{'0' * 64}", "admin"),
-            ("GET", "/queue", "read"),
-            ("POST", "/queue", "operate"),
-            ("GET", f"/queue/{run}", "read"),
-            ("POST", f"/queue/{run}/cancel", "operate"),
-        ]
-        bodies: dict[str, dict[str, Any]] = {"GET": {}, "POST": {"json": {}}}
-        bodies["DELETE"] = bodies["POST"]
-        for scope in admin_tokens.SCOPES:
-            headers = await token_of(fleet, scope)
-            for method, path, needed in needs:
-                request: dict[str, Any] = {**bodies[method], "headers": headers}
-                answer = await fleet.http.request(method, f"/api/admin{path}", **request)
-                if scope != needed:
-                    assert code_of(answer) == (403, "scope_required"), (scope, method, path)
-                else:
-                    assert answer.status_code in (200, 404, 422), (scope, method, path)
-        assert (await fleet.row(run))["status"] == "PENDING"
 
 
 @pytest.mark.gen_test

@@ -7,27 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tornado.web import RequestHandler
 
 from broker.documents import FOLDER
 from broker.errors import code_of
 from config.settings import Settings
-from handlers.admin import FINGERPRINT_PATH
-from handlers.admin_results import FILE_PATH
-from handlers.admin_runners import RUNNER_PATH
-from handlers.base import UUID_PATH
 from handlers.errors import STATUS
 from sandbox.dev import ONE_RUN
 from sandbox.sigstore_instance import ThrowawaySigstore
 from server import make_app
 from tests.fleet import AUDIENCE, Runner, open_fleet
 from tests.fleet import code_of as code_of_answer
+from tests.routes import served
 
 MakeSettings = Callable[..., Settings]
 DOCS = Path(__file__).parents[1] / "docs"
 API, RUNNERS = (DOCS / "api.md").read_text(), (DOCS / "runners.md").read_text()
-PLACES = ((UUID_PATH, "{run_id}"), (FINGERPRINT_PATH, "{fingerprint}"), (FILE_PATH, "{name}"),
-          (RUNNER_PATH, "{runner_id}"))  # fmt: skip
 # What the handlers of docs/api.md's "Anybody" take beside GET; the page says so in one sentence.
 OF_ALL = {"HEAD", "OPTIONS"}
 # Of bundles, which docs/results.md tells of.
@@ -54,17 +48,9 @@ async def test_the_pages_have_every_address_of_the_application_and_no_other(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
     async with open_fleet(make_settings(), sigstore) as fleet:
-        served = set()
-        for rule in make_app(fleet.services).wildcard_router.rules:
-            path = rule.matcher.regex.pattern.removesuffix("$").replace("\\", "")  # type: ignore[attr-defined]
-            for pattern, name in PLACES:
-                path = path.replace(pattern.replace("\\", ""), name)
-            for method in set(RequestHandler.SUPPORTED_METHODS) - OF_ALL:
-                own = getattr(rule.target, method.lower())
-                if own is not RequestHandler._unimplemented_method:
-                    served.add((method, path))
-    assert len(served) > 30
-    assert documented() == served
+        shown = {at for at in served(make_app(fleet.services)) if at[0] not in OF_ALL}
+    assert len(shown) > 30
+    assert documented() == shown
 
 
 def test_the_error_table_has_every_code_with_its_status_and_no_other() -> None:

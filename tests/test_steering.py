@@ -8,9 +8,7 @@ import asyncpg
 import httpx
 import pytest
 
-from auth import admin_tokens
 from config.settings import Settings
-from db import admin
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, Runner, code_of, open_fleet, quiet_sweep
 
@@ -275,37 +273,6 @@ async def test_an_admin_pauses_resumes_and_drains_and_each_is_audited(
             "it smells", "aired", "moving house", None,
         ]  # fmt: skip
         assert {(row["actor"], row["runner_id"]) for row in rows} == {("admin:test", "runner-a")}
-
-
-@pytest.mark.gen_test
-async def test_who_may_only_read_steers_nothing_and_who_operates_does(
-    make_settings: MakeSettings, sigstore: ThrowawaySigstore
-) -> None:
-    async with open_fleet(make_settings(), sigstore) as fleet:
-        await fleet.sign_on()
-        run_id = await fleet.enqueue()
-        await fleet.cancel(run_id)
-        requests = [(f"/runners/runner-a/{verb}", {}) for verb in ("resume", "drain")]
-        requests += [
-            (path, {"reason": "x"})
-            for path in ("/runners/runner-a/pause", f"/queue/{run_id}/requeue")
-        ]
-        token, digest = admin_tokens.make()
-        await admin.add_token(fleet.pool, digest, "reader", ["read"], None)
-        reader = {"Authorization": f"Bearer {token}"}
-        for path, body in requests:
-            answer = await fleet.admin("POST", path, json=body, headers=reader)
-            assert code_of(answer) == (403, "scope_required")
-        shown = await fleet.admin("GET", "/runners/runner-a", headers=reader)
-        assert (shown.status_code, shown.json()["state"]) == (200, "idle")
-        assert (await fleet.admin("GET", "/runners", headers=reader)).status_code == 200
-        assert (await fleet.row(run_id))["status"] == "CANCELLED"
-        token, digest = admin_tokens.make()
-        await admin.add_token(fleet.pool, digest, "operator", ["operate"], None)
-        operator = {"Authorization": f"Bearer {token}"}
-        for path, body in requests:
-            answer = await fleet.admin("POST", path, json=body, headers=operator)
-            assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.gen_test

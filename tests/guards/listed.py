@@ -29,6 +29,7 @@ WORK = "tests/test_workers.py"
 RELOAD = "tests/test_reload.py"
 BUNDLES = "tests/test_bundles.py"
 DOCUMENTS = "tests/test_documents.py"
+MATRIX = "tests/test_authorization.py::test_every_credential_gets_what_the_matrix_says"
 
 
 @dataclass(frozen=True, slots=True)
@@ -801,6 +802,20 @@ _RUNNER_PAGES = (
 )
 
 ADMIN = (
+    Guard(
+        "authorization: an address asks who sends a request",
+        "handlers/base.py",
+        "        await self.authenticate()\n",
+        "",
+        f"{MATRIX}_and_a_refused_one_changes_nothing",
+    ),
+    Guard(
+        "authorization: an admin's address asks its scope",
+        "broker/credentials.py",
+        'if scope not in row["scopes"]:',
+        "if False:",
+        f"{MATRIX}_and_a_refused_one_changes_nothing",
+    ),
     Guard(
         "runners: the next page begins after the last row",
         f"{RUNNERS}:overview",

@@ -1,0 +1,30 @@
+"""The addresses of the application, in the spelling of the documentation."""
+
+from collections.abc import Iterator
+
+from tornado.web import Application, RequestHandler
+
+from handlers.admin import FINGERPRINT_PATH
+from handlers.admin_results import FILE_PATH
+from handlers.admin_runners import RUNNER_PATH
+from handlers.base import UUID_PATH
+
+# Each pattern of a path, and its name in docs/api.md and docs/runners.md.
+PLACES = {
+    UUID_PATH: "{run_id}",
+    FINGERPRINT_PATH: "{fingerprint}",
+    FILE_PATH: "{name}",
+    RUNNER_PATH: "{runner_id}",
+}
+METHODS = RequestHandler.SUPPORTED_METHODS
+
+
+def served(app: Application) -> Iterator[tuple[str, str]]:
+    """Yield method and path of everything that the application answers."""
+    for rule in app.wildcard_router.rules:
+        path = rule.matcher.regex.pattern.removesuffix("$").replace("\\", "")  # type: ignore[attr-defined]
+        for pattern, name in PLACES.items():
+            path = path.replace(pattern.replace("\\", ""), name)
+        for method in METHODS:
+            if getattr(rule.target, method.lower()) is not RequestHandler._unimplemented_method:
+                yield method, path
