@@ -65,8 +65,9 @@ class Handler(RequestHandler):
         self._body = bytearray()
         self._too_large = False
         self._refused: Exception | None = None
-        # A body that nobody will read: the connection cannot be used again, and the answer says so.
-        self._unread = bool({"Content-Length", "Transfer-Encoding"} & request.headers.keys())
+        # Until the request is read to its end: Tornado closes the connection behind an answer that
+        # comes earlier, also when there is no body, and the answer has to say so.
+        self._unread = True
         self._arrived = time.monotonic()
         wanted = request.headers.get("X-Request-Id", "")
         self.request_id = wanted if _SANE_REQUEST_ID.fullmatch(wanted) else str(uuid4())
@@ -85,7 +86,8 @@ class Handler(RequestHandler):
         """Check what can be told before the body; tell a refusal once a small body is dropped.
 
         To hang up on a client that is still sending resets the connection, and the answer is lost
-        with it: a runner would never learn that its token has expired.
+        with it: a runner would never learn that its token has expired. A request without a body has
+        ended, and its connection serves the next one.
         """
         if self.services.in_flight.closed:
             raise Draining
@@ -260,15 +262,13 @@ class Handler(RequestHandler):
         )
 
     def _drops_body(self) -> bool:
-        """Return whether a body comes that is worth waiting for; one who asks first is told now."""
+        """Return whether the end of the body is worth waiting for; who asks first is told."""
         headers = self.request.headers
         if headers.get("Expect", "").lower() == "100-continue":
             return False
         length = headers.get("Content-Length", "0")
         most = max(self.max_body_bytes, DROPPED_BYTES)
-        return "Transfer-Encoding" in headers or (
-            length.isdecimal() and 0 < int(length[:20]) <= most
-        )
+        return "Transfer-Encoding" in headers or (length.isdecimal() and int(length[:20]) <= most)
 
     def _refuse(self, *_: str) -> None:
         assert self._refused is not None

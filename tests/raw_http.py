@@ -26,8 +26,8 @@ class Line:
         self._writer.write(data)
         await self._writer.drain()
 
-    async def answer(self) -> httpx.Response | None:
-        """Read one answer; None when the server hung up without one."""
+    async def answer(self, method: str = "GET") -> httpx.Response | None:
+        """Read one answer; None when the server hung up without one. A HEAD's has no body."""
         async with asyncio.timeout(ANSWER_S):
             try:
                 start = await self._reader.readuntil(b"\r\n\r\n")
@@ -36,7 +36,8 @@ class Line:
             first, *lines = start.decode("latin-1").strip().split("\r\n")
             pairs = (line.split(":", 1) for line in lines)
             headers = httpx.Headers([(name, value.strip()) for name, value in pairs])
-            body = await self._reader.readexactly(int(headers.get("content-length", 0)))
+            length = 0 if method == "HEAD" else int(headers.get("content-length", 0))
+            body = await self._reader.readexactly(length)
             return httpx.Response(int(first.split(" ")[1]), headers=headers, content=body)
 
 

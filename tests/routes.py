@@ -17,6 +17,9 @@ PLACES = {
     RUNNER_PATH: "{runner_id}",
 }
 METHODS = RequestHandler.SUPPORTED_METHODS
+RUN = "00000000-0000-4000-8000-000000000000"
+# What a path may be asked with: of nothing that is there.
+FILLED = {"run_id": RUN, "fingerprint": "0" * 64, "name": "result.json", "runner_id": "runner-a"}
 
 
 def served(app: Application) -> Iterator[tuple[str, str]]:
@@ -28,3 +31,8 @@ def served(app: Application) -> Iterator[tuple[str, str]]:
         for method in METHODS:
             if getattr(rule.target, method.lower()) is not RequestHandler._unimplemented_method:
                 yield method, path
+
+
+def addresses(app: Application) -> list[str]:
+    """Return an address for every path that the application answers."""
+    return [path.format_map(FILLED) for path in dict.fromkeys(path for _, path in served(app))]

@@ -24,10 +24,10 @@ from handlers.errors import ERRORS_PATH, STATUS
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import AUDIENCE, Fleet, Runner, code_of, open_fleet
 from tests.raw_http import Line, exchange, head, line_to
+from tests.routes import RUN
 
 MakeSettings = Callable[..., Settings]
 KIB = 1024
-RUN = "00000000-0000-4000-8000-000000000000"
 JSON_TYPE = "Content-Type: application/json"
 RUNNER_ROUTES = (
     "/api/queue/claim",

@@ -30,6 +30,7 @@ RELOAD = "tests/test_reload.py"
 BUNDLES = "tests/test_bundles.py"
 DOCUMENTS = "tests/test_documents.py"
 MATRIX = "tests/test_authorization.py::test_every_credential_gets_what_the_matrix_says"
+KEPT = "tests/test_kept_connections.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1669,6 +1670,23 @@ UPSTREAM = (
     ),
 )
 
+HTTP = (
+    Guard(
+        "http: an answer that ends its connection says so",
+        "handlers/base.py",
+        "self._unread = True",
+        "self._unread = False",
+        KEPT,
+    ),
+    Guard(
+        "http: a refusal of a request without a body keeps the connection",
+        "handlers/base.py",
+        "length.isdecimal() and int(length[:20]) <= most",
+        "length.isdecimal() and 0 < int(length[:20]) <= most",
+        KEPT,
+    ),
+)
+
 ALL = (
     ENQUEUED
     + CLAIM
@@ -1681,4 +1699,5 @@ ALL = (
     + ARCHIVING
     + WORKERS
     + UPSTREAM
+    + HTTP
 )
