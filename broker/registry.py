@@ -1,8 +1,8 @@
 """Runners sign on and off; admins decide whose keys may.
 
-The way of a registration: key on the allowlist, signature, audience, clock; then one transaction
-records the nonce and the runner. The same request again gets the same answer: its token is made
-again from what the nonce's row remembers.
+The way of a registration: key on the allowlist, signature, audience, clock; then one transaction,
+which holds the key against a revocation, records the nonce and the runner. The same request again
+gets the same answer: its token is made again from what the nonce's row remembers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -76,19 +76,20 @@ class Registry:
         """
         key = parse_key(registration["public_key"], "/registration/public_key")
         known = await self.known_quantizations()
+        check_allowed(await runner_keys.find(self._pool, key.fingerprint))
+        # Possession is proved before anything else is told: public keys are public.
+        key.verify(registration, sig["sha256"], sig["signature"])
+        if registration["audience"] != self._settings.public_url:
+            raise BadSignature(
+                f"It was signed for another server: sign it for {self._settings.public_url}."
+            )
+        self._check_clock(parse_time(registration["signed_at"], "/registration/signed_at"))
+        declared = recognized(registration["capabilities"], known, "/registration")
+        registration = {**registration, "capabilities": declared}
         async with self._pool.acquire() as connection, connection.transaction():
-            # Locked, like a claim: a revocation that runs beside us is waited for, and seen.
+            # Once more, and locked like a claim's: a revocation that runs beside us is waited for,
+            # and seen.
             allowed = check_allowed(await runner_keys.find_for_share(connection, key.fingerprint))
-            # Possession is proved before anything else is told: public keys are public.
-            key.verify(registration, sig["sha256"], sig["signature"])
-            if registration["audience"] != self._settings.public_url:
-                raise BadSignature(
-                    f"It was signed for another server: sign it for {self._settings.public_url}."
-                )
-            signed_at = parse_time(registration["signed_at"], "/registration/signed_at")
-            self._check_clock(signed_at)
-            declared = recognized(registration["capabilities"], known, "/registration")
-            registration = {**registration, "capabilities": declared}
             nonce = await self._record(connection, registration, allowed["runner_id"], key)
         return await self._sign_on(registration, allowed, nonce)
 

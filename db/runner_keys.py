@@ -65,7 +65,11 @@ async def add(connection: Executor, key: NewKey) -> asyncpg.Record | None:
 
 
 async def revoke(connection: Executor, fingerprint: str, reason: str) -> asyncpg.Record | None:
-    """Revoke a key; None when it is unknown or revoked already."""
+    """Revoke a key; None when it is unknown or revoked already.
+
+    Waits for the statements that hold a key's row now, and for none that comes later.
+    """
+    await connection.execute(SQL["keep_others_out"])
     return await connection.fetchrow(SQL["revoke"], fingerprint, reason)
 
 

@@ -20,8 +20,15 @@ RETURNING *
 -- name: runner_has_good_key
 SELECT EXISTS (SELECT FROM runner_keys WHERE runner_id = $1 AND revoked_at IS NULL)
 
+-- name: keep_others_out
+-- A revocation's first step. FOR SHARE on a row never waits for an UPDATE that waits for that row, so
+-- a key's own claims and registrations, each beginning before the last one ended, would keep its
+-- revocation waiting for ever. Locks of a table are given in turn: what holds a key's row is
+-- waited for, once, and what wants one from now on waits for us.
+LOCK TABLE runner_keys IN EXCLUSIVE MODE
+
 -- name: revoke
--- The row lock makes claims of this key that run beside this transaction wait, and then see it.
+-- Claims of this key that began beside this transaction wait for it, and then see this version.
 UPDATE runner_keys SET revoked_at = clock_timestamp(), revoked_reason = $2
 WHERE fingerprint = $1 AND revoked_at IS NULL
 RETURNING *

@@ -905,6 +905,13 @@ ADMIN = (
         "revoke: once", f"{KEYS}:revoke", " AND revoked_at IS NULL", "", "tests/test_admin_keys.py"
     ),
     Guard(
+        "revoke: waits for no lock that is asked for later",
+        "db/runner_keys.py",
+        '    await connection.execute(SQL["keep_others_out"])\n',
+        "",
+        "tests/test_revocation_first.py",
+    ),
+    Guard(
         "register: waits for a revocation in flight",
         f"{KEYS}:find_for_share",
         " FOR SHARE",
