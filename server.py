@@ -106,9 +106,8 @@ async def open_services(
         leases = await _open_redis(stack, "REDIS_LEASE_URL", settings.redis_lease_url)
         revoked = await _open_redis(stack, "REDIS_TOKEN_URL", settings.redis_token_url)
 
-        token_ttl = timedelta(seconds=settings.token_ttl_s)
-        tokens = Tokens(settings.token_ring, token_ttl)
-        revocations = Revocations(revoked.client, PostgresAuthority(pool, token_ttl))
+        tokens = Tokens(settings.token_ring, timedelta(seconds=settings.token_ttl_s))
+        revocations = Revocations(revoked.client, PostgresAuthority(pool, tokens.life))
         receipt_keys = ReceiptKeys(settings.receipt_ring)
         receipts = Receipts(receipt_keys, settings.public_url)
         keys = LeaseKeys(leases.client)
@@ -154,7 +153,7 @@ async def open_services(
             heartbeats=Heartbeats(pool, settings, keys, telemetry),
             handbacks=Handbacks(pool, settings, keys),
             submissions=Submissions(pool, settings, keys, trusted, receipts, workers, telemetry),
-            allowlist=Allowlist(pool, settings, revocations, keys),
+            allowlist=Allowlist(pool, tokens, revocations, keys),
             enqueue=Enqueue(pool, settings, workers),
             queue=QueueView(pool),
             results=Results(pool),

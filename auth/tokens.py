@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 import jwt
+import structlog
 
 from auth import admin_tokens
 from auth.errors import InvalidToken, TokenExpired
@@ -22,6 +23,11 @@ CLAIMS = ["iss", "aud", "sub", "jti", "iat", "nbf", "exp", "key_fp"]
 # The one spelling of a compact JWS: base64url without padding (RFC 7515, section 2).
 _COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _MAX_LENGTH = 2048
+# How far the clocks of the machines that run this service may be apart. Without it a token that one
+# machine made is from the future on another, and "register again" brings the next such token.
+LEEWAY = timedelta(seconds=10)
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,11 @@ class RunnerClaims:
     jti: UUID
     expires_at: datetime
 
+    @property
+    def dead_at(self) -> datetime:
+        """When no process takes it any more, by the database's clock or any other of ours."""
+        return self.expires_at + 2 * LEEWAY
+
 
 class Tokens:
     """Makes and reads runner tokens.
@@ -43,6 +54,11 @@ class Tokens:
     def __init__(self, ring: dict[str, bytes], ttl: timedelta) -> None:
         self._ring = ring
         self._ttl = ttl
+
+    @property
+    def life(self) -> timedelta:
+        """How long after a token was made some process may still take it: see `dead_at`."""
+        return self._ttl + 2 * LEEWAY
 
     def use(self, ring: dict[str, bytes]) -> None:
         """From now on sign and verify with the keys of this ring, which is not empty."""
@@ -64,7 +80,10 @@ class Tokens:
         return jwt.encode(claims, secret, algorithm=ALGORITHM, headers={"kid": kid})
 
     def read(self, token: str) -> RunnerClaims:
-        """Return what a token says. Raises InvalidToken or TokenExpired."""
+        """Return what a token says. Raises InvalidToken or TokenExpired.
+
+        It is taken `LEEWAY` longer than it was promised to be, by this machine's clock.
+        """
         if token.startswith(admin_tokens.PREFIX):
             raise InvalidToken("This is an admin token; this address takes a runner's.")
         if len(token) > _MAX_LENGTH or not _COMPACT.fullmatch(token):
@@ -76,7 +95,7 @@ class Tokens:
                 algorithms=[ALGORITHM],
                 audience=AUDIENCE,
                 issuer=ISSUER,
-                leeway=0,
+                leeway=LEEWAY,
                 options={
                     "require": CLAIMS,
                     "strict_aud": True,  # a list of audiences is not ours
@@ -90,6 +109,13 @@ class Tokens:
             )
         except jwt.ExpiredSignatureError:
             raise TokenExpired from None
+        except jwt.ImmatureSignatureError:
+            fix = "set the clocks of all machines that run this service (NTP)"
+            log.warning("tokens.from_the_future", leeway_s=LEEWAY.total_seconds(), fix=fix)
+            raise InvalidToken(
+                "The token begins in the future: the clocks of this service's machines differ."
+                " Tell its operator; to register again will not help for long."
+            ) from None
         except (jwt.PyJWTError, ValueError, OverflowError):
             raise InvalidToken from None
         return self._claims(claims)

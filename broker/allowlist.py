@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -11,12 +11,12 @@ import asyncpg
 from auth.errors import PolicyRefused
 from auth.revocation import Revocations, Revoked
 from auth.signers import Signer, check_signer
+from auth.tokens import Tokens
 from broker.credentials import Admin
 from broker.errors import Conflict, InvalidRequest, NotFound, Violation
 from broker.lease_keys import LeaseKey, LeaseKeys
 from broker.registry import parse_key
 from broker.times import parse_time
-from config.settings import Settings
 from db import admin, run_queue, runner_keys, submissions
 from db.pool import retries
 
@@ -35,10 +35,10 @@ class Allowlist:
     """Whose keys may run and submit."""
 
     def __init__(
-        self, pool: asyncpg.Pool, settings: Settings, revocations: Revocations, keys: LeaseKeys
+        self, pool: asyncpg.Pool, tokens: Tokens, revocations: Revocations, keys: LeaseKeys
     ) -> None:
         self._pool = pool
-        self._settings = settings
+        self._tokens = tokens
         self._revocations = revocations
         self._keys = keys
 
@@ -99,8 +99,7 @@ class Allowlist:
                 freed_runs=[str(row["run_id"]) for row in freed],
             )
         self._keys.drop(LeaseKey(row["queue_id"], row["lease_seq"]) for row in freed)
-        life = timedelta(seconds=self._settings.token_ttl_s)
-        await self._revocations.write([Revoked(fingerprint, None, life)])
+        await self._revocations.write([Revoked(fingerprint, None, self._tokens.life)])
         runs = [row["run_id"] for row in freed]
         return Revocation(fingerprint, key["revoked_at"], runs, to_review)
 

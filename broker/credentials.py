@@ -31,9 +31,9 @@ class Admin:
 class PostgresAuthority:
     """What `auth/revocation.py` asks when Redis cannot answer."""
 
-    def __init__(self, pool: asyncpg.Pool, token_ttl: timedelta) -> None:
+    def __init__(self, pool: asyncpg.Pool, token_life: timedelta) -> None:
         self._pool = pool
-        self._token_ttl = token_ttl
+        self._token_life = token_life
 
     async def revoked_among(self, asked: Sequence[RunnerClaims]) -> Sequence[bool]:
         """Return of each whether its key is not good (any more), or its token is revoked."""
@@ -46,7 +46,7 @@ class PostgresAuthority:
 
     async def all_revocations(self) -> Sequence[Revoked]:
         """Return every revocation that a living token could meet."""
-        rows = await runner_keys.all_revocations(self._pool, self._token_ttl)
+        rows = await runner_keys.all_revocations(self._pool, self._token_life)
         return [Revoked(row["fingerprint"], row["jti"], row["remaining"]) for row in rows]
 
 

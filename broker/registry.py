@@ -17,7 +17,7 @@ from auth.errors import BadSignature, InvalidKey
 from auth.keys import RunnerKey, digest_of
 from auth.remembered import Remembered
 from auth.revocation import Revocations, Revoked
-from auth.tokens import RunnerClaims, Tokens
+from auth.tokens import LEEWAY, RunnerClaims, Tokens
 from broker import quantizations
 from broker.coalesce import Coalescer
 from broker.errors import (
@@ -127,9 +127,9 @@ class Registry:
 
     async def sign_off(self, claims: RunnerClaims) -> None:
         """Revoke the token: the last step, so that one that was cut off before can be repeated."""
-        await runner_keys.revoke_token(self._pool, claims.jti, claims.expires_at)
+        await runner_keys.revoke_token(self._pool, claims.jti, claims.dead_at)
         await runners.sign_off(self._pool, claims.runner_id)
-        remaining = claims.expires_at - datetime.now(UTC)
+        remaining = claims.dead_at - datetime.now(UTC)
         await self._revocations.write([Revoked(None, claims.jti, remaining)])
 
     async def known_quantizations(self) -> tuple[str, ...]:
@@ -173,7 +173,7 @@ class Registry:
             digest_of(registration),
             uuid4(),
             datetime.now(UTC).replace(microsecond=0),
-            datetime.now(UTC) + timedelta(seconds=2 * self._settings.clock_skew_s),
+            self._nonce_kept_until(),
             created=await runners.find(connection, runner_id) is None,
         )
         if await runners.remember_nonce(connection, nonce):
@@ -184,6 +184,13 @@ class Registry:
         if seen is None or seen.request_sha256 != nonce.request_sha256:
             raise NonceReused
         return seen
+
+    def _nonce_kept_until(self) -> datetime:
+        """When no process takes a signature of now any more, whatever its clock.
+
+        A nonce that were forgotten before would let the same request in as a new one.
+        """
+        return datetime.now(UTC) + timedelta(seconds=2 * self._settings.clock_skew_s) + 2 * LEEWAY
 
     async def _sign_on(
         self, registration: dict[str, Any], allowed: asyncpg.Record, nonce: runners.Nonce

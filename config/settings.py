@@ -87,7 +87,12 @@ class Settings(BaseSettings):
         " hex. The first one signs; the public keys of all are published, so that receipts of"
         " former keys can still be verified: to rotate, put a new one in front.",
     )
-    token_ttl_s: int = Field(900, ge=30, description="Life of a runner token.")
+    token_ttl_s: int = Field(
+        900,
+        ge=30,
+        description="Life of a runner token. Processes of this service take it 10 s longer, and 10"
+        " s before it begins: so far their machines' clocks may be apart.",
+    )
     clock_skew_s: int = Field(
         300, ge=1, description="How far signed_at of a registration may be from our clock."
     )

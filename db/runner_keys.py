@@ -80,11 +80,11 @@ async def revoked_among(
     return await pool.fetch(SQL["revoked_among"], list(fingerprints), list(jtis))
 
 
-async def all_revocations(pool: Executor, token_ttl: timedelta) -> list[asyncpg.Record]:
+async def all_revocations(pool: Executor, token_life: timedelta) -> list[asyncpg.Record]:
     """Return every revocation that a living token could meet, with its remaining life."""
-    return await pool.fetch(SQL["all_revocations"], token_ttl)
+    return await pool.fetch(SQL["all_revocations"], token_life)
 
 
-async def revoke_token(pool: Executor, jti: UUID, expires_at: datetime) -> None:
+async def revoke_token(pool: Executor, jti: UUID, dead_at: datetime) -> None:
     """Revoke one token until it expires by itself."""
-    await pool.execute(SQL["revoke_token"], jti, expires_at)
+    await pool.execute(SQL["revoke_token"], jti, dead_at)

@@ -56,7 +56,7 @@ SELECT NULL, jti, expires_at - clock_timestamp()
 FROM revoked_tokens WHERE expires_at > clock_timestamp()
 
 -- name: revoke_token
--- Tokens that have expired anyway are forgotten on the way.
+-- Tokens that no process takes any more are forgotten on the way.
 WITH forgotten AS (DELETE FROM revoked_tokens WHERE expires_at < clock_timestamp())
 
 INSERT INTO revoked_tokens (jti, expires_at) VALUES ($1, $2) ON CONFLICT DO NOTHING

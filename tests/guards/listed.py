@@ -30,6 +30,7 @@ RELOAD = "tests/test_reload.py"
 BUNDLES = "tests/test_bundles.py"
 DOCUMENTS = "tests/test_documents.py"
 MATRIX = "tests/test_authorization.py::test_every_credential_gets_what_the_matrix_says"
+TOKENS = "tests/test_tokens.py"
 KEPT = "tests/test_kept_connections.py"
 
 
@@ -1678,6 +1679,34 @@ UPSTREAM = (
 )
 
 HTTP = (
+    Guard(
+        "token: machines whose clocks differ a little take each other's",
+        "auth/tokens.py",
+        "leeway=LEEWAY,",
+        "leeway=0,",
+        f"{TOKENS}::test_a_token_of_a_machine_whose_clock_differs_is_taken_new_and_old",
+    ),
+    Guard(
+        "token: a revocation lasts as long as any machine takes the token",
+        "auth/tokens.py",
+        "return self.expires_at + 2 * LEEWAY",
+        "return self.expires_at",
+        f"{TOKENS}::test_a_token_that_the_leeway_alone_keeps_alive_can_be_revoked_all_the_same",
+    ),
+    Guard(
+        "token: a key's revocation lasts as long as any machine takes its tokens",
+        "auth/tokens.py",
+        "return self._ttl + 2 * LEEWAY",
+        "return self._ttl",
+        f"{TOKENS}::test_a_flushed_redis_does_not_unrevoke",
+    ),
+    Guard(
+        "register: a nonce is kept as long as any machine takes its signature",
+        "broker/registry.py",
+        "seconds=2 * self._settings.clock_skew_s) + 2 * LEEWAY",
+        "seconds=2 * self._settings.clock_skew_s)",
+        "tests/test_register.py::test_a_nonce_is_kept_as_long_as_its_signature_may_be_replayed",
+    ),
     Guard(
         "http: an answer that ends its connection says so",
         "handlers/base.py",
