@@ -1,10 +1,11 @@
 """Why a guard did not fit: one look after a statement that found no row."""
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 import asyncpg
 
-from broker.errors import KeyRevoked, LeaseLost, NotFound, RunFinished
+from broker.errors import BrokerError, KeyRevoked, LeaseLost, NotFound, RunFinished
 from db import run_queue
 from db.run_queue import LeaseGuard
 
@@ -12,15 +13,23 @@ FINISHED = ("COMPLETE", "FAILED", "CANCELLED")
 
 
 async def refuse_lease(pool: asyncpg.Pool, guard: LeaseGuard) -> NoReturn:
-    """Raise what a lease's guard failed on: NotFound, KeyRevoked, RunFinished or LeaseLost.
+    """Raise what a lease's guard failed on: NotFound, KeyRevoked, RunFinished or LeaseLost."""
+    (refusal,) = await refusals(pool, [guard])
+    raise refusal
+
+
+async def refusals(pool: asyncpg.Pool, guards: Sequence[LeaseGuard]) -> list[BrokerError]:
+    """Return what each of these guards failed on, by one statement for all of them.
 
     "Not yours" and "no longer live" are the same answer, so that nobody learns who holds what.
     """
-    run = await run_queue.find_for_key(pool, guard.run_id, guard.fingerprint)
-    if run is None:
-        raise NotFound(f"There is no run {guard.run_id} in the queue.")
-    if not run["key_good"]:
-        raise KeyRevoked
-    if run["status"] in FINISHED:
-        raise RunFinished
-    raise LeaseLost
+    rows = await run_queue.why_refused(pool, guards)
+    return [_refusal(guard, row) for guard, row in zip(guards, rows, strict=True)]
+
+
+def _refusal(guard: LeaseGuard, row: asyncpg.Record) -> BrokerError:
+    if row["status"] is None:
+        return NotFound(f"There is no run {guard.run_id} in the queue.")
+    if not row["key_good"]:
+        return KeyRevoked()
+    return RunFinished() if row["status"] in FINISHED else LeaseLost()

@@ -30,7 +30,7 @@ from broker.errors import (
 )
 from broker.lease_keys import LeaseKey, LeaseKeys
 from broker.receipts import Receipts
-from broker.signatures import signature_of
+from broker.signatures import Signature, signature_of
 from broker.telemetry import Telemetry, failures_counted, outcome_of
 from broker.trusted import Trusted
 from broker.uploads import Spool, Upload
@@ -80,7 +80,7 @@ class Submissions:
         """
         run = await run_queue.find_for_key(self._pool, run_id, claims.fingerprint)
         if run is None:
-            raise NotFound(f"There is no run {run_id} in the queue.")
+            raise _no_run(run_id)
         if not run["key_good"]:
             raise KeyRevoked
         # Before the holder is looked at: a run that ended without a result has none any more.
@@ -151,7 +151,7 @@ class Submissions:
         # Once: what has begun ends with this verifier, also after a reload.
         signature = signature_of(run, claims.runner_id, self._trusted.verifier)
         try:
-            return await self._in_worker(Handed(str(run["run_id"]), run["job"], signature), upload)
+            return await self._in_worker(run["run_id"], signature, upload)
         except Unverifiable as error:
             raise Unverifiable(
                 f"{error}: ask this server's operator to refresh it, and submit again"
@@ -165,22 +165,30 @@ class Submissions:
         """Have a worker ready, behind the start of the server."""
         self._workers.warm()
 
-    async def _in_worker(self, handed: Handed, upload: Upload) -> Verified:
+    async def _in_worker(self, run_id: UUID, signature: Signature, upload: Upload) -> Verified:
         if self._room == 0:
             raise Busy
         self._room -= 1
         try:
             async with self._turns:
                 with self._telemetry.verify_seconds.time():
+                    handed = Handed(str(run_id), await self._job(run_id), signature)
                     return await self._workers.verify(handed, upload)
         except WorkerLost as error:
             self._telemetry.verify_workers_lost.inc()
-            log.error("verify.worker_lost", run_id=handed.run_id, problem=str(error))
+            log.error("verify.worker_lost", run_id=str(run_id), problem=str(error))
             raise Unavailable(
                 "The process that verified this bundle was lost: send it again in a few seconds."
             ) from None
         finally:
             self._room += 1
+
+    async def _job(self, run_id: UUID) -> str:
+        """Return a job as text, in the turn of its worker: so many are in memory, and no more."""
+        job = await run_queue.job_of(self._pool, run_id)
+        if job is None:
+            raise _no_run(run_id)
+        return job
 
     async def _replayed(
         self, claims: RunnerClaims, run_id: UUID, upload: Upload
@@ -230,6 +238,10 @@ class Submissions:
         await submissions.refuse(
             self._pool, run_id, claims.runner_id, claims.fingerprint, code_of(error), str(error)
         )
+
+
+def _no_run(run_id: UUID) -> NotFound:
+    return NotFound(f"There is no run {run_id} in the queue.")
 
 
 def _guard(claims: RunnerClaims, run: asyncpg.Record, upload: Upload) -> LeaseGuard:

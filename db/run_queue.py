@@ -206,8 +206,15 @@ async def job_of(pool: Executor, run_id: UUID) -> str | None:
 
 
 async def find_for_key(pool: Executor, run_id: UUID, fingerprint: str) -> asyncpg.Record | None:
-    """Return a run, its job as text, and whether the key is good and who may sign for it."""
+    """Return a run without its job, and whether the key is good and who may sign for it."""
     return await pool.fetchrow(SQL["find_for_key"], run_id, fingerprint)
+
+
+async def why_refused(pool: Executor, guards: Sequence[LeaseGuard]) -> list[asyncpg.Record]:
+    """Return of each guard its run's status (None: no such run) and whether its key is good."""
+    return await pool.fetch(
+        SQL["why_refused"], [g.run_id for g in guards], [g.fingerprint for g in guards]
+    )
 
 
 async def enqueue(connection: Executor, runs: Sequence[QueuedRun]) -> None:

@@ -103,20 +103,16 @@ class HeartbeatsHandler(RunnerHandler):
         """Renew what can be renewed; the others are told why not."""
         body = self.read_json("heartbeats")
         beats = [_beat(self, each["run_id"], each) for each in body["heartbeats"]]
-        outcomes = await asyncio.gather(
-            *(self.services.heartbeats.beat(beat) for beat in beats), return_exceptions=True
-        )
+        outcomes = await self.services.heartbeats.beat_all(beats)
         shown = [
             {"run_id": beat.run_id, **self._shown(outcome)}
             for beat, outcome in zip(beats, outcomes, strict=True)
         ]
         self.answer(200, {"heartbeats": shown})
 
-    def _shown(self, outcome: Renewal | BaseException) -> dict[str, Any]:
+    def _shown(self, outcome: Renewal | BrokerError) -> dict[str, Any]:
         if isinstance(outcome, BrokerError):
             return {"code": code_of(outcome), "detail": str(outcome)}
-        if isinstance(outcome, BaseException):
-            raise outcome
         return renewed(outcome, self.services)
 
 

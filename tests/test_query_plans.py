@@ -70,6 +70,12 @@ def beat(seeded: Seeded, beats: int) -> list[Any]:
     ]  # fmt: skip
 
 
+def refused(seeded: Seeded, leases: int) -> list[Any]:
+    """Return the arguments of `why_refused` for so many leases."""
+    some = seeded.leases[:leases]
+    return [[lease.run_id for lease in some], [lease.runner.fingerprint for lease in some]]
+
+
 # Statement, its arguments, and the most pages of 8 kB it may touch, as it is and with room to grow
 # by half; a scan of the table alone would be 20,000.
 PLANS = {
@@ -77,6 +83,7 @@ PLANS = {
     "claim for 64": ("claim", lambda seeded: claim(seeded, 64), 2_000),
     "beat of one": ("beat", lambda seeded: beat(seeded, 1), 65),
     "beat of 100": ("beat", lambda seeded: beat(seeded, 100), 5_300),
+    "64 dead leases": ("why_refused", lambda seeded: refused(seeded, 64), 700),
     "lapse": ("lapse", lambda seeded: [200], 10_500),
     "ripen": ("ripen", lambda seeded: [200], 8_400),
     "a look at the offers": ("offers", lambda seeded: [1], 3_000),
@@ -125,6 +132,7 @@ OF_ONE_RUN = {
     "fail": [*GUARD, "timeout", "why", 1, 1],
     "cancel_live": [RUN, "why"],
     "beat": [[RUN], [LEASE], ["runner-a"], ["a-key"], [None], TTL, 86_400],
+    "why_refused": [[RUN], ["a-key"]],
 }
 
 

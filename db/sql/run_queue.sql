@@ -720,11 +720,10 @@ WHERE q.run_id = $1 AND q.job IS NOT NULL
 SELECT job::text AS job FROM every_run WHERE run_id = $1 AND job IS NOT NULL
 
 -- name: find_for_key
--- A run, archived or not, and whether this key is good and who may sign for it: what a submit and a
--- refused lease need to know. The job stays text: it may have megabytes, and only the worker that
--- verifies the result reads it.
+-- A run, archived or not, and whether this key is good and who may sign for it: what a submit needs
+-- to know before its body is read. Without the job: it may have megabytes, and many runners ask.
 SELECT
-    q.run_id, q.status, q.claimed_by, q.lease_id, q.job::text AS job,
+    q.run_id, q.status, q.claimed_by, q.lease_id,
     (
         k.revoked_at IS NULL AND (k.not_after IS NULL OR k.not_after > clock_timestamp())
     ) AS key_good,
@@ -732,6 +731,26 @@ SELECT
 FROM every_run AS q
 LEFT JOIN runner_keys AS k ON k.fingerprint = $2
 WHERE q.run_id = $1 AND q.job IS NOT NULL
+
+-- name: why_refused
+-- What leases that a guard refused have to do with their runs ($1, archived or not) and keys ($2): a
+-- row each, in order, in one statement. Only what tells the refusals apart: one request may ask for
+-- 64 runs whose jobs have megabytes.
+SELECT
+    q.status,
+    EXISTS (
+        SELECT FROM runner_keys AS k
+        WHERE
+            k.fingerprint = g.fingerprint AND k.revoked_at IS NULL
+            AND (k.not_after IS NULL OR k.not_after > clock_timestamp())
+    ) AS key_good
+FROM unnest($1::uuid [], $2::text []) WITH ORDINALITY AS g (run_id, fingerprint, place)
+LEFT JOIN LATERAL (
+    SELECT e.status FROM every_run AS e
+    WHERE e.run_id = g.run_id AND e.job IS NOT NULL
+    OFFSET 0 -- a probe each, and never a pass over the queue
+) AS q ON true
+ORDER BY g.place
 
 -- name: enqueue
 -- Add runs whose row in `runs` this transaction has just made, so none of them is queued already.

@@ -906,6 +906,20 @@ ADMIN = (
         "revoke: once", f"{KEYS}:revoke", " AND revoked_at IS NULL", "", "tests/test_admin_keys.py"
     ),
     Guard(
+        "refusal: a revoked key is told so",
+        f"{QUEUE}:why_refused",
+        " AND k.revoked_at IS NULL",
+        "",
+        "tests/test_heartbeats.py",
+    ),
+    Guard(
+        "refusal: a key whose time is over is told so",
+        f"{QUEUE}:why_refused",
+        "\n            AND (k.not_after IS NULL OR k.not_after > clock_timestamp())",
+        "",
+        "tests/test_heartbeats.py",
+    ),
+    Guard(
         "revoke: waits for no lock that is asked for later",
         "db/runner_keys.py",
         '    await connection.execute(SQL["keep_others_out"])\n',
