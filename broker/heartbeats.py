@@ -64,8 +64,10 @@ class Heartbeats:
         with failures_counted(self._outcomes):
             rows = await asyncio.gather(*(self._desk.ask(beat) for beat in beats))
             lost = [_guard(beat) for beat, row in zip(beats, rows, strict=True) if row is None]
-            refused = iter(await self._refusals.ask(lost) if lost else ())
-        outcomes = [_renewal(row) if row else next(refused) for row in rows]
+            refused = iter(await self._refusals.ask(lost) if lost else [])
+        outcomes: list[Renewal | BrokerError] = [
+            _renewal(row) if row else next(refused) for row in rows
+        ]
         for outcome in outcomes:
             told = outcome_of(outcome) if isinstance(outcome, BrokerError) else "renewed"
             self._outcomes.labels(told).inc()

@@ -1,4 +1,4 @@
-"""What one request may cost: so many statements, whatever it names, and no byte that nobody reads."""
+"""What one request may cost: few statements, whatever it names, and no byte that nobody reads."""
 
 import gc
 import tracemalloc
