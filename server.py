@@ -43,10 +43,12 @@ from broker.registry import Registry
 from broker.reload import ReadSettings, Reload
 from broker.results import Results
 from broker.runner_care import RunnerCare
+from broker.runner_tokens import RunnerTokens
 from broker.services import Services
 from broker.submissions import Submissions
 from broker.supervision import Supervisor
 from broker.telemetry import Telemetry
+from broker.token_admin import TokenAdmin
 from broker.trusted import Trusted
 from broker.wakeup import Wakeup
 from broker.workers import Workers
@@ -58,6 +60,7 @@ from handlers import (
     admin,
     admin_results,
     admin_runners,
+    admin_tokens,
     error_page,
     health,
     public,
@@ -161,6 +164,8 @@ async def open_services(
             in_flight=in_flight,
             liveness=liveness,
             runner_care=RunnerCare(pool, settings),
+            runner_tokens=RunnerTokens(pool, tokens, revocations),
+            tokens=TokenAdmin(pool),
             health=Health(pool, leases.client, listener, trusted, newest_version(), supervisor),
             receipts=receipts,
             reload=Reload(settings, trusted, tokens, receipt_keys),
@@ -173,7 +178,8 @@ async def open_services(
 def make_app(services: Services) -> Application:
     """Return the application: every address of every module."""
     modules = (
-        runners, queue, submit, admin, admin_runners, admin_results, health, public, error_page,
+        runners, queue, submit, admin, admin_runners, admin_results, admin_tokens, health, public,
+        error_page,
     )  # fmt: skip
     return Application(
         [route for module in modules for route in module.routes(services)],

@@ -1,6 +1,6 @@
 """Admin tokens: 32 random bytes, shown once, stored as SHA-256.
 
-The digest is looked up, not compared: finding a row needs a preimage, so timing tells nothing.
+The digest is looked up by its bytes: finding a row needs a preimage, so timing tells nothing.
 """
 
 import hashlib

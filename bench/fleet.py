@@ -28,13 +28,12 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from auth import admin_tokens
 from bench import procfs, report, seeding
 from bench.fleet_member import INTERVAL_S, SIGNER, Member, Seen
 from bench.parked import raise_file_limit
 from bench.seeding import JOB, BenchRunner, open_connection
 from bench.stage import Server, Stage, open_stage
-from db import admin
+from sandbox.admin_token import new_token
 from sandbox.runner_wire import Job
 from sandbox.sigstore_instance import ThrowawaySigstore
 
@@ -113,8 +112,7 @@ async def play(
 
 async def _first_job(connection: asyncpg.Connection, port: int, runner: BenchRunner) -> Job:
     """Enqueue a run as an admin, so that its tasks and prompts have rows, and claim one like it."""
-    token, digest = admin_tokens.make()
-    await admin.add_token(connection, digest, "bench", admin_tokens.SCOPES, None)
+    token = await new_token(connection, "bench")
     run = {name: JOB[name] for name in ("tasks", "floor_tasks", "prompts", "config")}
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
         answer = await http.post(

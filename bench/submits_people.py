@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 
 from nacl.signing import SigningKey
 
-from auth import admin_tokens
 from bench.stage import PUBLIC_URL
 from bench.submits_bundle import BOUNDARY, bundle_of, form, run_of
-from db import admin
 from db.pool import open_pool
+from sandbox.admin_token import new_token
 from sandbox.runner_identity import Identity, public_key_text
 from sandbox.sigstore_instance import ThrowawaySigstore
 
@@ -159,7 +158,5 @@ class Town:
 
 
 async def _admin_token(dsn: str) -> str:
-    token, digest = admin_tokens.make()
     async with open_pool(dsn, 2) as pool:
-        await admin.add_token(pool, digest, "bench", admin_tokens.SCOPES, None)
-    return token
+        return await new_token(pool, "bench")

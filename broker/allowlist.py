@@ -12,12 +12,13 @@ from auth.errors import PolicyRefused
 from auth.revocation import Revocations, Revoked
 from auth.signers import Signer, check_signer
 from auth.tokens import Tokens
+from broker.audit import record
 from broker.credentials import Admin
 from broker.errors import Conflict, InvalidRequest, NotFound, Violation
 from broker.lease_keys import LeaseKey, LeaseKeys
 from broker.registry import parse_key
 from broker.times import parse_time
-from db import admin, run_queue, runner_keys, submissions
+from db import run_queue, runner_keys, submissions
 from db.pool import retries
 
 
@@ -57,10 +58,11 @@ class Allowlist:
         async with self._pool.acquire() as connection, connection.transaction():
             row = await runner_keys.add(connection, key)
             if row is not None:
-                await admin.audit(
+                await record(
                     connection,
                     by.actor,
                     "runner_key.add",
+                    f"key:{key.fingerprint}",
                     runner_id=key.runner_id,
                     fingerprint=key.fingerprint,
                 )
@@ -89,10 +91,11 @@ class Allowlist:
             if key is None:
                 raise NotFound("There is no such key on the allowlist.")
             to_review = await submissions.accepted_of_key(connection, fingerprint)
-            await admin.audit(
+            await record(
                 connection,
                 by.actor,
                 "runner_key.revoke",
+                f"key:{fingerprint}",
                 runner_id=key["runner_id"],
                 fingerprint=fingerprint,
                 reason=reason,

@@ -10,6 +10,7 @@ from auth import admin_tokens
 from auth.errors import InvalidToken, ScopeRequired
 from auth.revocation import Revocations, Revoked
 from auth.tokens import RunnerClaims, Tokens
+from broker.audit import Actor
 from broker.coalesce import Coalescer
 from broker.errors import KeyRevoked
 from db import admin, runner_keys
@@ -17,15 +18,11 @@ from db import admin, runner_keys
 
 @dataclass(frozen=True, slots=True)
 class Admin:
-    """A verified admin: the name of the token, and what it may do."""
+    """A verified admin: the name of the token, what it may do, and how the audit names them."""
 
     name: str
     scopes: tuple[str, ...]
-
-    @property
-    def actor(self) -> str:
-        """How the audit trail names them."""
-        return f"admin:{self.name}"
+    actor: Actor
 
 
 class PostgresAuthority:
@@ -63,6 +60,14 @@ class Credentials:
     async def runner(self, token: str) -> RunnerClaims:
         """Return the runner of a token. Raises InvalidToken, TokenExpired or KeyRevoked."""
         claims = self._tokens.read(token)
+        await self.check_revoked(claims)
+        return claims
+
+    async def check_revoked(self, claims: RunnerClaims) -> None:
+        """Raise InvalidToken or KeyRevoked if a token was revoked, as of this second.
+
+        Asked again after what a request may wait for: an upload, a claim that is parked.
+        """
         revoked = self._revocations.remembered(claims)
         if revoked is None:
             revoked = await self._desk.ask(claims)
@@ -71,17 +76,17 @@ class Credentials:
             if key is None or key["revoked_at"] is not None:
                 raise KeyRevoked
             raise InvalidToken("The token has been revoked: register again.")
-        return claims
 
     async def settle(self) -> None:
         """Wait until Redis knows all revocations again, where it had forgotten them."""
         await self._revocations.settle()
 
-    async def admin(self, token: str, scope: str) -> Admin:
+    async def admin(self, token: str, scope: str, address: str | None = None) -> Admin:
         """Return the admin of a token. Raises InvalidToken, or ScopeRequired without `scope`."""
         row = await admin.find_token(self._pool, admin_tokens.digest(token))
         if row is None:
             raise InvalidToken("This admin token is unknown, expired or revoked.")
         if scope not in row["scopes"]:
             raise ScopeRequired(f"The token lacks the scope {scope}, which this address needs.")
-        return Admin(row["name"], tuple(row["scopes"]))
+        actor = Actor(f"admin:{row['name']}", address, row["token_id"])
+        return Admin(row["name"], tuple(row["scopes"]), actor)

@@ -15,6 +15,7 @@ from uuid import UUID
 import asyncpg
 import structlog
 
+from broker.audit import record
 from broker.credentials import Admin
 from broker.enqueue_request import Prepared, prepare
 from broker.errors import Conflict, InvalidRequest, Unavailable, Violation
@@ -74,10 +75,11 @@ class Enqueue:
                 if before is not None:
                     return before
             answer = await self._write(connection, prepared)
-            await admin.audit(connection, by.actor, "queue.add", runs=len(answer))
+            new = [run["run_id"] for run in answer if run["created"]]
+            await record(connection, by.actor, "queue.add", runs=len(answer), run_ids=new)
             if idempotency_key is not None:
                 await admin.remember_answer(
-                    connection, by.actor, idempotency_key, prepared.request_sha256, answer
+                    connection, by.actor.name, idempotency_key, prepared.request_sha256, answer
                 )
         return answer
 
@@ -117,8 +119,8 @@ async def _answered(
     connection: Executor, by: Admin, key: str, request_sha256: str
 ) -> list[dict[str, Any]] | None:
     """Return what this key was answered before, once no request of the same key is in flight."""
-    await admin.lock_answer(connection, by.actor, key)
-    before = await admin.find_answer(connection, by.actor, key)
+    await admin.lock_answer(connection, by.actor.name, key)
+    before = await admin.find_answer(connection, by.actor.name, key)
     if before is None:
         return None
     if before["request_sha256"] != request_sha256:

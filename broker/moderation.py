@@ -13,9 +13,10 @@ from uuid import UUID
 
 import asyncpg
 
+from broker.audit import record
 from broker.credentials import Admin
 from broker.errors import Conflict, NotFound
-from db import admin, submissions
+from db import submissions
 from db.pool import retries
 
 STATES = ("accepted", "superseded", "disputed", "revoked")
@@ -64,16 +65,17 @@ class Moderation:
                 return Decision(present, state, None)
             seen = former or present
             check_edge(seen, state)
-            row = await submissions.moderate(connection, run_id, seen, state, reason, by.actor)
+            row = await submissions.moderate(connection, run_id, seen, state, reason, by.actor.name)
             if row is None:
                 raise Conflict(
                     f"The result is not {seen} any more: look at it again (results show),"
                     " another admin was faster."
                 )
-            await admin.audit(
+            await record(
                 connection,
                 by.actor,
                 "result.state",
+                f"run:{run_id}",
                 run_id=run_id,
                 runner_id=row["runner_id"],
                 former=seen,

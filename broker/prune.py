@@ -10,8 +10,9 @@ from datetime import timedelta
 
 import asyncpg
 
+from broker.audit import SYSTEM, record
 from config.settings import Settings
-from db import admin, archive, prune
+from db import archive, prune
 from db.pool import retries
 from db.prune import Found, Kind
 
@@ -80,7 +81,5 @@ class Prune:
             deleted = await prune.delete(connection, of.kind, of.keep, BATCH)
             if deleted:
                 keep_s = int(of.keep.total_seconds())
-                await admin.audit(
-                    connection, "system", "prune", kind=of.kind, rows=deleted, keep_s=keep_s
-                )
+                await record(connection, SYSTEM, "prune", kind=of.kind, rows=deleted, keep_s=keep_s)
             return deleted

@@ -8,12 +8,13 @@ from uuid import UUID
 import asyncpg
 
 from auth.tokens import RunnerClaims
+from broker.audit import record
 from broker.credentials import Admin
 from broker.diagnosis import FINISHED
 from broker.errors import Conflict, NotFound, RunFinished
 from broker.moderation import told_state
 from broker.paging import bad_query, check_limit, read_cursor, write_cursor
-from db import admin, archive, attempts, run_queue, submissions
+from db import archive, attempts, run_queue, submissions
 from db.pool import retries
 
 STATUSES = ("PENDING", "CLAIMED", "IN_PROGRESS", "COMPLETE", "FAILED", "CANCELLED")
@@ -118,8 +119,13 @@ class QueueView:
         async with self._pool.acquire() as connection, connection.transaction():
             status = await run_queue.cancel(connection, run_id, reason)
             if status is not None:
-                await admin.audit(
-                    connection, by.actor, "queue.cancel", run_id=run_id, reason=reason
+                await record(
+                    connection,
+                    by.actor,
+                    "queue.cancel",
+                    f"run:{run_id}",
+                    run_id=run_id,
+                    reason=reason,
                 )
                 return status
         row = await self._find(run_id)
@@ -142,8 +148,13 @@ class QueueView:
             if status is None and await archive.bring_back(connection, run_id):
                 status = await run_queue.requeue(connection, run_id)
             if status is not None:
-                await admin.audit(
-                    connection, by.actor, "queue.requeue", run_id=run_id, reason=reason
+                await record(
+                    connection,
+                    by.actor,
+                    "queue.requeue",
+                    f"run:{run_id}",
+                    run_id=run_id,
+                    reason=reason,
                 )
                 return status
         row = await self._find(run_id)

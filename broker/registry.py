@@ -68,8 +68,10 @@ class Registry:
         self._quantizations: tuple[str, ...] = ()
 
     @retries
-    async def register(self, registration: dict[str, Any], sig: dict[str, str]) -> SignOn:
-        """Sign a runner on.
+    async def register(
+        self, registration: dict[str, Any], sig: dict[str, str], address: str | None = None
+    ) -> SignOn:
+        """Sign a runner on, which asks from `address`.
 
         Raises InvalidRequest (the key), KeyNotAllowed, KeyRevoked, BadSignature, WrongAudience,
         ClockSkew, UnknownQuantization or NonceReused, in this order.
@@ -90,7 +92,7 @@ class Registry:
             # Once more, and locked like a claim's: a revocation that runs beside us is waited for,
             # and seen.
             allowed = check_allowed(await runner_keys.find_for_share(connection, key.fingerprint))
-            nonce = await self._record(connection, registration, allowed["runner_id"], key)
+            nonce = await self._record(connection, registration, allowed["runner_id"], key, address)
         return await self._sign_on(registration, allowed, nonce)
 
     async def me(self, claims: RunnerClaims) -> dict[str, Any]:
@@ -165,6 +167,7 @@ class Registry:
         registration: dict[str, Any],
         runner_id: str,
         key: RunnerKey,
+        address: str | None,
     ) -> runners.Nonce:
         """Write the nonce and the runner; return the nonce's row, the earlier one on a replay."""
         nonce = runners.Nonce(
@@ -175,6 +178,7 @@ class Registry:
             datetime.now(UTC).replace(microsecond=0),
             self._nonce_kept_until(),
             created=await runners.find(connection, runner_id) is None,
+            address=address,
         )
         if await runners.remember_nonce(connection, nonce):
             await runners.upsert(connection, _signed_on(registration, runner_id, key))
@@ -186,11 +190,13 @@ class Registry:
         return seen
 
     def _nonce_kept_until(self) -> datetime:
-        """When no process takes a signature of now any more, whatever its clock.
+        """When no process takes a signature or a token of now any more, whatever its clock.
 
-        A nonce that were forgotten before would let the same request in as a new one.
+        A nonce that were forgotten before would let the same request in as a new one; and admins
+        see a living token by its row.
         """
-        return datetime.now(UTC) + timedelta(seconds=2 * self._settings.clock_skew_s) + 2 * LEEWAY
+        signature = timedelta(seconds=2 * self._settings.clock_skew_s) + 2 * LEEWAY
+        return datetime.now(UTC) + max(signature, self._tokens.life)
 
     async def _sign_on(
         self, registration: dict[str, Any], allowed: asyncpg.Record, nonce: runners.Nonce

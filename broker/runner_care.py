@@ -7,13 +7,14 @@ from typing import Any
 
 import asyncpg
 
+from broker.audit import record
 from broker.credentials import Admin
 from broker.errors import NotFound
 from broker.paging import check_limit, read_name, write_name
 from broker.registry import capped
 from broker.times import time_to_come
 from config.settings import Settings
-from db import admin, runners
+from db import runners
 from db.pool import Executor, retries
 
 _SHOWN = (
@@ -96,8 +97,13 @@ class RunnerCare:
         async with self._pool.acquire() as connection, connection.transaction():
             if not await change(connection):
                 raise NotFound(f"No runner {runner_id} has registered here.")
-            await admin.audit(
-                connection, by.actor, f"runner.{verb}", runner_id=runner_id, reason=reason
+            await record(
+                connection,
+                by.actor,
+                f"runner.{verb}",
+                f"runner:{runner_id}",
+                runner_id=runner_id,
+                reason=reason,
             )
         return await self.show(runner_id)
 

@@ -19,8 +19,10 @@ from broker.registry import Registry
 from broker.reload import Reload
 from broker.results import Results
 from broker.runner_care import RunnerCare
+from broker.runner_tokens import RunnerTokens
 from broker.submissions import Submissions
 from broker.telemetry import Telemetry
+from broker.token_admin import TokenAdmin
 from config.settings import Settings
 
 
@@ -44,6 +46,8 @@ class Services:
     in_flight: InFlight
     liveness: Liveness
     runner_care: RunnerCare
+    runner_tokens: RunnerTokens
+    tokens: TokenAdmin
     receipts: Receipts
     reload: Reload
     telemetry: Telemetry

@@ -13,6 +13,7 @@ import structlog
 
 from auth.errors import AuthError, Unverifiable
 from auth.tokens import RunnerClaims
+from broker.audit import Actor, record
 from broker.bundles import RESULT
 from broker.diagnosis import FINISHED, refuse_lease
 from broker.errors import (
@@ -37,7 +38,7 @@ from broker.uploads import Spool, Upload
 from broker.verification import Handed, Verified
 from broker.workers import WorkerLost, Workers
 from config.settings import Settings
-from db import admin, metrics, run_queue, submissions
+from db import metrics, run_queue, submissions
 from db.pool import Executor, retries
 from db.run_queue import LeaseGuard
 
@@ -290,10 +291,11 @@ async def _write_rows(
         runner_version=verified.runner_version,
         prompt_git_hash=verified.prompt_git_hash,
     )
-    await admin.audit(
+    await record(
         connection,
-        f"runner:{guard.runner_id}",
+        Actor(f"runner:{guard.runner_id}"),
         "submit.accept",
+        f"run:{guard.run_id}",
         run_id=guard.run_id,
         runner_id=guard.runner_id,
         result_sha256=verified.digest,

@@ -74,6 +74,37 @@ def drain(
     _steer(runner_id, "drain", {}, yes, url, token, as_json)
 
 
+@app.command(name="tokens")
+def list_tokens(
+    runner_id: RunnerId, url: Url = DEFAULT_URL, token: Token = "", as_json: AsJson = False
+) -> None:
+    """List a runner's tokens that have not expired, newest first."""
+    with connect(url, token) as admin:
+        tokens = admin.get(f"{RUNNERS}/{runner_id}/tokens")["tokens"]
+    if as_json:
+        return print_json({"runner_id": runner_id, "tokens": tokens})
+    columns = ("jti", "issued_at", "expires_at", "address", "revoked")
+    return print_table(columns, ([row[name] for name in columns] for row in tokens))
+
+
+@app.command()
+def revoke_token(
+    runner_id: RunnerId,
+    jti: Annotated[str, typer.Argument(help="Which token; see `runners tokens`.")],
+    reason: Annotated[str, typer.Option(help="Why; kept in the audit trail.")],
+    yes: Yes = False,
+    url: Url = DEFAULT_URL,
+    token: Token = "",
+    as_json: AsJson = False,
+) -> None:
+    """Revoke one token of a runner at once; its key stays good (`keys rm` revokes that)."""
+    if not yes:
+        raise needs_yes(f"revoke 1 token of {runner_id}, {jti}")
+    with connect(url, token) as admin:
+        answer = admin.delete(f"{RUNNERS}/{runner_id}/tokens/{jti}", {"reason": reason})
+    print_json(answer) if as_json else print_members(answer)
+
+
 def _steer(
     runner_id: str,
     verb: str,

@@ -1,16 +1,19 @@
-"""`bakeoff-queue tokens`: admin tokens, made in the database itself.
+"""`bakeoff-queue tokens`: admin tokens.
 
-Whoever can write to the database can make the first token; no password is shipped.
+With an admin token they go through the API, like all else. Without one they work on the database of
+the settings: whoever can write there makes the first token, and no password is shipped.
 """
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
 import typer
 
 from auth import admin_tokens
+from auth.errors import AuthError
+from cli.client import DEFAULT_URL, Token, Url, connect
 from cli.output import (
     AsJson,
     CommandFailed,
@@ -25,7 +28,14 @@ from cli.output import (
 )
 from cli.settings import in_database
 
-COLUMNS = ("token_id", "name", "scopes", "created_at", "expires_at", "revoked_at")
+if TYPE_CHECKING:
+    from broker.credentials import Admin
+    from broker.token_admin import TokenAdmin
+
+TOKENS = "/api/admin/tokens"
+COLUMNS = ("token_id", "name", "scopes", "created_at", "expires_at", "minted_by", "revoked_at")
+DEFAULT_DAYS = 90
+LONGEST_DAYS = 366
 
 app = typer.Typer(help="Admin tokens of the API and of this command.", no_args_is_help=True)
 
@@ -37,32 +47,39 @@ def mint(
         list[str] | None,
         typer.Option(help=f"{', '.join(admin_tokens.SCOPES)}; may be repeated. All by default."),
     ] = None,
-    days: Annotated[int | None, typer.Option(min=1, help="Life of the token, in days.")] = None,
+    days: Annotated[
+        int, typer.Option(min=1, max=LONGEST_DAYS, help="Life of the token, in days.")
+    ] = DEFAULT_DAYS,
+    url: Url = DEFAULT_URL,
+    token: Token = "",
     as_json: AsJson = False,
 ) -> None:
     """Make an admin token and show it, this once."""
-    scopes = scope or list(admin_tokens.SCOPES)
-    unknown = sorted(set(scopes) - set(admin_tokens.SCOPES))
-    if unknown:
-        known = ", ".join(admin_tokens.SCOPES)
-        raise usage_error(f"--scope {unknown[0]} is unknown; known scopes: {known}")
-    expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
-    token, digest = admin_tokens.make()
-
-    from db import admin
-
-    row = in_database(lambda pool: admin.add_token(pool, digest, name, scopes, expires_at))
-    shown = {"token": token, **_shown(dict(row))}
-    print_json(shown) if as_json else print_members(shown)
+    expires_at = datetime.now(UTC).replace(microsecond=0) + timedelta(days=days)
+    wanted = {
+        "name": name,
+        "scopes": _scopes(scope),
+        "expires_at": expires_at.isoformat().replace("+00:00", "Z"),
+    }
+    if token:
+        with connect(url, token) as admin:
+            minted = admin.post(TOKENS, wanted).body
+    else:
+        _check_schema(wanted)
+        minted = _in_database(lambda tokens, by: tokens.mint(by, wanted))
+    secret_first = {"token": minted["token"], **minted}
+    print_json(secret_first) if as_json else print_members(secret_first)
     note("only its digest is stored: keep the token now, in BAKEOFF_QUEUE_TOKEN for instance")
 
 
 @app.command(name="ls")
-def list_tokens(as_json: AsJson = False) -> None:
+def list_tokens(url: Url = DEFAULT_URL, token: Token = "", as_json: AsJson = False) -> None:
     """List the admin tokens; the tokens themselves are not stored."""
-    from db import admin
-
-    rows = [_shown(dict(row)) for row in in_database(admin.list_tokens)]
+    if token:
+        with connect(url, token) as admin:
+            rows = admin.get(TOKENS)["tokens"]
+    else:
+        rows = _in_database(lambda tokens, _: tokens.list_all())
     if as_json:
         print_json({"tokens": rows})
     else:
@@ -70,28 +87,72 @@ def list_tokens(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def revoke(token_id: Annotated[str, typer.Argument()], yes: Yes = False) -> None:
-    """Revoke an admin token at once."""
+def revoke(
+    token_id: Annotated[str, typer.Argument()],
+    reason: Annotated[str, typer.Option(help="Why; kept in the audit trail.")],
+    yes: Yes = False,
+    url: Url = DEFAULT_URL,
+    token: Token = "",
+    as_json: AsJson = False,
+) -> None:
+    """Revoke an admin token at once, in every process."""
     try:
         wanted = UUID(token_id)
     except ValueError:
         raise usage_error(f"{token_id} is not a token_id; see `bakeoff-queue tokens ls`") from None
     if not yes:
         raise needs_yes(f"revoke the token {wanted}")
-    from db import admin
-
-    name = in_database(lambda pool: admin.revoke_token(pool, wanted))
-    if name is None:
-        raise CommandFailed(f"there is no living token {wanted}", code=ExitCode.NOT_FOUND)
-    note(f"revoked the token of {name}")
-
-
-def _shown(row: Mapping[str, object]) -> dict[str, object]:
-    return {
-        name: value.isoformat() if isinstance(value, datetime) else _plain(value)
-        for name, value in row.items()
-    }
+    if token:
+        with connect(url, token) as admin:
+            revoked = admin.delete(f"{TOKENS}/{wanted}", {"reason": reason})
+    else:
+        revoked = _in_database(lambda tokens, by: tokens.revoke(by, wanted, reason))
+    if as_json:
+        return print_json(revoked)
+    return note(f"revoked the token of {revoked['name']}")
 
 
-def _plain(value: object) -> object:
+def _scopes(asked: list[str] | None) -> list[str]:
+    scopes = asked or list(admin_tokens.SCOPES)
+    unknown = sorted(set(scopes) - set(admin_tokens.SCOPES))
+    if unknown:
+        known = ", ".join(admin_tokens.SCOPES)
+        raise usage_error(f"--scope {unknown[0]} is unknown; known scopes: {known}")
+    return list(dict.fromkeys(scopes))
+
+
+def _check_schema(wanted: dict[str, Any]) -> None:
+    from broker.documents import load_schema
+
+    for violation in load_schema("admin_token").violations(wanted):
+        raise usage_error(f"--{violation.pointer.strip('/')} {violation.detail}")
+
+
+def _in_database(work: "Callable[[TokenAdmin, Admin], Awaitable[Any]]") -> Any:
+    """Run `work` on the settings' database, as whoever may write there."""
+    from broker.credentials import Admin
+    from broker.errors import BrokerError
+    from broker.token_admin import TokenAdmin
+    from db.audit import database_actor
+
+    async def run(pool: Any) -> Any:
+        actor = await database_actor(pool)
+        return await work(TokenAdmin(pool), Admin(actor.name, admin_tokens.SCOPES, actor))
+
+    try:
+        return _plain(in_database(run))
+    except (BrokerError, AuthError) as error:
+        codes = {"NotFound": ExitCode.NOT_FOUND, "Conflict": ExitCode.CONFLICT}
+        code = codes.get(type(error).__name__, ExitCode.FAILURE)
+        raise CommandFailed(str(error), code=code) from None
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON has for times and ids, wherever they are."""
+    if isinstance(value, dict):
+        return {name: _plain(member) for name, member in value.items()}
+    if isinstance(value, list):
+        return [_plain(member) for member in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
     return str(value) if isinstance(value, UUID) else value

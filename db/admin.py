@@ -1,4 +1,4 @@
-"""Admin tokens, remembered answers and the audit trail."""
+"""Admin tokens and remembered answers."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -14,14 +14,17 @@ SQL = load("admin")
 
 
 async def add_token(
-    pool: Executor,
+    connection: Executor,
     token_sha256: bytes,
     name: str,
     scopes: Sequence[str],
     expires_at: datetime | None,
-) -> asyncpg.Record:
-    """Store a token's digest and return its row."""
-    return await fetch_one(pool, SQL["add_token"], token_sha256, name, list(scopes), expires_at)
+    minted_by: str,
+) -> asyncpg.Record | None:
+    """Store a token's digest and return its row; None when a living token has the name."""
+    return await connection.fetchrow(
+        SQL["add_token"], token_sha256, name, list(scopes), expires_at, minted_by
+    )
 
 
 async def find_token(pool: Executor, token_sha256: bytes) -> asyncpg.Record | None:
@@ -34,9 +37,21 @@ async def list_tokens(pool: Executor) -> list[asyncpg.Record]:
     return await pool.fetch(SQL["list_tokens"])
 
 
-async def revoke_token(pool: Executor, token_id: UUID) -> str | None:
-    """Revoke a token and return its name; None when it is unknown or revoked already."""
-    return await pool.fetchval(SQL["revoke_token"], token_id)
+async def lock_keepers(connection: Executor) -> set[UUID]:
+    """Return the living tokens that may revoke others, locked until the transaction ends."""
+    return {row["token_id"] for row in await connection.fetch(SQL["lock_keepers"])}
+
+
+async def lock_token(connection: Executor, token_id: UUID) -> asyncpg.Record | None:
+    """Return a token's row, locked until the transaction ends."""
+    return await connection.fetchrow(SQL["lock_token"], token_id)
+
+
+async def revoke_token(
+    connection: Executor, token_id: UUID, by: str, reason: str
+) -> asyncpg.Record:
+    """Revoke a living token, and return its row."""
+    return await fetch_one(connection, SQL["revoke_token"], token_id, by, reason)
 
 
 async def lock_answer(connection: Executor, actor: str, key: str) -> None:
@@ -54,16 +69,3 @@ async def remember_answer(
 ) -> None:
     """Keep an answer for the same request sent again."""
     await connection.execute(SQL["remember_answer"], actor, key, request_sha256, answer)
-
-
-async def audit(
-    connection: Executor,
-    actor: str,
-    action: str,
-    *,
-    run_id: UUID | None = None,
-    runner_id: str | None = None,
-    **detail: Any,
-) -> None:
-    """Write one row of the audit trail."""
-    await connection.execute(SQL["audit"], actor, action, run_id, runner_id, detail)

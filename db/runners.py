@@ -42,6 +42,7 @@ class Nonce:
     issued_at: datetime
     keep_until: datetime
     created: bool
+    address: str | None
 
 
 async def upsert(connection: Executor, runner: SignedOn) -> asyncpg.Record:
@@ -87,6 +88,7 @@ async def remember_nonce(connection: Executor, nonce: Nonce) -> bool:
         nonce.issued_at,
         nonce.keep_until,
         nonce.created,
+        nonce.address,
     )
     return stored is not None
 
@@ -95,6 +97,11 @@ async def find_nonce(connection: Executor, fingerprint: str, nonce: str) -> Nonc
     """Return the registration that used this nonce."""
     row = await connection.fetchrow(SQL["find_nonce"], fingerprint, nonce)
     return Nonce(**row) if row else None
+
+
+async def living_tokens(pool: Executor, runner_id: str, life: timedelta) -> list[asyncpg.Record]:
+    """Return the tokens that a runner was given and that have not expired, newest first."""
+    return await pool.fetch(SQL["living_tokens"], runner_id, life)
 
 
 async def seen(pool: Executor, runner_ids: Sequence[str]) -> None:

@@ -30,7 +30,9 @@ class AdminHandler(Handler):
     async def authenticate(self) -> None:
         """Learn which admin sends this, and whether they may."""
         scope = self.scopes[self.request.method or ""]
-        self.admin = await self.services.credentials.admin(self.bearer_token(), scope)
+        self.admin = await self.services.credentials.admin(
+            self.bearer_token(), scope, self.request.remote_ip
+        )
 
     def page_size(self, asked: dict[str, str]) -> int:
         """Return the query's limit. Raises InvalidRequest for what is no number."""

@@ -71,6 +71,11 @@ class ClaimHandler(RunnerHandler):
         if isinstance(connection, HTTP1Connection) and connection.stream.closed():
             await self.services.claims.undo(row)
             return
+        try:
+            await self.services.credentials.check_revoked(self.runner)  # it may have been parked
+        except Exception:
+            await self.services.claims.undo(row)
+            raise
         self.answer(200, handed_out(row, self.services), members=row["members"])
 
     async def _explain(self, offer: Capabilities) -> None:

@@ -22,7 +22,9 @@ class RegisterHandler(Handler):
     async def post(self) -> None:
         """Sign a runner on: 201 the first time, 200 afterwards."""
         body = self.read_json("register")
-        sign_on = await self.services.registry.register(body["registration"], body["sig"])
+        sign_on = await self.services.registry.register(
+            body["registration"], body["sig"], self.request.remote_ip
+        )
         self.answer(201 if sign_on.created else 200, self._sign_on(sign_on))
 
     def _sign_on(self, sign_on: SignOn) -> dict[str, Any]:

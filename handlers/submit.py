@@ -122,6 +122,7 @@ class SubmitHandler(RunnerHandler):
     async def post(self, run_id: str) -> None:
         """Verify the bundle and write its rows: 201 with the receipt, 200 with an earlier one."""
         self._whole = True
+        await self.services.credentials.check_revoked(self.runner)  # an upload takes minutes
         validate_only = self._validate_only()
         submissions = self.services.submissions
         try:

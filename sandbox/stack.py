@@ -29,6 +29,7 @@ from db import admin
 from db.migrate import migrate
 from db.pool import open_pool
 from sandbox import servers
+from sandbox.admin_token import new_token
 from sandbox.children import ENDED, Child, Event, Tell, held
 from sandbox.leash import Leash, SandboxError, ServerFailed
 from sandbox.runner_identity import load_key, public_key_text
@@ -116,8 +117,7 @@ class Stack:
         path = self.kept / "admin-token"
         token, digest = _kept_token(path)
         if not asyncio.run(_is_known(self.postgres.dsn, digest)):
-            token, digest = admin_tokens.make()
-            asyncio.run(_add_token(self.postgres.dsn, digest))
+            token = asyncio.run(_new_token(self.postgres.dsn))
             _write_private(path, token)
         return token
 
@@ -247,6 +247,6 @@ async def _is_known(dsn: str, digest: bytes) -> bool:
         return await admin.find_token(pool, digest) is not None
 
 
-async def _add_token(dsn: str, digest: bytes) -> None:
+async def _new_token(dsn: str) -> str:
     async with open_pool(dsn, 1) as pool:
-        await admin.add_token(pool, digest, "sandbox", admin_tokens.SCOPES, None)
+        return await new_token(pool, "sandbox")

@@ -18,17 +18,16 @@ from nacl.signing import SigningKey
 from pydantic import SecretStr
 from tornado.netutil import bind_sockets
 
-from auth import admin_tokens
 from broker.expiry import Sweep
 from broker.lease_keys import LeaseKeys
 from broker.services import Services
 from broker.telemetry import Telemetry
 from broker.workers import Workers
 from config.settings import Settings
-from db import admin
 from db.pool import open_pool
 from db.run_queue import CHANNEL
 from sandbox import servers
+from sandbox.admin_token import new_token
 from sandbox.runner_identity import Identity, public_key_text
 from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
 from server import make_app, make_server, open_services
@@ -357,8 +356,7 @@ async def open_fleet(
         sockets = bind_sockets(0, "127.0.0.1")
         server.add_sockets(sockets)
         url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
-        token, digest = admin_tokens.make()
-        await admin.add_token(pool, digest, "test", admin_tokens.SCOPES, None)
+        token = await new_token(pool, "test")
         try:
             async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as http:
                 yield Fleet(http, services, pool, sigstore, token, url)

@@ -16,10 +16,22 @@ PLACES = {
     FILE_PATH: "{name}",
     RUNNER_PATH: "{runner_id}",
 }
+# Ids of one shape, by what they are ids of.
+IDS = {
+    "/api/admin/tokens/{run_id}": "/api/admin/tokens/{token_id}",
+    "/api/admin/runners/{runner_id}/tokens/{run_id}": (
+        "/api/admin/runners/{runner_id}/tokens/{jti}"
+    ),
+}
 METHODS = RequestHandler.SUPPORTED_METHODS
 RUN = "00000000-0000-4000-8000-000000000000"
 # What a path may be asked with: of nothing that is there.
-FILLED = {"run_id": RUN, "fingerprint": "0" * 64, "name": "result.json", "runner_id": "runner-a"}
+FILLED = {
+    **dict.fromkeys(("run_id", "token_id", "jti"), RUN),
+    "fingerprint": "0" * 64,
+    "name": "result.json",
+    "runner_id": "runner-a",
+}
 
 
 def served(app: Application) -> Iterator[tuple[str, str]]:
@@ -28,6 +40,7 @@ def served(app: Application) -> Iterator[tuple[str, str]]:
         path = rule.matcher.regex.pattern.removesuffix("$").replace("\\", "")  # type: ignore[attr-defined]
         for pattern, name in PLACES.items():
             path = path.replace(pattern.replace("\\", ""), name)
+        path = IDS.get(path, path)
         for method in METHODS:
             if getattr(rule.target, method.lower()) is not RequestHandler._unimplemented_method:
                 yield method, path

@@ -21,11 +21,12 @@ from auth import admin_tokens
 from auth.tokens import Tokens
 from config.settings import Settings
 from db import admin
+from sandbox.admin_token import new_token
 from sandbox.runner_identity import public_key_text
 from sandbox.sigstore_instance import ThrowawaySigstore
 from server import make_app
 from tests.fleet import Fleet, Runner, code_of, open_fleet, quiet_sweep, run_of
-from tests.raw_http import BOUNDARY, FORM_TYPE, form
+from tests.raw_http import BOUNDARY, FORM_TYPE, form, head, line_to
 from tests.routes import METHODS, served
 
 MakeSettings = Callable[..., Settings]
@@ -86,6 +87,11 @@ ROWS: dict[tuple[str, str], Row] = {
     ("POST", "/api/admin/runners/{runner_id}/pause"): Row("operate", WHY),
     ("POST", "/api/admin/runners/{runner_id}/resume"): Row("operate", {}),
     ("POST", "/api/admin/runners/{runner_id}/drain"): Row("operate", {}),
+    ("GET", "/api/admin/runners/{runner_id}/tokens"): Row("read"),
+    ("DELETE", "/api/admin/runners/{runner_id}/tokens/{jti}"): Row("admin", WHY),
+    ("GET", "/api/admin/tokens"): Row("read"),
+    ("POST", "/api/admin/tokens"): Row("admin", {"name": "NAME", "scopes": ["admin"]}),
+    ("DELETE", "/api/admin/tokens/{token_id}"): Row("admin", WHY),
     ("GET", "/api/admin/queue"): Row("read"),
     ("POST", "/api/admin/queue"): Row("operate", {"runs": ["RUN_OF"]}),
     ("GET", "/api/admin/queue/{run_id}"): Row("read"),
@@ -139,6 +145,7 @@ class Scene:
     runner: Runner
     target: Runner  # of what admins do to runners and keys
     runs: dict[str, str]
+    tokens: dict[str, str]  # an admin's token_id, and the jti of one of the target's
     job: dict[str, Any]
     bundle: bytes = b""
 
@@ -155,23 +162,32 @@ class Scene:
     async def send(self, method: str, path: str, by: Credential) -> httpx.Response:
         """Send a request that takes effect if it is let in."""
         row = ROWS.get((method, path), Row(ANYBODY))
-        at = path.format(
+        kind = FORM_TYPE if row.body == "BUNDLE" else "application/json"
+        typed = [] if row.body is None else [("Content-Type", kind)]
+        return await self.fleet.http.request(
+            method, self.at(path, row), headers=[*by.headers, *typed], content=self.body(row)
+        )
+
+    def at(self, path: str, row: Row) -> str:
+        """Return an address with ids that exist."""
+        return path.format(
             run_id=self.runs[row.on],
             name="result.json",
             fingerprint=self.target.fingerprint,
             runner_id=self.target.runner_id,
+            **self.tokens,
         )
-        headers, content = by.headers, None
+
+    def body(self, row: Row) -> bytes | None:
+        """Return a body that takes effect."""
         if row.body == "BUNDLE":
-            headers, content = [*headers, ("Content-Type", FORM_TYPE)], self.bundle
-        elif row.body is not None:
-            headers = [*headers, ("Content-Type", "application/json")]
-            content = self._filled(row.body)
-        return await self.fleet.http.request(method, at, headers=headers, content=content)
+            return self.bundle
+        return None if row.body is None else self._filled(row.body)
 
     def _filled(self, body: Any) -> bytes:
         values = {
             '"RUN_OF"': json.dumps(run_of()),
+            '"NAME"': json.dumps(f"minted-{uuid4().hex}"),
             '"KEY"': json.dumps(public_key_text(SigningKey(b"m" * 32))),
             '"LEASE"': json.dumps(self.job["lease_id"]),
             '"RUN"': json.dumps(self.job["run_id"]),
@@ -208,7 +224,11 @@ async def staged(settings: Settings, sigstore: ThrowawaySigstore) -> AsyncIterat
         pending = await fleet.enqueue()
         target = await fleet.sign_on("target")
         runs = {"done": done, "cancelled": cancelled, "pending": pending}
-        scene = Scene(fleet, runner, target, runs, {})
+        wanted = {"name": "to-revoke", "scopes": ["read"]}
+        minted = (await fleet.admin("POST", "/tokens", json=wanted)).json()
+        given = (await fleet.admin("GET", "/runners/target/tokens")).json()["tokens"]
+        tokens = {"token_id": minted["token_id"], "jti": given[0]["jti"]}
+        scene = Scene(fleet, runner, target, runs, tokens, {})
         await scene.renew()
         yield scene
 
@@ -247,17 +267,16 @@ async def credentials(scene: Scene) -> list[Credential]:
 
 
 async def _admin(fleet: Fleet, name: str, scopes: set[str]) -> Credential:
-    token, digest = admin_tokens.make()
-    await admin.add_token(fleet.pool, digest, name, sorted(scopes), None)
+    token = await new_token(fleet.pool, name, scopes)
     return bearer(f"an admin's: {name}", token, at_admin=None, scopes=frozenset(scopes))
 
 
 async def _dead_admin(fleet: Fleet, how: str) -> Credential:
-    token, digest = admin_tokens.make()
     ended = datetime.now(UTC) - timedelta(seconds=1) if how == "expired" else None
-    row = await admin.add_token(fleet.pool, digest, how, admin_tokens.SCOPES, ended)
+    token = await new_token(fleet.pool, how, expires_at=ended)
     if how == "revoked":
-        await admin.revoke_token(fleet.pool, row["token_id"])
+        dead = next(row for row in await admin.list_tokens(fleet.pool) if row["name"] == how)
+        await admin.revoke_token(fleet.pool, dead["token_id"], "test", "test")
     return bearer(f"an admin's, {how}", token)
 
 
@@ -337,3 +356,37 @@ async def test_a_method_that_an_address_does_not_take_is_405_whoever_asks(
                         wrong.append((method, path, by.name, answer.status_code, allowed))
         assert wrong == []
         assert await scene.state() == before
+
+
+@pytest.mark.gen_test(timeout=120)
+async def test_an_admin_whose_token_is_revoked_while_their_body_arrives_changes_nothing(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet_sweep(monkeypatch)
+    async with staged(make_settings(), sigstore) as scene:
+        writes = [
+            (method, path, row)
+            for (method, path), row in ROWS.items()
+            if row.needs in admin_tokens.SCOPES and row.body is not None
+        ]
+        assert len(writes) > 10
+        for method, path, row in writes:
+            token = await new_token(scene.fleet.pool, "revoked-midway")
+            body = scene.body(row) or b""
+            start = head(method, scene.at(path, row), f"Authorization: Bearer {token}",
+                         "Content-Type: application/json", f"Content-Length: {len(body)}",
+                         "Expect: 100-continue")  # fmt: skip
+            async with line_to(scene.fleet.url) as line:
+                await line.send(start)
+                # The credential has been looked at when the server asks for the body.
+                go_on = await line.answer()
+                assert go_on is not None
+                assert go_on.status_code == 100, path
+                dead = (await admin.list_tokens(scene.fleet.pool))[-1]
+                await admin.revoke_token(scene.fleet.pool, dead["token_id"], "test", "test")
+                before = await scene.state()
+                await line.send(body)
+                answer = await line.answer()
+            assert answer is not None
+            assert code_of(answer) == INVALID, path
+            assert await scene.state() == before, path

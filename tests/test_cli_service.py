@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -141,13 +142,16 @@ def test_a_minted_token_works_until_it_is_revoked(settings) -> None:
     with serving(settings) as (_, port):
         url = f"http://127.0.0.1:{port}/api/admin/queue"
         assert httpx.get(url, **token).status_code == 200
-        assert run("tokens", "revoke", minted["token_id"], **settings).returncode == 6
-        assert run("tokens", "revoke", minted["token_id"], "--yes", **settings).returncode == 0
+        revoking = ("tokens", "revoke", minted["token_id"], "--reason", "done")
+        assert run("tokens", "mint", "--name", "other", **settings).returncode == 0
+        assert run(*revoking, **settings).returncode == 6
+        assert run(*revoking, "--yes", **settings).returncode == 0
         assert httpx.get(url, **token).status_code == 401
     listed = run("tokens", "ls", "--json", **settings).stdout
     assert minted["token"] not in listed
     assert json.loads(listed)["tokens"][0]["revoked_at"] is not None
-    assert run("tokens", "revoke", minted["token_id"], "--yes", **settings).returncode == 3
+    nobodys = ("tokens", "revoke", str(uuid4()), "--reason", "x", "--yes")
+    assert run(*nobodys, **settings).returncode == 3
     assert run("tokens", "mint", "--name", "x", "--scope", "root", **settings).returncode == 2
 
 

@@ -16,11 +16,10 @@ import asyncpg
 import httpx
 import pytest
 
-from auth import admin_tokens
 from broker.services import Services
 from config.settings import PREFIX, Settings
-from db import admin
 from db.pool import open_pool
+from sandbox.admin_token import new_token
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, code_of
 
@@ -96,10 +95,9 @@ async def reaching(
 ) -> AsyncIterator[list[Fleet]]:
     """Yield a Fleet for each server process; its services are out of reach."""
     dsn = settings.database_url.get_secret_value()
-    token, digest = admin_tokens.make()
     async with AsyncExitStack() as stack:
         pool: asyncpg.Pool = await stack.enter_async_context(open_pool(dsn, 4))
-        await admin.add_token(pool, digest, "test", admin_tokens.SCOPES, None)
+        token = await new_token(pool, "test")
         fleets = []
         for server in servers:
             http = httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False)

@@ -660,13 +660,15 @@ paused AS (
 ),
 
 audited AS (
-    INSERT INTO audit (actor, action, run_id, runner_id, detail)
+    INSERT INTO audit (actor, action, target, run_id, runner_id, detail)
     SELECT
-        'system', 'lease.lapse', run_id, claimed_by,
+        'system', 'lease.lapse', 'run:' || run_id, run_id, claimed_by,
         jsonb_build_object('lease_seq', lease_seq, 'status', status)
     FROM freed
     UNION ALL
-    SELECT 'system', 'runner.pause', NULL, runner_id, '{"reason": "three leases in a row lapsed"}'
+    SELECT
+        'system', 'runner.pause', 'runner:' || runner_id, NULL, runner_id,
+        '{"reason": "three leases in a row lapsed"}'
     FROM paused
 )
 

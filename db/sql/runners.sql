@@ -49,13 +49,25 @@ WITH forgotten AS (
 )
 
 INSERT INTO registration_nonces (
-    fingerprint, nonce, request_sha256, jti, issued_at, keep_until, created
-) VALUES ($1, $2, $3, $4, $5, $6, $7)
+    fingerprint, nonce, request_sha256, jti, issued_at, keep_until, created, address
+) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
 ON CONFLICT DO NOTHING
 RETURNING nonce
 
 -- name: find_nonce
 SELECT * FROM registration_nonces WHERE fingerprint = $1 AND nonce = $2
+
+-- name: living_tokens
+-- The tokens that a runner ($1) was given within the life of one ($2): a registration is kept for at
+-- least as long.
+SELECT
+    n.jti, n.fingerprint AS key_fingerprint, n.issued_at, n.issued_at + $2::interval AS expires_at,
+    n.address, t.jti IS NOT NULL OR k.revoked_at IS NOT NULL AS revoked
+FROM runner_keys AS k
+INNER JOIN registration_nonces AS n ON k.fingerprint = n.fingerprint
+LEFT JOIN revoked_tokens AS t ON n.jti = t.jti
+WHERE k.runner_id = $1 AND n.issued_at > clock_timestamp() - $2::interval
+ORDER BY n.issued_at DESC, n.jti
 
 -- name: seen
 -- Runners that were heard of since the last batch: busy ones are ACTIVE, others IDLE.

@@ -13,12 +13,11 @@ from typing import Any, cast
 import httpx
 from nacl.signing import SigningKey
 
-from auth import admin_tokens
 from config.settings import PREFIX
-from db import admin
 from db.migrate import migrate
 from db.pool import open_pool
 from sandbox import servers
+from sandbox.admin_token import new_token
 from sandbox.leash import Leash
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import AUDIENCE, Fleet, Runner, run_of
@@ -131,8 +130,7 @@ async def open_world(under: Servers, sabotage: str = "") -> AsyncIterator[World]
             open_pool(under.dsn, 2) as pool,
             httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as http,
         ):
-            token, digest = admin_tokens.make()
-            await admin.add_token(pool, digest, f"fuzz-{port}", admin_tokens.SCOPES, None)
+            token = await new_token(pool, "fuzz")
             services = cast("Any", None)  # they are in the other process
             fleet = Fleet(http, services, pool, under.sigstore, token, url)
             yield await _people(fleet, port, under.sigstore)

@@ -29,8 +29,10 @@ WORK = "tests/test_workers.py"
 RELOAD = "tests/test_reload.py"
 BUNDLES = "tests/test_bundles.py"
 DOCUMENTS = "tests/test_documents.py"
-MATRIX = "tests/test_authorization.py::test_every_credential_gets_what_the_matrix_says"
+AUTHORIZED = "tests/test_authorization.py"
+MATRIX = f"{AUTHORIZED}::test_every_credential_gets_what_the_matrix_says"
 TOKENS = "tests/test_tokens.py"
+ADMIN_TOKENS = "tests/test_admin_tokens.py"
 KEPT = "tests/test_kept_connections.py"
 
 
@@ -817,6 +819,64 @@ ADMIN = (
         'if scope not in row["scopes"]:',
         "if False:",
         f"{MATRIX}_and_a_refused_one_changes_nothing",
+    ),
+    Guard(
+        "admin tokens: one that was revoked meanwhile leaves no row",
+        "db/sql/audit.sql:record",
+        "token_id = $7 AND revoked_at IS NULL",
+        "token_id = $7",
+        f"{AUTHORIZED}::"
+        "test_an_admin_whose_token_is_revoked_while_their_body_arrives_changes_nothing",
+    ),
+    Guard(
+        "admin tokens: an action without its row is rolled back",
+        "broker/audit.py",
+        "if not await audit.record(connection, by, action, target, **detail):",
+        "if await audit.record(connection, by, action, target, **detail) is None:",
+        f"{AUTHORIZED}::"
+        "test_an_admin_whose_token_is_revoked_while_their_body_arrives_changes_nothing",
+    ),
+    Guard(
+        "admin tokens: a name belongs to one living token",
+        "db/migrations/20261127000060_admin_tokens.sql",
+        "CREATE UNIQUE INDEX",
+        "CREATE INDEX",
+        f"{ADMIN_TOKENS}::test_a_name_belongs_to_one_living_token",
+    ),
+    Guard(
+        "admin tokens: the last one that can revoke others stays",
+        "broker/token_admin.py",
+        "if keepers == {token_id}:",
+        "if False:",
+        f"{ADMIN_TOKENS}::test_the_last_token_that_can_revoke_others_stays_also_of_two_at_once",
+    ),
+    Guard(
+        "admin tokens: the last one of two that are revoked at once stays",
+        "db/sql/admin.sql:lock_keepers",
+        " FOR UPDATE",
+        "",
+        f"{ADMIN_TOKENS}::test_the_last_token_that_can_revoke_others_stays_also_of_two_at_once",
+    ),
+    Guard(
+        "admin tokens: a token gives no scope that it has not",
+        "broker/token_admin.py",
+        "    if lacking:",
+        "    if False:",
+        f"{ADMIN_TOKENS}::test_a_token_gives_no_scope_that_it_has_not",
+    ),
+    Guard(
+        "runner tokens: one that was revoked during a claim gets no run",
+        "handlers/queue.py",
+        "            await self.services.credentials.check_revoked(self.runner)",
+        "            pass",
+        f"{ADMIN_TOKENS}::test_what_a_runner_waits_for_it_does_not_get_after_its_token_was_revoked",
+    ),
+    Guard(
+        "runner tokens: one that was revoked during an upload submits nothing",
+        "handlers/submit.py",
+        "        await self.services.credentials.check_revoked(self.runner)",
+        "        pass",
+        f"{ADMIN_TOKENS}::test_what_a_runner_waits_for_it_does_not_get_after_its_token_was_revoked",
     ),
     Guard(
         "runners: the next page begins after the last row",

@@ -19,10 +19,9 @@ from pathlib import Path
 import asyncpg
 import redis.asyncio
 
-from auth import admin_tokens
-from db import admin as admin_table
 from db.pool import LOST, open_pool
 from sandbox import servers
+from sandbox.admin_token import new_token
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.history import invariants, server_logs
 from tests.history.admins import Admin
@@ -271,12 +270,10 @@ class Storm:
         template = await asyncpg.connect(self._world.postgres.database_dsn("postgres"))
         await template.execute(f'CREATE DATABASE "{self._database}" TEMPLATE bakeoff')
         await template.close()
-        token, digest = admin_tokens.make()
         async with self._connected() as connection:
             await invariants.install(connection)
         async with open_pool(self._dsn, 1) as pool:
-            await admin_table.add_token(pool, digest, "storm", admin_tokens.SCOPES, None)
-        return token
+            return await new_token(pool, "storm")
 
     async def _judge(
         self, people: Admin, network: Network, faults: Faults, group: ServerGroup
