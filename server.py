@@ -4,9 +4,10 @@ import asyncio
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version as installed_version
 
 import structlog
@@ -20,6 +21,7 @@ from auth.revocation import Revocations
 from auth.signers import BundleVerifier, load_policy
 from auth.tokens import Tokens
 from broker.allowlist import Allowlist
+from broker.archiver import INTERVAL_S as ARCHIVER_S
 from broker.archiver import Archiver
 from broker.claims import Claims
 from broker.credentials import Credentials, PostgresAuthority
@@ -27,12 +29,14 @@ from broker.documents import check_schemas
 from broker.endings import cancel
 from broker.enqueue import Enqueue
 from broker.expiry import Sweep
+from broker.expiry_listener import LOOK_S as LISTENER_LOOK_S
 from broker.expiry_listener import ExpiryListener
 from broker.handbacks import Handbacks
 from broker.health import Health
 from broker.heartbeats import Heartbeats
 from broker.in_flight import InFlight
 from broker.lease_keys import LeaseKeys
+from broker.liveness import INTERVAL_S as LIVENESS_S
 from broker.liveness import Liveness
 from broker.moderation import Moderation
 from broker.queue_tally import QueueTally
@@ -47,10 +51,10 @@ from broker.runner_tokens import RunnerTokens
 from broker.services import Services
 from broker.submissions import Submissions
 from broker.supervision import Supervisor
-from broker.telemetry import Telemetry
+from broker.telemetry import LOOP_TICK_S, Telemetry
 from broker.token_admin import TokenAdmin
 from broker.trusted import Trusted
-from broker.wakeup import Wakeup
+from broker.wakeup import PROVE_EVERY_S, Wakeup
 from broker.workers import Workers
 from config.logging import configure_logging, dropped_lines
 from config.settings import PREFIX, Settings, SettingsRefused, load_settings
@@ -83,6 +87,10 @@ log = structlog.get_logger()
 
 class ServerRefused(Exception):
     """The server cannot start; the message names what is wrong and the fix."""
+
+
+class ServerLost(Exception):
+    """The server has ended by itself: whoever started it should start it again."""
 
 
 @asynccontextmanager
@@ -135,17 +143,16 @@ async def open_services(
         )
         telemetry.watch_dropped_lines(dropped_lines)
         supervisor = Supervisor(telemetry)
-        loops: dict[str, Callable[[], Awaitable[None]]] = {
-            "sweep": sweep.run,
-            "expiry_listener": listener.run,
-            "liveness": liveness.run,
-            "wakeup": wakeup.run,
-            "waiting_room": claims.room.run,
-            "loop_lag": telemetry.watch_loop,
-            "archiver": Archiver(pool, settings).run,
-        }
-        for name, loop in loops.items():
-            stack.push_async_callback(cancel, supervisor.start(name, loop))
+        stack.push_async_callback(supervisor.close)
+        # Without these two, requests are taken and promises broken: dead leases stay, claims wait.
+        supervisor.start("sweep", sweep.run, every_s=settings.sweep_interval_s, vital=True)
+        room = claims.room.run
+        supervisor.start("waiting_room", room, every_s=settings.claim_recheck_s, vital=True)
+        supervisor.start("expiry_listener", listener.run, every_s=LISTENER_LOOK_S)
+        supervisor.start("liveness", liveness.run, every_s=LIVENESS_S)
+        supervisor.start("wakeup", wakeup.run, every_s=PROVE_EVERY_S)
+        supervisor.start("loop_lag", telemetry.watch_loop, every_s=LOOP_TICK_S)
+        supervisor.start("archiver", Archiver(pool, settings).run, every_s=ARCHIVER_S)
         stack.push_async_callback(claims.close)
         stack.push_async_callback(revocations.close)
         yield Services(
@@ -171,6 +178,7 @@ async def open_services(
             reload=Reload(settings, trusted, tokens, receipt_keys),
             telemetry=telemetry,
             tally=QueueTally(pool, telemetry),
+            supervisor=supervisor,
             version=version,
         )
 
@@ -203,20 +211,23 @@ def make_server(app: Application) -> HTTPServer:
 async def serve(settings: Settings, read_settings: ReadSettings = load_settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. At SIGHUP, reload what `read_settings` returns.
 
-    Raises ServerRefused, DatabaseUnready or PolicyRefused when it cannot start.
+    Raises ServerRefused, DatabaseUnready or PolicyRefused when it cannot start, and ServerLost,
+    drained, when a background loop cannot be kept running.
     """
     stop, hangup = _stop_signal(), _hangup_signal()
-    async with open_services(settings) as services, AsyncExitStack() as stack:
-        reloads = asyncio.create_task(services.reload.run(hangup, read_settings))
-        stack.push_async_callback(cancel, reloads)
+    async with open_services(settings) as services:
+        reloads = partial(services.reload.run, hangup, read_settings)
+        services.supervisor.start("reload", reloads)
         server = make_server(make_app(services))
         sockets = _bind(settings)
         server.add_sockets(sockets)
         port = sockets[0].getsockname()[1]
         log.info("server.listening", address=settings.listen_address, port=port)
         services.submissions.warm()
-        await stop.wait()
+        await _first_of(stop, services.supervisor.lost)
         await drain(settings, services, server)
+        if services.supervisor.lost.is_set():
+            raise ServerLost("a background loop cannot be kept running: see loop.lost in the log")
 
 
 async def drain(settings: Settings, services: Services, server: HTTPServer) -> None:
@@ -251,7 +262,7 @@ def main() -> None:
         settings = load_settings()
         configure_logging(settings.log_level, settings.log_format)
         asyncio.run(serve(settings))
-    except (SettingsRefused, ServerRefused, DatabaseUnready, PolicyRefused) as error:
+    except (SettingsRefused, ServerRefused, ServerLost, DatabaseUnready, PolicyRefused) as error:
         sys.exit(f"bakeoff-queue: {error}")
 
 
@@ -271,6 +282,13 @@ async def _open_redis(stack: AsyncExitStack, setting: str, url: str) -> Topology
             fix=f"start Redis or correct {PREFIX}{setting}; until then lapses are noticed later",
         )
     return topology
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    """Return when one of the events is set."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    await cancel(*waits)
 
 
 def _stop_signal() -> asyncio.Event:

@@ -6,6 +6,7 @@ it, so it takes small batches with a rest between them.
 
 import asyncio
 import random
+from collections.abc import Callable
 from datetime import timedelta
 
 import asyncpg
@@ -45,12 +46,13 @@ class Archiver:
             log.info("archive.moved", runs=moved)
         return moved
 
-    async def run(self) -> None:
+    async def run(self, succeeded: Callable[[], None]) -> None:
         """Archive every few minutes, for ever; a process's first pass comes at a random moment."""
         await asyncio.sleep(random.uniform(0, INTERVAL_S))  # noqa: S311 (jitter)
         while True:
             try:
                 await self.run_once()
+                succeeded()
             except Exception as error:  # whatever fails, nothing is half moved: the next pass
                 log.warning("archive.failed", error=type(error).__name__, detail=describe(error))
             await asyncio.sleep(INTERVAL_S * random.uniform(0.8, 1.2))  # noqa: S311 (jitter)

@@ -5,6 +5,8 @@ import math
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
+from broker.endings import asked_to_stop
+
 # So many go in one call. Of more, half go first: all of them at once would be answered at once and
 # come back at once, with this process idle during each call, and the server called idle after it.
 WHOLE = 16
@@ -80,13 +82,24 @@ class Coalescer(Generic[Item, Answer]):
     async def _serve_batch(self, batch: list[tuple[Item, "asyncio.Future[Answer]"]]) -> None:
         try:
             answers = await self._serve([item for item, _ in batch])
-        except Exception as error:  # everybody who waited is told; the next batch is served
+            if len(answers) != len(batch):
+                raise RuntimeError(f"{len(answers)} answers to {len(batch)} questions")
+        except BaseException as error:  # everybody who waited is told; the next batch is served
             for _, future in batch:
                 if not future.done():
-                    future.set_exception(error)
+                    future.set_exception(_told(error))
+            if asked_to_stop():
+                raise
             return
         for (_, future), answer in zip(batch, answers, strict=True):
             if future.done():
                 self._undelivered(answer)
             else:
                 future.set_result(answer)
+
+
+def _told(error: BaseException) -> Exception:
+    """Return what those who waited are told: a cancellation from within is none of theirs."""
+    if isinstance(error, Exception):
+        return error
+    return RuntimeError(f"{type(error).__name__} in a shared call: {error}")

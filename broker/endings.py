@@ -20,3 +20,9 @@ async def cancel(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         if not task.cancelled():
             task.exception()  # asked for, or asyncio complains that nobody did
+
+
+def asked_to_stop() -> bool:
+    """Return whether somebody cancelled this task, and not only something that it awaits."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0

@@ -9,6 +9,7 @@ itself, in every process, without a leader: SKIP LOCKED makes the batches disjoi
 import asyncio
 import random
 import time
+from collections.abc import Callable
 from typing import Literal
 
 import asyncpg
@@ -89,7 +90,7 @@ class Sweep:
         self._telemetry.sweep_success.set_to_current_time()
         return ended
 
-    async def run(self) -> None:
+    async def run(self, succeeded: Callable[[], None]) -> None:
         """Sweep on every ring and at every interval, for ever."""
         while True:
             noticed_by = await self._wait()
@@ -98,6 +99,7 @@ class Sweep:
                     await run_queue.overdue_share(self._pool)
                 else:
                     await self.run_once(noticed_by)
+                succeeded()
             except LOST_RACES as error:  # an answer, so no outage: the next pass tries again
                 log.warning("sweep.lost", error=type(error).__name__, detail=describe(error))
             except Exception as error:  # the sweep is the guarantee: whatever fails, it goes on

@@ -6,6 +6,7 @@ because a failover or a resharding may have changed them.
 """
 
 import asyncio
+from collections.abc import Callable
 
 import structlog
 
@@ -36,11 +37,13 @@ class ExpiryListener:
         self.degraded = asyncio.Event()
         self.degraded.set()
 
-    async def run(self) -> None:
+    async def run(self, succeeded: Callable[[], None]) -> None:
         """Listen until cancelled."""
         try:
             while True:
                 await self._look()
+                if self._known:
+                    succeeded()
                 await self._wait()
         finally:
             await cancel(*(task for _, task in self._nodes.values()))
@@ -59,9 +62,15 @@ class ExpiryListener:
         self._judge()
 
     async def _follow(self, primaries: set[str]) -> None:
+        for address in [a for a, (_, task) in self._nodes.items() if task.done()]:
+            log.error("listener.node_ended", redis=address, problem=_why(self._nodes[address][1]))
+            del self._nodes[address]
         for address in primaries - self._nodes.keys():
             node = ExpiryNode(self._topology, address, self._sweep.ring, self._node_changed)
-            self._nodes[address] = (node, asyncio.create_task(node.run()))
+            task = asyncio.create_task(node.run())
+            # One that ended hears nothing, whatever it said: it is replaced at the next look.
+            task.add_done_callback(lambda _: self._judge())
+            self._nodes[address] = (node, task)
         gone = [self._nodes.pop(address) for address in self._nodes.keys() - primaries]
         await cancel(*(task for _, task in gone))
 
@@ -79,13 +88,20 @@ class ExpiryListener:
             self._lost.set()  # a failover? A node calls no more often than its backoff allows
 
     def _judge(self) -> None:
-        nodes = [node for node, _ in self._nodes.values()]
-        healthy = bool(self._known and nodes) and all(node.heard for node in nodes)
+        nodes = self._nodes.values()
+        heard = all(node.heard and not task.done() for node, task in nodes)
+        healthy = bool(self._known and nodes) and heard
         if healthy != self.healthy.is_set():
             log.info("listener.healthy" if healthy else "listener.degraded", nodes=len(nodes))
         self._sweep.degraded = not healthy
         _put(self.healthy, healthy)
         _put(self.degraded, not healthy)
+
+
+def _why(task: asyncio.Task[None]) -> str:
+    """Return why a node that listens for ever does so no longer."""
+    error = None if task.cancelled() else task.exception()
+    return f"{type(error).__name__}: {error}" if error else "it ended"
 
 
 def _put(event: asyncio.Event, value: bool) -> None:

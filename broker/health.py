@@ -54,6 +54,7 @@ class Health:
             "redis": await self._redis(),
             "listener": "ok" if self._listener.healthy.is_set() else "degraded",
             "loops": self._loops(),
+            "loop_success_ages_s": self._supervisor.success_ages_s,
             "trust_root": self._trusted.root_state(),
             "trust_root_age_s": round(self._trusted.root_age_s()),
             "draining": self._draining,
@@ -61,8 +62,8 @@ class Health:
         return Readiness(database == "ok" and not self._draining, checks)
 
     def _loops(self) -> str:
-        """Return "ok", or which background loops have ended and wait to be started again."""
-        problems = [f"{name} ended: {why}" for name, why in self._supervisor.problems.items()]
+        """Return "ok", or which background loops have ended, or have long done nothing."""
+        problems = [f"{name} {what}" for name, what in self._supervisor.problems.items()]
         return f"degraded: {'; '.join(problems)}" if problems else "ok"
 
     async def _database(self) -> str:

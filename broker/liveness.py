@@ -5,6 +5,7 @@ rows are upstream's (`runners.status`: ACTIVE, IDLE, DEAD): for people, never fo
 """
 
 import asyncio
+from collections.abc import Callable
 from datetime import timedelta
 
 import asyncpg
@@ -46,11 +47,12 @@ class Liveness:
             log.info("runner.silent", runner_id=runner_id)
         return dead
 
-    async def run(self) -> None:
+    async def run(self, succeeded: Callable[[], None]) -> None:
         """Write every few seconds until cancelled."""
         while True:
             await asyncio.sleep(INTERVAL_S)
             try:
                 await self.run_once()
+                succeeded()
             except Exception as error:  # for people only: it must not stop, nor stop anything
                 log.warning("liveness.unwritten", error=type(error).__name__)

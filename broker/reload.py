@@ -37,7 +37,9 @@ class Reload:
         self._tokens = tokens
         self._receipt_keys = receipt_keys
 
-    async def run(self, asked: asyncio.Event, read: ReadSettings) -> None:
+    async def run(
+        self, asked: asyncio.Event, read: ReadSettings, succeeded: Callable[[], None]
+    ) -> None:
         """Reload whenever `asked` is set; `read` reads the settings as the start did.
 
         Asked during a reload, it reloads once more after it: the files may be newer.
@@ -45,7 +47,8 @@ class Reload:
         while True:
             await asked.wait()
             asked.clear()
-            await self.run_once(read)
+            if await self.run_once(read):
+                succeeded()
 
     async def run_once(self, read: ReadSettings) -> bool:
         """Reload; return whether it was good. What is broken is told, and changes nothing."""

@@ -21,6 +21,7 @@ from broker.results import Results
 from broker.runner_care import RunnerCare
 from broker.runner_tokens import RunnerTokens
 from broker.submissions import Submissions
+from broker.supervision import Supervisor
 from broker.telemetry import Telemetry
 from broker.token_admin import TokenAdmin
 from config.settings import Settings
@@ -52,4 +53,5 @@ class Services:
     reload: Reload
     telemetry: Telemetry
     tally: QueueTally
+    supervisor: Supervisor
     version: str

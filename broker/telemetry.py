@@ -71,6 +71,10 @@ class Telemetry:
         self.loop_restarts = self._counter(
             "loop_restarts", "Background loops that ended and were started again.", "loop"
         )
+        self.loop_success = self._gauge(
+            "loop_last_success_timestamp_seconds", "When a background loop last did its work.",
+            "loop",
+        )  # fmt: skip
         self.submissions = self._counter("submissions", "Submits, by what came of them.", "outcome")
         self.submission_bytes = self._histogram(
             "submission_bytes", "Size of the bundles that arrived whole.", BYTES
@@ -105,13 +109,14 @@ class Telemetry:
         """Show how many log lines were lost, by calling `look` at every scrape."""
         self._registry.register(_DroppedLines(look))
 
-    async def watch_loop(self) -> None:
+    async def watch_loop(self, succeeded: Callable[[], None]) -> None:
         """Measure the event loop's lag until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             due = loop.time() + LOOP_TICK_S
             await asyncio.sleep(LOOP_TICK_S)
             self._loop_lag.observe(max(0.0, loop.time() - due))
+            succeeded()
 
     def exposition(self) -> bytes:
         """Return everything as Prometheus' text format."""

@@ -80,7 +80,7 @@ class WaitingRoom:
         for waiter in self._waiters.values():
             _tell(waiter, False)
 
-    async def run(self) -> None:
+    async def run(self, succeeded: Callable[[], None]) -> None:
         """Wake who can be given something, for ever."""
         pause_s = self._pause_s()
         while True:
@@ -92,12 +92,14 @@ class WaitingRoom:
             self._due.clear()
             pause_s = self._pause_s()
             if not self._waiters:
+                succeeded()
                 continue
             try:
                 offers = await self._look(min(len(self._waiters), LOOK_MAX))
             except Exception as error:  # the database is away: the next look goes on
                 log.warning("waiting_room.blind", error=type(error).__name__)
                 continue
+            succeeded()
             if self._wake(offers) >= LOOK_MAX:
                 pause_s = min(pause_s, CROWD_S)
             if (due := due_in(offers)) is not None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 
 import asyncpg
 import structlog
@@ -10,6 +11,8 @@ from db.pool import SESSION
 from db.run_queue import CHANNEL
 
 RETRY_S = 1.0
+# A connection that a router forgot is open and silent for ever: it is asked whether it is there.
+PROVE_EVERY_S, PROVE_S = 30.0, 5.0
 
 log = structlog.get_logger()
 
@@ -26,22 +29,27 @@ class Wakeup:
         self._dsn = dsn
         self._ring = ring
 
-    async def run(self) -> None:
+    async def run(self, succeeded: Callable[[], None]) -> None:
         """Listen until cancelled."""
         while True:
             try:
-                await self._listen()
+                await self._listen(succeeded)
             except Exception as error:  # the claims' slow re-check goes on without the bell
                 log.warning("wakeup.lost", error=type(error).__name__)
             await asyncio.sleep(RETRY_S)
 
-    async def _listen(self) -> None:
+    async def _listen(self, succeeded: Callable[[], None]) -> None:
         connection = await asyncpg.connect(self._dsn, server_settings=SESSION, timeout=5)
         lost = asyncio.Event()
         connection.add_termination_listener(lambda _: lost.set())
         try:
             await connection.add_listener(CHANNEL, lambda *_: self._ring())
             self._ring()  # what was enqueued before we listened was not heard
-            await lost.wait()
+            while not lost.is_set():
+                await connection.fetchval("SELECT 1", timeout=PROVE_S)
+                succeeded()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(PROVE_EVERY_S):
+                        await lost.wait()
         finally:
             await connection.close(timeout=2)

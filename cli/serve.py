@@ -21,7 +21,7 @@ def serve() -> None:
     configure_logging(settings.log_level, settings.log_format)
     try:
         asyncio.run(server.serve(settings))
-    except (server.ServerRefused, PolicyRefused, NotMigrated) as error:
+    except (server.ServerRefused, server.ServerLost, PolicyRefused, NotMigrated) as error:
         raise CommandFailed(str(error)) from None
     except DatabaseUnready as error:
         raise CommandFailed(str(error), code=ExitCode.UNREACHABLE) from None

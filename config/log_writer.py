@@ -54,7 +54,7 @@ class LogWriter:
                 continue
             try:
                 self._write(line)
-            except (OSError, ValueError):  # a full disk, a closed pipe; a closed file
+            except Exception:  # a full disk, a closed pipe; whatever it is, the next line may do
                 self.dropped += 1
 
     def _write(self, line: str) -> None:

@@ -135,3 +135,19 @@ async def test_what_is_to_be_apart_shares_no_call_and_holds_nobody_else_up() -> 
     answers = await asyncio.gather(*desk.ask(1, 11, 21, 2, 12))
     assert answers == [f"answer {item}" for item in (1, 11, 21, 2, 12)]
     assert desk.batches == [[1, 2], [11, 12], [21]]
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "too few answers"])
+@pytest.mark.gen_test
+async def test_a_call_that_ends_in_no_way_it_should_lets_nobody_wait_for_ever(ending: str) -> None:
+    async def serve(items: Sequence[int]) -> list[int]:
+        if ending == "cancelled":
+            raise asyncio.CancelledError  # a driver's, from within
+        return []
+
+    line: Coalescer[int, int] = Coalescer(serve)
+    for _ in range(2):
+        asked = [line.ask(1), line.ask(2)]
+        async with asyncio.timeout(5):
+            outcomes = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [RuntimeError, RuntimeError]

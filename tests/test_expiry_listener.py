@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 import pytest
 import redis.asyncio
+from structlog.testing import capture_logs
 
-from broker import expiry_node
+from broker import expiry_listener, expiry_node
 from broker.endings import cancel
 from broker.expiry import Sweep
 from broker.expiry_listener import ExpiryListener
+from broker.expiry_node import ExpiryNode
 from broker.lease_keys import LeaseKeys
 from broker.redis_topology import open_topology
 from broker.telemetry import Telemetry
@@ -49,7 +51,7 @@ async def listening(settings: Settings) -> AsyncIterator[tuple[ExpiryListener, B
     async with open_pool(settings.database_url.get_secret_value(), 2) as pool:
         bell = Bell(pool, settings, LeaseKeys(topology.client), Telemetry("test"))
         listener = ExpiryListener(topology, bell)
-        running = asyncio.create_task(listener.run())
+        running = asyncio.create_task(listener.run(lambda: None))
         try:
             yield listener, bell, topology.client
         finally:
@@ -132,6 +134,33 @@ async def test_the_listener_outlives_redis(make_settings: MakeSettings) -> None:
             bell.silence()
             await client.set("lease:y:1", 1, px=1)
             await bell.rings.get()
+
+
+@pytest.mark.gen_test
+async def test_a_node_that_nobody_listens_to_any_more_is_noticed_and_replaced(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expiry_listener, "LOOK_S", 0.01)
+    monkeypatch.setattr(expiry_listener, "LOOK_DEGRADED_S", 0.01)
+    listen, ends = ExpiryNode.run, asyncio.Queue[None]()
+
+    async def run_until_it_ends(self: ExpiryNode) -> None:
+        listens = asyncio.create_task(listen(self))
+        try:
+            await ends.get()
+        finally:
+            await cancel(listens)
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(ExpiryNode, "run", run_until_it_ends)
+    with capture_logs() as logs:
+        async with asyncio.timeout(20), listening(make_settings()) as (listener, _, _):
+            await listener.healthy.wait()
+            ends.put_nowait(None)
+            await listener.degraded.wait()
+            await listener.healthy.wait()
+    ended = [line for line in logs if line["event"] == "listener.node_ended"]
+    assert [line["problem"] for line in ended] == ["RuntimeError: boom"]
 
 
 @pytest.mark.gen_test

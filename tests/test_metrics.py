@@ -31,7 +31,7 @@ NAMES = {
     "auth_failures", "breaker_open", "build_info", "claim_batch_size", "claim_duration_seconds",
     "claims", "db_pool", "event_loop_lag_seconds", "expiry_lag_seconds", "heartbeats",
     "http_in_flight", "http_request_duration_seconds", "http_requests", "leases_lapsed",
-    "log_lines_dropped", "loop_restarts",
+    "log_lines_dropped", "loop_last_success_timestamp_seconds", "loop_restarts",
     "listener_connected", "oldest_pending_age_seconds", "runs", "submission_bytes", "submissions",
     "sweep_last_success_timestamp_seconds", "trust_root_age_seconds", "verify_seconds",
     "verify_workers_lost", "waiters",
@@ -314,7 +314,7 @@ async def test_a_database_that_is_away_costs_its_own_metrics_only(
 @pytest.mark.gen_test
 async def test_a_blocked_event_loop_is_seen() -> None:
     telemetry = Telemetry("test")
-    watching = asyncio.create_task(telemetry.watch_loop())
+    watching = asyncio.create_task(telemetry.watch_loop(lambda: None))
     await asyncio.sleep(0)
     time.sleep(0.35)  # noqa: ASYNC251 (the block that is to be seen)
     await asyncio.sleep(LOOP_TICK_S)  # its timer is due before this one

@@ -174,7 +174,7 @@ async def test_a_database_outage_blinds_the_sweep_until_two_healthy_heartbeat_in
     settings = make_settings(heartbeat_interval_s=30)
     async with open_fleet(settings, sigstore) as fleet, sweeping(fleet) as sweep:
         monkeypatch.setattr(sweep, "_wait", steps.wait)
-        running = asyncio.create_task(sweep.run())
+        running = asyncio.create_task(sweep.run(lambda: None))
         await hold_leases(fleet, 1)
         async with outage(postgres, fleet):
             await steps.step()
@@ -199,7 +199,7 @@ async def test_a_row_that_is_locked_for_too_long_fails_a_pass_but_blinds_nobody(
     steps = Steps()
     async with open_fleet(make_settings(), sigstore) as fleet, sweeping(fleet) as sweep:
         monkeypatch.setattr(sweep, "_wait", steps.wait)
-        running = asyncio.create_task(sweep.run())
+        running = asyncio.create_task(sweep.run(lambda: None))
         await hold_leases(fleet, 1)
         async with fleet.transaction() as connection:
             await connection.execute("LOCK TABLE attempts")

@@ -76,7 +76,7 @@ async def crowd(
     """Yield a room whose looks find this."""
     queue = Queue(list(finds))
     room = WaitingRoom(queue.look, recheck_s)
-    running = asyncio.create_task(room.run())
+    running = asyncio.create_task(room.run(lambda: None))
     people = Crowd(room, queue)
     try:
         yield people
