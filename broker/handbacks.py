@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 import asyncpg
+import structlog
 
 from broker.diagnosis import refuse_lease
 from broker.errors import InvalidRequest, Violation
@@ -23,6 +24,8 @@ RESULT_CODES = ("refusal", "malformed_output", "capability_gap")
 # What each answers.
 RELEASED = ("status",)
 FAILED = ("status", "attempt_count", "retry_after")
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +72,12 @@ class Handbacks:
             detail=failure.detail,
             backoff_s=self._settings.retry_backoff_s,
             retry_after_s=failure.retry_after_s,
+            pause_s=self._settings.failing_runner_pause_s,
         )
         if row is None:
             return await self._answered(guard, ("failed", "cancelled"), FAILED)
+        if row["paused"]:
+            log.warning("runner.paused", runner_id=guard.runner_id, failure_code=failure.code)
         self._keys.drop([LeaseKey(row["queue_id"], row["lease_seq"])])
         return {name: row[name] for name in FAILED}
 

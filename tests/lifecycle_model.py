@@ -164,7 +164,10 @@ class Lifecycle:
         if status == "PENDING":
             run.priority += 5 * run.attempt_count
         told = Answer(200, {"status": status, "attempt_count": run.attempt_count})
-        return _hand_back(run, status, "fail", "failed", told)
+        _hand_back(run, status, "fail", "failed", told)
+        if status != "CANCELLED" and _in_a_row(runner, "failed"):
+            runner.paused = True
+        return told
 
     def sweep(self) -> int:
         """End the overdue leases, unless there are suspiciously many; return how many."""
@@ -175,7 +178,7 @@ class Lifecycle:
         for run in overdue:
             self._lapse(run)
         for runner in {id(run.holder): run.holder for run in overdue}.values():
-            if runner is not None and _silent_in_a_row(runner):
+            if runner is not None and _in_a_row(runner, "lapsed"):
                 runner.paused = True
         return len(overdue)
 
@@ -287,8 +290,8 @@ def _hand_back(run: Run, status: str, verb: str, how: str, told: Answer) -> Answ
     return told
 
 
-def _silent_in_a_row(runner: Runner) -> bool:
-    """Whether the last three leases that ended, since the last resume, lapsed on different runs."""
+def _in_a_row(runner: Runner, how: str) -> bool:
+    """Whether the last three leases that ended, since the last resume, did so on different runs."""
     ended = [lease for lease in runner.leases if lease.how and lease.claimed_at > runner.resumed_at]
-    lapsed = {lease.run.name for lease in ended[-SILENCES:] if lease.how == "lapsed"}
-    return len(lapsed) == SILENCES
+    runs = {lease.run.name for lease in ended[-SILENCES:] if lease.how == how}
+    return len(runs) == SILENCES

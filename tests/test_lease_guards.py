@@ -39,7 +39,13 @@ async def release(connection: Any, guard: LeaseGuard) -> asyncpg.Record | None:
 
 async def fail(connection: Any, guard: LeaseGuard) -> asyncpg.Record | None:
     return await run_queue.fail(
-        connection, guard, failure_code="oom", detail="test", backoff_s=300, retry_after_s=0
+        connection,
+        guard,
+        failure_code="oom",
+        detail="test",
+        backoff_s=300,
+        retry_after_s=0,
+        pause_s=900,
     )
 
 

@@ -178,6 +178,91 @@ async def test_a_lease_that_ended_otherwise_breaks_the_row_of_lapses(
         assert (await runner.claim()).status_code == 200
 
 
+async def fail_on(fleet: Fleet, runner: Runner, *priorities: int) -> None:
+    """Let a runner fail once on a new run of each priority; lower ones are claimed first."""
+    for priority in priorities:
+        run_id = await fleet.enqueue(priority=priority)
+        job = await runner.take()
+        assert job["run_id"] == run_id
+        assert (await runner.fail(job, "load_failure")).status_code == 200
+
+
+@pytest.mark.gen_test
+async def test_a_runner_that_fails_three_runs_in_a_row_is_paused_for_a_while(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner, other = await fleet_of(fleet, "runner-a", "runner-b")
+        await fail_on(fleet, runner, 9, 8)
+        await fail_on(fleet, other, 7)
+        assert await audited(fleet, "runner.pause") == []
+        await fail_on(fleet, runner, 6)
+        await fleet.enqueue(priority=5)
+        refused = await runner.claim()
+        assert code_of(refused) == (403, "runner_paused")
+        assert "load_failure" in refused.json()["detail"]
+        (row,) = await audited(fleet, "runner.pause")
+        assert (row["actor"], row["runner_id"]) == ("system", "runner-a")
+        shown = (await fleet.admin("GET", "/runners/runner-a")).json()
+        assert (shown["state"], shown["paused_until"] is None) == ("paused", False)
+        # The fault is the runner's own, so nobody else pays for it.
+        assert (await other.claim()).status_code == 200
+
+
+@pytest.mark.gen_test
+async def test_a_failing_runner_comes_back_by_itself_and_one_failure_pauses_it_again(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        await fail_on(fleet, runner, 9, 8, 7)
+        over = "UPDATE runners SET paused_until = clock_timestamp() WHERE runner_id = 'runner-a'"
+        await fleet.pool.execute(over)
+        await fail_on(fleet, runner, 6)
+        assert code_of(await runner.claim()) == (403, "runner_paused")
+        assert len(await audited(fleet, "runner.pause")) == 2
+
+
+@pytest.mark.gen_test
+async def test_after_a_resume_the_failures_are_counted_anew(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        await fail_on(fleet, runner, 9, 8, 7)
+        await steer(fleet, "resume")
+        await fail_on(fleet, runner, 6, 5)
+        assert len(await audited(fleet, "runner.pause")) == 1
+        await fail_on(fleet, runner, 4)
+        assert len(await audited(fleet, "runner.pause")) == 2
+
+
+@pytest.mark.gen_test
+async def test_failures_of_one_run_are_not_three_different_ones(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(retry_backoff_s=0), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        await fleet.enqueue(max_attempts=10)
+        for _ in range(4):
+            assert (await runner.fail(await runner.take())).status_code == 200
+        assert (await runner.claim()).status_code == 200
+
+
+@pytest.mark.gen_test
+async def test_a_result_breaks_the_row_of_failures(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        await fail_on(fleet, runner, 9, 8)
+        await fleet.enqueue(priority=7)
+        assert (await runner.submit(await runner.take())).is_success
+        await fail_on(fleet, runner, 6, 5)
+        await fleet.enqueue()
+        assert (await runner.claim()).status_code == 200
+
+
 @pytest.mark.gen_test
 async def test_lapses_on_the_same_runs_again_are_not_three_different_ones(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
