@@ -4,10 +4,10 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from broker.cells import hardware, metrics
+from broker.cells import HAIR, hardware, metrics
 from broker.jobs import Job
 from db.metrics import HardwareMetrics
 from tests.result_factory import failed_record, job_payload, result_for
@@ -156,13 +156,14 @@ _NUMBERS = (
 )
 
 
+@example(quality=-HAIR / 2, judged=None, code=None)
 @given(quality=_NUMBERS, judged=_NUMBERS, code=st.sampled_from([None, "oom", "unknown"]))
 def test_a_score_is_always_null_or_within_0_and_1(quality, judged, code) -> None:
     result, job = one_cell(
         judgements=[{"score": judged}], quality_heuristic=quality, failure_code=code
     )
     row = metrics(result, job)[0]
-    unscored = judged is None and not (quality is not None and 0 <= quality <= 1)
+    unscored = judged is None and not (quality is not None and -HAIR <= quality <= 1 + HAIR)
     assert (row.score is None) == (code is not None or unscored)
     if row.score is not None:
         assert isinstance(row.score, float)
