@@ -58,7 +58,7 @@ from broker.wakeup import PROVE_EVERY_S, Wakeup
 from broker.workers import Workers
 from config.logging import configure_logging, dropped_lines
 from config.settings import PREFIX, Settings, SettingsRefused, load_settings
-from db.migrate import newest_version
+from db.migration_files import newest_version
 from db.pool import DatabaseUnready, check_migrated, describe, open_pool
 from handlers import (
     admin,

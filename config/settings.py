@@ -52,8 +52,9 @@ class Settings(BaseSettings):
     )
     database_listen_url: SecretStr | None = Field(
         None,
-        description="Where to LISTEN, if not at database_url: PostgreSQL itself. Through PgBouncer"
-        " in transaction mode nothing is ever heard, and waiting claims find new runs late.",
+        description="Where to LISTEN and where `db migrate` works, if not at database_url:"
+        " PostgreSQL itself. Through PgBouncer in transaction mode nothing is ever heard, and"
+        " waiting claims find new runs late.",
     )
     redis_lease_url: str = Field(
         "redis://localhost:6379/1",

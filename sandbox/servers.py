@@ -156,7 +156,7 @@ class Postgres(_Server):
 
     @property
     def dsn(self) -> str:
-        """For asyncpg and dbmate alike."""
+        """The DSN of its database."""
         return self.database_dsn("bakeoff")
 
     def database_dsn(self, name: str) -> str:

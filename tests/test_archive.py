@@ -16,7 +16,7 @@ from broker.archiver import Archiver
 from broker.queue_view import QueueView
 from config.settings import Settings
 from db import archive
-from db.migrate import migrate, run_dbmate
+from db.migrate import migrate, roll_back
 from db.pool import open_pool
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.archived import DAY_S, aged, archive_once, archived, quiet_archiver, where
@@ -513,4 +513,4 @@ def _roll_back_to_before_the_archive(dsn: str) -> None:
         return await connection.fetchval("SELECT to_regclass('run_archive')") is not None
 
     while asyncio.run(on(dsn, there)):
-        run_dbmate(dsn, "rollback")
+        roll_back(dsn)

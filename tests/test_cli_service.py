@@ -1,5 +1,6 @@
 """serve, healthcheck, db, tokens and config: real commands, with one line for what is wrong."""
 
+import asyncio
 import json
 import os
 import socket
@@ -10,13 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+import asyncpg
 import httpx
 import pytest
 import redis
 
 from cli.config import reference_page
 from config.settings import PREFIX, Settings
-from db.migrate import newest_version
+from db.migration_files import newest_version, read_migrations
 from sandbox import servers
 
 ROOT = Path(__file__).parents[1]
@@ -134,6 +136,30 @@ def test_an_unmigrated_database_stops_the_start_and_is_migrated(settings, empty_
     assert run("db", "migrate", **bare).returncode == 0
     assert run("db", "verify", **bare).returncode == 0
     assert "[X]" in run("db", "status", **bare).stdout
+    unconfirmed = run("db", "rollback", **bare)
+    assert (unconfirmed.returncode, newest_version() in unconfirmed.stderr) == (6, True)
+    assert run("db", "rollback", "--yes", **bare).returncode == 0
+    assert json.loads(run("db", "status", "--json", **bare).stdout)["migrations"][-1] == {
+        "name": read_migrations()[-1].name, "applied": False,
+    }  # fmt: skip
+
+
+def test_a_migration_that_fails_is_no_database_that_is_away(settings, empty_database) -> None:
+    odd = "CREATE TABLE models (model_id serial PRIMARY KEY, name text NOT NULL)"
+
+    async def make() -> None:
+        connection = await asyncpg.connect(empty_database)
+        await connection.execute(odd)
+        await connection.close()
+
+    asyncio.run(make())
+    done = run("db", "migrate", **{**settings, "database_url": empty_database})
+    assert done.returncode == 1
+    assert "cannot be adopted" in done.stderr.splitlines()[-1]
+    away = {"database_url": "mysql://127.0.0.1/x"}
+    assert run("db", "status", **{**settings, **away}).returncode == 5
+    beside = {**away, "database_listen_url": empty_database}
+    assert run("db", "status", **{**settings, **beside}).returncode == 0
 
 
 def test_a_minted_token_works_until_it_is_revoked(settings) -> None:

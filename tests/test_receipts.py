@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from auth.errors import BadSignature, InvalidKey
 from auth.receipts import ReceiptKeys, verify_receipt
 from config.settings import Settings
-from db.migrate import MIGRATIONS
+from db.migration_files import MIGRATIONS
 from sandbox.runner_receipts import ReceiptDoubtful, digest, read_receipt
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import AUDIENCE, open_fleet

@@ -14,6 +14,7 @@ RUNNERS = "db/sql/runners.sql"
 TABLES = "db/migrations/20261123000002_queue.sql"
 HEADS = "db/migrations/20261126000001_judges.sql"
 ARCHIVE = "db/sql/archive.sql"
+MIGRATE = "tests/test_migrations.py"
 PRUNE = "db/sql/prune.sql"
 
 CLAIMS = "tests/test_claims.py"
@@ -1611,6 +1612,44 @@ BINDING = "tests/test_binding.py"
 CELLS = "tests/test_cells.py"
 NEVER = f"{HARNESS}::test_what_the_harness_never_writes_is_refused_by_pointer_and_keeps_the_lease"
 
+MIGRATING = (
+    Guard(
+        "migrate: a try for a lock is short",
+        "db/migrate.py",
+        "            await self._limit(TRY_S, local=True)\n",
+        "",
+        f"{MIGRATE}::test_who_works_on_a_table_is_not_held_up_by_a_migration_that_waits_for_it",
+    ),
+    Guard(
+        "migrate: what an interrupted index left is removed",
+        "db/migrate.py",
+        'if index and await self._worker.fetchval(SQL["is_invalid"], index[1]):',
+        "if False:",
+        f"{MIGRATE}::test_an_index_that_was_interrupted_is_made_anew",
+    ),
+    Guard(
+        "migrate: a role's time-outs do not end the lock",
+        "db/migrate.py",
+        '    await keeper.execute(SQL["keep_transaction"])\n',
+        "",
+        f"{MIGRATE}::test_a_roles_own_time_outs_do_not_end_the_lock",
+    ),
+    Guard(
+        "migrate: a lock that is lost ends it",
+        "db/migrate.py",
+        "while not self._keeper.is_closed():",
+        "while True:",
+        f"{MIGRATE}::test_a_migration_whose_lock_is_lost_ends_and_the_next_goes_on",
+    ),
+    Guard(
+        "migrate: a pooler's session keeps no time-outs of ours",
+        "db/migrate.py",
+        "        await self._check_session(migration)\n",
+        "",
+        f"{MIGRATE}::test_behind_a_pooler_what_needs_a_session_is_refused_with_the_fix",
+    ),
+)
+
 UPSTREAM = (
     Guard(
         "binding: the config hash is of the result's own config",
@@ -1875,6 +1914,7 @@ ALL = (
     + RESULTS
     + ARCHIVING
     + WORKERS
+    + MIGRATING
     + UPSTREAM
     + HTTP
 )
