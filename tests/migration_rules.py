@@ -11,6 +11,8 @@ from db.migration_files import Migration, Script
 
 # Written before there was a database in use (docs/decisions.md).
 LAST_FREE = "20261126000001"
+# A few rows for ever: a lock on one of these is over before anybody notices it.
+FEW_ROWS = {"admin_tokens"}
 
 FORBIDDEN = {
     r"CREATE (UNIQUE )?INDEX (?!CONCURRENTLY IF NOT EXISTS)":
@@ -48,8 +50,8 @@ def breaches(migration: Migration) -> list[str]:
         tuple(" ".join(text.split()) for text in migration.up.statements),
         migration.up.in_transaction,
     )
-    own = {table for text in script.statements if text.startswith("CREATE TABLE")
-           for table in _TABLE.findall(text)}  # fmt: skip
+    made = [text for text in script.statements if text.startswith("CREATE TABLE")]
+    own = FEW_ROWS.union(*(_TABLE.findall(text) for text in made))
     found = [*_forbidden(script, own), *_at_rest(script), *_mixed(script, own)]
     return [f"{migration.name}: {line}" for line in found]
 

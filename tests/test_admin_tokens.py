@@ -12,14 +12,14 @@ import pytest
 from auth import admin_tokens
 from config.settings import Settings
 from db import admin
-from db.migrate import migrate, run_dbmate
+from db.migrate import migrate, roll_back, status
 from sandbox.admin_token import new_token
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, code_of, open_fleet, quiet_sweep
 from tests.test_cli_runners import operating
 
 MakeSettings = Callable[..., Settings]
-MIGRATION = "20261127000060"
+MIGRATION = "20261127000060_admin_tokens"
 
 
 async def mint(fleet: Fleet, name: str = "ops", **changes: Any) -> httpx.Response:
@@ -314,8 +314,8 @@ def test_tokens_of_one_name_get_names_of_their_own_when_a_database_is_migrated(
         finally:
             await connection.close()
 
-    while f"[X] {MIGRATION}" in run_dbmate(empty_database, "status"):
-        run_dbmate(empty_database, "rollback")
+    while dict(status(empty_database))[MIGRATION]:
+        roll_back(empty_database)
     assert asyncio.run(names(before=True)) == ["ops", "ops", "ci", "ops"]
     migrate(empty_database)
     after = asyncio.run(names(before=False))
