@@ -25,7 +25,7 @@ CROSS JOIN (SELECT DISTINCT runner_id FROM attempts WHERE run_id = any($1::uuid 
 def quiet_archiver(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the servers' own archivers wait for ever: the test says when one runs."""
 
-    async def never(self: Archiver) -> None:
+    async def never(self: Archiver, beat: object) -> None:
         await asyncio.Event().wait()
 
     monkeypatch.setattr(Archiver, "run", never)

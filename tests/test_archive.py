@@ -162,7 +162,7 @@ async def test_a_pass_takes_as_many_batches_as_there_are(
 async def test_the_last_three_leases_of_a_runner_stay_where_the_sweep_counts_them(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
-    async with open_fleet(make_settings(), sigstore) as fleet:
+    async with open_fleet(make_settings(failing_runner_pause_s=0), sigstore) as fleet:
         runner = await fleet.sign_on()
         run_ids = [(await failed(fleet, runner))["run_id"] for _ in range(4)]
         await fleet.pool.execute("UPDATE run_queue SET completed_at = '2020-01-01'")
@@ -343,7 +343,7 @@ async def test_a_listing_of_few_among_many_archived_runs_reads_those_few(databas
 async def test_the_metrics_count_archived_runs_whatever_becomes_of_them(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
-    async with open_fleet(make_settings(), sigstore) as fleet:
+    async with open_fleet(make_settings(failing_runner_pause_s=0), sigstore) as fleet:
         runner = await fleet.sign_on()
         run_ids = [(await failed(fleet, runner))["run_id"] for _ in range(3)]
         job, _ = await completed(fleet, runner)
