@@ -11,7 +11,6 @@ from functools import partial
 from importlib.metadata import version as installed_version
 
 import structlog
-from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application
 
@@ -73,14 +72,10 @@ from handlers import (
     submit,
 )
 from handlers.base import log_request
+from handlers.connections import PATROL_S, Server
 from handlers.no_such_path import NoSuchPath
 
-# More than the largest bundle: the caps are the handlers' own, with answers that say so.
-BODY_MAX = 64 * 1024 * 1024
-BODY_TIMEOUT_S = 30
-IDLE_TIMEOUT_S = 75
 CLOSE_S = 2
-HEADER_MAX = 16 * 1024
 
 log = structlog.get_logger()
 
@@ -197,15 +192,11 @@ def make_app(services: Services) -> Application:
     )
 
 
-def make_server(app: Application) -> HTTPServer:
-    """Return the HTTP server with our limits."""
-    return HTTPServer(
-        app,
-        max_header_size=HEADER_MAX,
-        max_body_size=BODY_MAX,
-        body_timeout=BODY_TIMEOUT_S,
-        idle_connection_timeout=IDLE_TIMEOUT_S,
-    )
+def make_server(app: Application, services: Services) -> Server:
+    """Return the HTTP server with our limits, and let its patrol run."""
+    server = Server(app)
+    services.supervisor.start("patrol", server.patrol, every_s=PATROL_S)
+    return server
 
 
 async def serve(settings: Settings, read_settings: ReadSettings = load_settings) -> None:
@@ -218,7 +209,7 @@ async def serve(settings: Settings, read_settings: ReadSettings = load_settings)
     async with open_services(settings) as services:
         reloads = partial(services.reload.run, hangup, read_settings)
         services.supervisor.start("reload", reloads)
-        server = make_server(make_app(services))
+        server = make_server(make_app(services), services)
         sockets = _bind(settings)
         server.add_sockets(sockets)
         port = sockets[0].getsockname()[1]
@@ -230,7 +221,7 @@ async def serve(settings: Settings, read_settings: ReadSettings = load_settings)
             raise ServerLost("a background loop cannot be kept running: see loop.lost in the log")
 
 
-async def drain(settings: Settings, services: Services, server: HTTPServer) -> None:
+async def drain(settings: Settings, services: Services, server: Server) -> None:
     """Take no more work, finish what is in flight, close.
 
     A request on a kept-alive connection is served, with an answer that ends the connection, until

@@ -90,7 +90,7 @@ async def serve() -> None:
         ]
         app.add_handlers(".*", yardsticks)
         sockets = bind_sockets(0, "127.0.0.1")
-        make_server(app).add_sockets(sockets)
+        make_server(app, services).add_sockets(sockets)
         print(sockets[0].getsockname()[1], flush=True)
         await asyncio.Event().wait()
 

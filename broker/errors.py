@@ -126,6 +126,10 @@ class Draining(BrokerError):
     """This process is stopping: send the request again, another one will take it."""
 
 
+class RequestTimeout(BrokerError):
+    """The body came too slowly, less than 15 KiB in 30 s, and was given up: send it again."""
+
+
 class TooLarge(BrokerError):
     """The body, or a part of it, is larger than this address takes."""
 

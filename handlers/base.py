@@ -27,6 +27,7 @@ from broker.errors import (
     Internal,
     InvalidRequest,
     MethodNotAllowed,
+    RequestTimeout,
     TooLarge,
     UnsupportedMediaType,
     Violation,
@@ -35,6 +36,7 @@ from broker.errors import (
 from broker.services import Services
 from broker.strict_json import pointer, quote
 from broker.times import rfc3339
+from handlers.connections import ClientStream
 from handlers.errors import RETRY_AFTER_S, STATUS, problem, refusal_of
 
 UUID_PATH = r"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"
@@ -71,6 +73,9 @@ class Handler(RequestHandler):
         self._arrived = time.monotonic()
         wanted = request.headers.get("X-Request-Id", "")
         self.request_id = wanted if _SANE_REQUEST_ID.fullmatch(wanted) else str(uuid4())
+        self._connection = connection_of(request)
+        if self._connection is not None:
+            self._connection.request = self
         services.in_flight.enter()
         self._in_flight = True
         super().__init__(application, request)
@@ -124,7 +129,7 @@ class Handler(RequestHandler):
         """Raise TooLarge for an announced length beyond the cap."""
         length = self.request.headers.get("Content-Length", "0")
         if not length.isdecimal() or int(length[:20]) > self.max_body_bytes:
-            raise TooLarge(f"This address takes bodies of up to {self.max_body_bytes} bytes.")
+            raise self._beyond_cap()
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         """Take a piece of the body. One beyond the cap is dropped, and refused when it has ended:
@@ -146,7 +151,7 @@ class Handler(RequestHandler):
     def read_body(self) -> bytes:
         """Return the body as it came. Raises TooLarge or EmptyBody."""
         if self._too_large:
-            raise TooLarge(f"This address takes bodies of up to {self.max_body_bytes} bytes.")
+            raise self._beyond_cap()
         if not self._body:
             raise EmptyBody
         return bytes(self._body)
@@ -198,6 +203,17 @@ class Handler(RequestHandler):
                 raise InvalidRequest(detail, (Violation(pointer([name]), wrong),))
         return asked
 
+    @property
+    def doomed(self) -> bool:
+        """Whether this is refused, whatever still comes of its body."""
+        return self._refused is not None or self._too_large
+
+    def give_up_body(self) -> None:
+        """Answer without the rest of the body, which does not come: the refusal, or 408."""
+        self._unread = True
+        error = self._refused or (self._beyond_cap() if self._too_large else RequestTimeout())
+        self.send_error(STATUS[type(error)], exc_info=(type(error), error, None))
+
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Send a problem document, whoever raised: we, Tornado, or a library below us."""
         error = told_as(kwargs.get("exc_info", (None, None, None))[1] or Internal())
@@ -213,6 +229,8 @@ class Handler(RequestHandler):
             self.set_header("Retry-After", str(RETRY_AFTER_S))
         if self._unread:
             self.set_header("Connection", "close")
+            if self._connection is not None:
+                self._connection.lingers = True
         self.set_header("Content-Type", "application/problem+json")
         document = problem(error, self.request_id, self.services.settings.public_url)
         self.finish(to_json({**document, "server_time": datetime.now(UTC)}))
@@ -270,6 +288,9 @@ class Handler(RequestHandler):
         most = max(self.max_body_bytes, DROPPED_BYTES)
         return "Transfer-Encoding" in headers or (length.isdecimal() and int(length[:20]) <= most)
 
+    def _beyond_cap(self) -> TooLarge:
+        return TooLarge(f"This address takes bodies of up to {self.max_body_bytes} bytes.")
+
     def _refuse(self, *_: str) -> None:
         assert self._refused is not None
         raise self._refused
@@ -294,6 +315,12 @@ def told_as(raised: BaseException) -> Exception:
             return MethodNotAllowed()
         return InvalidRequest("The request could not be read.")
     return refusal_of(raised)
+
+
+def connection_of(request: HTTPServerRequest) -> ClientStream | None:
+    """Return the connection of a request; None where it is not one of our server's."""
+    stream = getattr(request.connection, "stream", None)
+    return stream if isinstance(stream, ClientStream) else None
 
 
 def log_request(handler: RequestHandler) -> None:

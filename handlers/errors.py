@@ -33,6 +33,7 @@ STATUS: dict[type[Exception], int] = {
     broker.AlreadyComplete: 409,
     broker.NonceReused: 409,
     broker.Conflict: 409,
+    broker.RequestTimeout: 408,
     broker.TooLarge: 413,
     broker.UnsupportedMediaType: 415,
     broker.InvalidRequest: 422,
@@ -49,7 +50,13 @@ STATUS: dict[type[Exception], int] = {
     broker.Busy: 503,
 }
 # What the same request may meet with success later, as it is.
-RETRYABLE = (broker.Unavailable, broker.Draining, broker.Busy, broker.Internal)
+RETRYABLE = (
+    broker.RequestTimeout,
+    broker.Unavailable,
+    broker.Draining,
+    broker.Busy,
+    broker.Internal,
+)
 
 
 def refusal_of(error: BaseException) -> Exception:

@@ -10,7 +10,6 @@ import asyncpg
 import python_multipart
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
-from tornado.http1connection import HTTP1Connection
 from tornado.web import URLSpec
 
 from broker.bundles import CAPS
@@ -26,8 +25,6 @@ from broker.uploads import Spool, Upload
 from handlers.base import UUID_PATH
 from handlers.runner_base import RunnerHandler
 
-# A living room's uplink needs minutes for a bundle of the largest size.
-UPLOAD_TIMEOUT_S = 600
 # Boundaries, part headers and the lease_id beside the files.
 FRAMING_BYTES = 64 * 1024
 # kind; name=value; name="value": as RFC 7578's clients write it. No bare comma: it may end a value.
@@ -96,9 +93,6 @@ class SubmitHandler(RunnerHandler):
     async def check(self) -> None:
         """Step 0, before the body is read: token and run known, and room for one more upload."""
         await super().check()
-        # Also where the body is only dropped, to tell a runner that its lease is lost.
-        if isinstance(self.request.connection, HTTP1Connection):
-            self.request.connection.set_body_timeout(UPLOAD_TIMEOUT_S)
         self._run = await self.services.submissions.admit(self.runner, UUID(str(self.path_args[0])))
         self._spool = self.services.submissions.open_spool()
         self._parts = Parts(self._boundary(), self._spool)

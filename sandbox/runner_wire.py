@@ -117,7 +117,7 @@ class Offer:
 def read_answer(response: httpx.Response) -> Answer:
     """Tell the server's answers from what proxies say. Raises Problem or Unanswered.
 
-    429 and 5xx are "not now" even with a code: the lease may be as good as ever.
+    408, 429 and 5xx are "not now" even with a code: the lease may be as good as ever.
     """
     retry_after_s = _seconds(response.headers.get("Retry-After"))
     if response.status_code == codes.NO_CONTENT:
@@ -129,7 +129,8 @@ def read_answer(response: httpx.Response) -> Answer:
     problem = _json_object(response, "application/problem+json")
     if problem is None or not isinstance(problem.get("code"), str):
         raise Unanswered(f"HTTP {response.status_code} without a code of ours", retry_after_s)
-    if response.is_server_error or response.status_code == codes.TOO_MANY_REQUESTS:
+    not_now = (codes.REQUEST_TIMEOUT, codes.TOO_MANY_REQUESTS)
+    if response.is_server_error or response.status_code in not_now:
         raise Unanswered(f"HTTP {response.status_code} {problem['code']}", retry_after_s)
     raise Problem(response.status_code, problem)
 

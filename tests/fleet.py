@@ -26,6 +26,7 @@ from broker.workers import Workers
 from config.settings import Settings
 from db.pool import open_pool
 from db.run_queue import CHANNEL
+from handlers.connections import Server
 from sandbox import servers
 from sandbox.admin_token import new_token
 from sandbox.runner_identity import Identity, public_key_text
@@ -60,6 +61,7 @@ class Fleet:
     sigstore: ThrowawaySigstore
     admin_token: str
     url: str
+    server: Server | None = None  # None: in a process of its own
 
     async def admin(self, method: str, path: str, **request: Any) -> httpx.Response:
         """Send an admin's request."""
@@ -352,14 +354,14 @@ async def open_fleet(
     """Serve `settings` on a free port and yield what a test needs."""
     dsn = settings.database_url.get_secret_value()
     async with open_pool(dsn, 4) as pool, open_services(settings, workers) as services:
-        server = make_server(make_app(services))
+        server = make_server(make_app(services), services)
         sockets = bind_sockets(0, "127.0.0.1")
         server.add_sockets(sockets)
         url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
         token = await new_token(pool, "test")
         try:
             async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as http:
-                yield Fleet(http, services, pool, sigstore, token, url)
+                yield Fleet(http, services, pool, sigstore, token, url, server)
         finally:
             server.stop()
             await server.close_all_connections()

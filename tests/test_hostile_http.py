@@ -17,8 +17,8 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
-import server
 from config.settings import Settings
+from handlers import connections
 from handlers.base import HEADERS
 from handlers.errors import ERRORS_PATH, STATUS
 from sandbox.sigstore_instance import ThrowawaySigstore
@@ -166,22 +166,28 @@ async def test_headers_beyond_16_kib_cut_the_line(
         assert below.status_code == 200
 
 
-@pytest.mark.parametrize("part", ["half a header", "half a body", "nothing more"])
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [(b"POST /api/queue/cl", None), (b"", None), (b"{", 408)],
+    ids=["half a header", "nothing more", "half a body"],
+)
 @pytest.mark.gen_test
-async def test_a_client_that_falls_silent_is_hung_up_on(
+async def test_a_client_that_falls_silent_is_hung_up_on_and_told_if_it_can_be(
     make_settings: MakeSettings,
     sigstore: ThrowawaySigstore,
     monkeypatch: pytest.MonkeyPatch,
-    part: str,
+    sent: bytes,
+    status: int | None,
 ) -> None:
-    monkeypatch.setattr(server, "BODY_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(server, "IDLE_TIMEOUT_S", 0.1)
+    for name in ("WINDOW_S", "HEAD_S", "IDLE_S", "PATROL_S"):
+        monkeypatch.setattr(connections, name, 0.05)
     async with guarded(make_settings(), sigstore) as (fleet, runner):
         path = "/api/queue/claim"
         whole = head("POST", path, token_for(runner, path), JSON_TYPE, "Content-Length: 10")
-        sent = {"half a header": whole[:60], "half a body": whole + b"{", "nothing more": b""}
         async with line_to(fleet.url) as line:
-            await line.send(sent[part])
+            await line.send(whole + sent if status else sent)
+            answer = await line.answer()
+            assert (answer and answer.status_code) == status
             assert await line.answer() is None
         await fleet.services.in_flight.wait_idle()
 

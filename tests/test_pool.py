@@ -218,7 +218,7 @@ async def serving_read_only(settings: Settings) -> AsyncIterator[httpx.AsyncClie
     dsn = f"{settings.database_url.get_secret_value()}&default_transaction_read_only=on"
     standby = settings.model_copy(update={"database_url": SecretStr(dsn)})
     async with open_services(standby) as services:
-        server = make_server(make_app(services))
+        server = make_server(make_app(services), services)
         sockets = bind_sockets(0, "127.0.0.1")
         server.add_sockets(sockets)
         url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"

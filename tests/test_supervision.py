@@ -27,6 +27,8 @@ from broker.waiting_room import WaitingRoom
 from broker.wakeup import Wakeup
 from config.log_writer import LogWriter
 from config.settings import Settings
+from handlers import connections
+from handlers.connections import Server
 from sandbox.sigstore_instance import ThrowawaySigstore
 from server import ServerLost, serve
 from tests.fleet import open_fleet
@@ -261,6 +263,7 @@ LOOPS: dict[str, tuple[type, str]] = {
     "wakeup": (Wakeup, "run"),
     "loop_lag": (Telemetry, "watch_loop"),
     "archiver": (Archiver, "run"),
+    "patrol": (Server, "patrol"),
 }
 
 
@@ -271,6 +274,7 @@ async def test_every_loop_of_the_server_survives_its_end_and_does_its_work_again
     monkeypatch.setattr(supervision, "FIRST_S", 0.001)
     monkeypatch.setattr(archiver, "INTERVAL_S", 0.01)
     monkeypatch.setattr(liveness, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(connections, "PATROL_S", 0.01)
     quick = make_settings(claim_recheck_s=0.01, sweep_interval_s=0.01)
     for kind, name in LOOPS.values():
         monkeypatch.setattr(kind, name, ends_once(getattr(kind, name)))

@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import pytest
 
-import server
 from broker.bundles import CAPS
 from broker.errors import InvalidBundle, TooLarge
 from broker.uploads import Spool
@@ -226,26 +225,6 @@ async def test_a_bundle_cut_into_single_bytes_is_read_all_the_same(
                 await asyncio.sleep(0)
             await line.send(body[300:])
             answer = await line.answer()
-        assert answer is not None
-        assert answer.status_code == 201, answer.text
-
-
-@pytest.mark.gen_test
-async def test_an_upload_has_longer_than_another_body(
-    make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server, "BODY_TIMEOUT_S", 0.05)
-    async with claimed(make_settings(), sigstore) as (fleet, runner, job):
-        body = form(*parts_of(runner, job))
-        token = f"Authorization: Bearer {runner.token}"
-        typed = ("Content-Type: application/json", "Content-Length: 10")
-        async with line_to(fleet.url) as upload, line_to(fleet.url) as claim:
-            await upload.send(submit_head(runner, job, f"Content-Length: {len(body)}"))
-            await upload.send(body[:100])
-            await claim.send(head("POST", "/api/queue/claim", token, *typed))
-            assert await claim.answer() is None, "its time is over"
-            await upload.send(body[100:])
-            answer = await upload.answer()
         assert answer is not None
         assert answer.status_code == 201, answer.text
 

@@ -64,7 +64,7 @@ async def serve() -> None:
         app = make_app(services)
         app.add_handlers(".*", [URLSpec("/fuzz/loop", LoopHandler, {"meter": meter})])
         sockets = bind_sockets(0, "127.0.0.1")
-        make_server(app).add_sockets(sockets)
+        make_server(app, services).add_sockets(sockets)
         ticks = asyncio.create_task(meter.watch())
         sys.stdout.write(f"{sockets[0].getsockname()[1]}\n")
         sys.stdout.flush()

@@ -1821,7 +1821,58 @@ UPSTREAM = (
 LOOPS = "tests/test_supervision.py"
 KEPT = "tests/test_kept_connections.py"
 
+SLOW = "tests/test_slow_lines.py"
+
 HTTP = (
+    Guard(
+        "slow lines: a body that stands still is given up",
+        "handlers/connections.py",
+        "        return moved < FLOOR_BYTES",
+        "        return False",
+        f"{SLOW}::test_a_body_that_stands_still_is_answered_and_logged_on_every_address",
+    ),
+    Guard(
+        "slow lines: what moves is not given up",
+        "handlers/connections.py",
+        "        return moved < FLOOR_BYTES",
+        "        return True",
+        f"{SLOW}::test_an_upload_that_moves_is_taken_however_long_it_takes",
+    ),
+    Guard(
+        "slow lines: the rest of what is refused is not waited for",
+        "handlers/connections.py",
+        " and not request.doomed:",
+        ":",
+        f"{SLOW}::test_a_refusal_of_a_body_that_stands_still_is_the_refusal",
+    ),
+    Guard(
+        "slow lines: a head has 10 s",
+        "handlers/connections.py",
+        "        if now - self._head_since < HEAD_S:\n            return None\n        self.close()\n",
+        "",
+        f"{SLOW}::test_a_head_that_does_not_come_ends_the_connection",
+    ),
+    Guard(
+        "slow lines: an answer that nobody reads is given up",
+        "handlers/connections.py",
+        "        self.lingers = False\n        self.close()\n",
+        "",
+        f"{SLOW}::test_an_answer_that_nobody_reads_is_given_up_and_told",
+    ),
+    Guard(
+        "slow lines: a refusal is read before its connection is reset",
+        "handlers/connections.py",
+        "        if self.lingers:\n",
+        "        if False:\n",
+        f"{SLOW}::test_a_refusal_reaches_a_client_that_sends_megabytes_after_it",
+    ),
+    Guard(
+        "slow lines: a suspended process cuts nobody",
+        "handlers/connections.py",
+        "now += min(time.monotonic() - last, 2 * PATROL_S)",
+        "now += time.monotonic() - last",
+        f"{SLOW}::test_the_patrols_clock_stands_still_while_the_process_does",
+    ),
     Guard(
         "loops: one that is cancelled from within is started again",
         "broker/supervision.py",
@@ -1890,8 +1941,8 @@ HTTP = (
     Guard(
         "http: an answer that ends its connection says so",
         "handlers/base.py",
-        "self._unread = True",
-        "self._unread = False",
+        "self._unread = True\n        self._arrived",
+        "self._unread = False\n        self._arrived",
         KEPT,
     ),
     Guard(
