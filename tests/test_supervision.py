@@ -340,7 +340,7 @@ SHORT_LIVED = {
     "broker/expiry_node.py": "awaited by the node, which listens anew when one of them ends",
     "broker/lease_keys.py": "one pipeline after the other: the next change starts it again",
     "broker/supervision.py": "the supervisor's own: one that ends ends the process",
-    "db/migrate.py": "a migration and its progress lines: awaited at once, raised where it was started",
+    "db/migrate.py": "awaited where they start: a migration, and the lines of its progress",
     "server.py": "awaited at once: which of the events that end the process comes first",
 }
 
