@@ -90,7 +90,6 @@ class Allowlist:
             key = key or await runner_keys.find(connection, fingerprint)
             if key is None:
                 raise NotFound("There is no such key on the allowlist.")
-            to_review = await submissions.accepted_of_key(connection, fingerprint)
             await record(
                 connection,
                 by.actor,
@@ -103,6 +102,8 @@ class Allowlist:
             )
         self._keys.drop(LeaseKey(row["queue_id"], row["lease_seq"]) for row in freed)
         await self._revocations.write([Revoked(fingerprint, None, self._tokens.life)])
+        # Behind the commit: from there on there are no more, and claims have waited long enough.
+        to_review = await submissions.accepted_of_key(self._pool, fingerprint)
         runs = [row["run_id"] for row in freed]
         return Revocation(fingerprint, key["revoked_at"], runs, to_review)
 

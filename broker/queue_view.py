@@ -85,11 +85,7 @@ class QueueView:
         A lease_id is shown to its holder only. A run that was never this runner's is not found.
         """
         row = await self._find(run_id)
-        mine = [
-            attempt
-            for attempt in await attempts.of_run(self._pool, run_id)
-            if attempt["runner_id"] == claims.runner_id
-        ]
+        mine = await attempts.of_run(self._pool, run_id, claims.runner_id)
         submission = await submissions.find(self._pool, run_id)
         own = submission is not None and submission["runner_id"] == claims.runner_id
         # The ledger of an accepted result may have been pruned; the result is still this runner's.

@@ -8,11 +8,14 @@ from db.pool import Executor
 from db.queries import load
 
 SQL = load("attempts")
+SHOWN_MAX = 200  # a run's lease_seq says how many there were
 
 
-async def of_run(pool: Executor, run_id: UUID) -> list[asyncpg.Record]:
-    """Return the attempts at a run, oldest first."""
-    return await pool.fetch(SQL["of_run"], run_id)
+async def of_run(
+    pool: Executor, run_id: UUID, runner_id: str | None = None
+) -> list[asyncpg.Record]:
+    """Return the newest attempts at a run, of all or of one runner, oldest first."""
+    return await pool.fetch(SQL["of_run"], run_id, runner_id, SHOWN_MAX)
 
 
 async def ended_lease(

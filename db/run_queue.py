@@ -15,6 +15,8 @@ SQL = load("run_queue")
 # What NOTIFY is sent on when a run becomes claimable.
 CHANNEL = "bakeoff_queue"
 PIECE_LENGTH = 2 * 1024 * 1024  # characters of jobs in one statement, the last job's aside
+# Of a run's leases that were released, those before its newest so many are forgotten.
+LEASES_KEPT = 100
 # A cursor before every run.
 FIRST_PAGE = (datetime(1, 1, 1, tzinfo=UTC), UUID(int=0))
 
@@ -143,7 +145,7 @@ async def release(
 
     With `untouched_since`, the row's updated_at, only if nothing has touched the row since.
     """
-    return await pool.fetchrow(SQL["release"], *_guard(guard), reason, untouched_since)
+    return await pool.fetchrow(SQL["release"], *_guard(guard), reason, untouched_since, LEASES_KEPT)
 
 
 async def fail(

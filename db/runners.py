@@ -12,6 +12,7 @@ from db.pool import Executor, fetch_one, fetch_planned
 from db.queries import load
 
 SQL = load("runners")
+NONCES_KEPT = 300  # of a key: a registration every two seconds, for as long as one is remembered
 # A cursor before every runner.
 FIRST_PAGE = ""
 
@@ -89,6 +90,7 @@ async def remember_nonce(connection: Executor, nonce: Nonce) -> bool:
         nonce.keep_until,
         nonce.created,
         nonce.address,
+        NONCES_KEPT,
     )
     return stored is not None
 

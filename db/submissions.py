@@ -15,6 +15,7 @@ from db.pool import Executor, fetch_one, fetch_planned
 from db.queries import load
 
 SQL = load("submissions")
+REFUSALS_KEPT = 200  # of a runner
 # COPY's binary format: https://www.postgresql.org/docs/current/sql-copy.html
 COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + struct.pack("!ii", 0, 0)
 COPY_TRAILER = struct.pack("!h", -1)
@@ -143,7 +144,7 @@ async def refuse(
     pool: Executor, run_id: UUID, runner_id: str, fingerprint: str, code: str, detail: str
 ) -> None:
     """Count a refusal against the runner."""
-    await pool.execute(SQL["refuse"], run_id, runner_id, fingerprint, code, detail)
+    await pool.execute(SQL["refuse"], run_id, runner_id, fingerprint, code, detail, REFUSALS_KEPT)
 
 
 async def accepted_of_key(connection: Executor, fingerprint: str) -> list[UUID]:

@@ -73,7 +73,9 @@ async def test_failed_runs_go_when_they_are_archived_and_past_their_time(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
     keep_s = 100 * DAY_S
-    async with open_fleet(make_settings(keep_failed_s=keep_s), sigstore) as fleet:
+    async with open_fleet(
+        make_settings(keep_failed_s=keep_s, failing_runner_pause_s=0), sigstore
+    ) as fleet:
         runner = await fleet.sign_on()
         older, younger, hot = [(await failed(fleet, runner))["run_id"] for _ in range(3)]
         cancelled = await fleet.enqueue()

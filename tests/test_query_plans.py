@@ -128,7 +128,7 @@ RUN, LEASE = "00000000-0000-0000-0000-000000000001", "00000000-0000-0000-0000-00
 GUARD = [RUN, LEASE, "runner-a", "a-key"]
 OF_ONE_RUN = {
     "complete": [*GUARD, "0"],
-    "release": [*GUARD, "why", "2026-01-01"],
+    "release": [*GUARD, "why", "2026-01-01", 100],
     "fail": [*GUARD, "timeout", "why", 1, 1, 900],
     "cancel_live": [RUN, "why"],
     "beat": [[RUN], [LEASE], ["runner-a"], ["a-key"], [None], TTL, 86_400],

@@ -277,7 +277,11 @@ SELECT
                         'how', p.how, 'progress', p.progress
                     ) ORDER BY p.lease_seq
                 ), '[]')
-                FROM attempts AS p WHERE p.run_id = g.run_id AND p.lease_seq < g.lease_seq
+                FROM ( -- the newest: a run may be claimed and released without end
+                    SELECT * FROM attempts AS b
+                    WHERE b.run_id = g.run_id AND b.lease_seq < g.lease_seq
+                    ORDER BY b.lease_seq DESC LIMIT 20
+                ) AS p
             ) END
         )
     )::text END AS members
@@ -405,6 +409,8 @@ RETURNING
 -- name: release
 -- Hand a lease back: no attempt is burnt. A run whose cancel was asked for ends here. With $6, only
 -- a lease that nobody has been given again, nor has beaten for, since that update of the row.
+-- A runner can claim and release for ever, so of a run's leases older than its newest $7 those that
+-- were released are forgotten: they changed nothing, and failures and lapses are few.
 WITH held AS MATERIALIZED (
     SELECT q.* FROM run_queue AS q
     INNER JOIN runner_keys AS k ON k.fingerprint = $4 AND k.revoked_at IS NULL
@@ -435,6 +441,11 @@ ledger AS (
         progress = h.progress, outcome = jsonb_build_object('status', f.status)
     FROM held AS h INNER JOIN freed AS f ON h.queue_id = f.queue_id
     WHERE a.run_id = h.run_id AND a.lease_seq = h.lease_seq
+),
+
+forgotten AS (
+    DELETE FROM attempts AS a USING freed AS f
+    WHERE a.run_id = f.run_id AND a.lease_seq <= f.lease_seq - $7::int AND a.how = 'released'
 )
 
 SELECT queue_id, lease_seq, status, pg_notify('bakeoff_queue', '') FROM freed

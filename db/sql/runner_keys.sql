@@ -57,6 +57,6 @@ FROM revoked_tokens WHERE expires_at > clock_timestamp()
 
 -- name: revoke_token
 -- Tokens that no process takes any more are forgotten on the way.
-WITH forgotten AS (DELETE FROM revoked_tokens WHERE expires_at < clock_timestamp())
+WITH forgotten AS (DELETE FROM revoked_tokens WHERE expires_at < statement_timestamp())
 
 INSERT INTO revoked_tokens (jti, expires_at) VALUES ($1, $2) ON CONFLICT DO NOTHING

@@ -42,10 +42,17 @@ UPDATE runners SET status = 'DEAD', instance_id = NULL WHERE runner_id = $1
 
 -- name: remember_nonce
 -- Nothing is returned when this key has used the nonce before. Nonces whose signature would be
--- refused by its age are forgotten on the way.
+-- refused by its age are forgotten on the way, and all but the newest $9 of a key that registers
+-- without end: one of those, sent again, is answered with a token of its own.
 WITH forgotten AS (
     DELETE FROM registration_nonces
-    WHERE fingerprint = $1 AND nonce <> $2 AND keep_until < clock_timestamp()
+    WHERE
+        fingerprint = $1 AND nonce <> $2
+        AND keep_until < greatest(statement_timestamp(), (
+            SELECT n.keep_until FROM registration_nonces AS n
+            WHERE n.fingerprint = $1
+            ORDER BY n.keep_until DESC OFFSET $9::int - 1 LIMIT 1
+        ))
 )
 
 INSERT INTO registration_nonces (

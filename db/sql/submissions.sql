@@ -17,6 +17,17 @@ UPDATE runs SET
 WHERE run_id = $1
 
 -- name: refuse
+-- A runner can send bundles that are none without end: its newest $6 refusals are kept.
+WITH forgotten AS (
+    DELETE FROM submission_refusals
+    WHERE
+        runner_id = $2 AND refused_at < (
+            SELECT n.refused_at FROM submission_refusals AS n
+            WHERE n.runner_id = $2
+            ORDER BY n.refused_at DESC OFFSET $6::int - 1 LIMIT 1
+        )
+)
+
 INSERT INTO submission_refusals (run_id, runner_id, key_fingerprint, code, detail)
 VALUES ($1, $2, $3, $4, $5)
 

@@ -994,6 +994,48 @@ ADMIN = (
         "revoke: once", f"{KEYS}:revoke", " AND revoked_at IS NULL", "", "tests/test_admin_keys.py"
     ),
     Guard(
+        "bound: the attempts that a claim tells of",
+        f"{QUEUE}:claim",
+        "ORDER BY b.lease_seq DESC LIMIT 20",
+        "",
+        "tests/test_bounds.py",
+    ),
+    Guard(
+        "bound: the attempts that a page shows",
+        "db/sql/attempts.sql:of_run",
+        " LIMIT $3",
+        " LIMIT $3 + 1000",
+        "tests/test_bounds.py",
+    ),
+    Guard(
+        "bound: the released leases that a run keeps",
+        f"{QUEUE}:release",
+        "a.run_id = f.run_id AND a.lease_seq <= f.lease_seq - $7::int",
+        "a.run_id = f.run_id AND a.lease_seq <= f.lease_seq - $7::int * 1000",
+        "tests/test_bounds.py",
+    ),
+    Guard(
+        "bound: what changed a run is not forgotten",
+        f"{QUEUE}:release",
+        " AND a.how = 'released'\n",
+        "\n",
+        "tests/test_bounds.py",
+    ),
+    Guard(
+        "bound: the registrations that a key keeps",
+        f"{RUNNERS}:remember_nonce",
+        "OFFSET $9::int - 1",
+        "OFFSET $9::int + 1000",
+        "tests/test_bounds.py",
+    ),
+    Guard(
+        "bound: the refusals that a runner keeps",
+        "db/sql/submissions.sql:refuse",
+        "OFFSET $6::int - 1",
+        "OFFSET $6::int + 1000",
+        "tests/test_bounds.py",
+    ),
+    Guard(
         "refusal: a revoked key is told so",
         f"{QUEUE}:why_refused",
         " AND k.revoked_at IS NULL",
