@@ -188,7 +188,7 @@ def _cluster(parts: _Parts) -> Cluster:
 def _parts(url: str, default_port: int) -> _Parts:
     split = urlsplit(url)
     if split.query:
-        raise RedisUrlRefused(f"{split.scheme}:// takes no options: remove ?{split.query}")
+        raise RedisUrlRefused(f"{split.scheme}:// takes no options: remove them")
     user_password, _, addresses = split.netloc.rpartition("@")
     user, _, password = user_password.partition(":")
     credentials: dict[str, Any] = {}

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated
-from urllib.parse import urlsplit, urlunsplit
 
 import typer
 
@@ -98,20 +97,11 @@ def reference_page() -> str:
 def _shown(value: object, redact: bool) -> object:
     from pydantic import SecretStr
 
+    from config.urls import without_password
+
     if isinstance(value, SecretStr):
         secret = value.get_secret_value()
-        return _without_password(secret) if redact else secret
+        return without_password(secret) if redact else secret
     if isinstance(value, str) and redact:
-        return _without_password(value) if "://" in value else value
+        return without_password(value) if "://" in value else value
     return value if isinstance(value, int | float | str | None) else str(value)
-
-
-def _without_password(secret: str) -> str:
-    """Keep what an operator looks for in a URL, hide the rest; other secrets are hidden whole."""
-    if "://" not in secret:
-        return "********" if secret else ""
-    parts = urlsplit(secret)
-    user, at, host = parts.netloc.rpartition("@")
-    name, colon, _ = user.partition(":")
-    hidden = f"{name}:********" if colon else name
-    return urlunsplit(parts._replace(netloc=f"{hidden}{at}{host}"))

@@ -19,12 +19,14 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from config.key_rings import parse_key_ring, parse_seed_ring
 from config.unreadable import why_unreadable
+from config.urls import check_url
 
 PREFIX = "BAKEOFF_QUEUE_"
 CONFIG_VARIABLE = f"{PREFIX}CONFIG"
 # Read by the command line's admin commands (cli/), not part of the service's settings.
 CLIENT_VARIABLES = {f"{PREFIX}URL", f"{PREFIX}TOKEN"}
 DAY_S = 86_400
+REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster")
 # PostgreSQL's intervals and Python's timedelta hold it; who wants to keep things for ever says so.
 MAX_RETENTION_S = 1000 * 365 * DAY_S
 NO_TOKEN_KEYS = (
@@ -207,6 +209,18 @@ class Settings(BaseSettings):
     @classmethod
     def _no_trailing_slash(cls, value: str) -> str:
         return value.rstrip("/")
+
+    @field_validator("database_url", "database_listen_url")
+    @classmethod
+    def _database_address(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            check_url(value.get_secret_value(), "postgres", "postgresql")
+        return value
+
+    @field_validator("redis_lease_url", "redis_token_url")
+    @classmethod
+    def _redis_address(cls, value: str) -> str:
+        return check_url(value, *REDIS_SCHEMES)
 
     @field_validator("token_keys")
     @classmethod

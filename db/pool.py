@@ -6,6 +6,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import wraps
+from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 import asyncpg
@@ -75,6 +76,21 @@ async def _keep(connection: asyncpg.Connection) -> None:
     """
 
 
+class _Borrowed(asyncpg.pool.PoolAcquireContext):
+    """A connection for as long as a block runs, and what its errors may tell."""
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None = None,
+        exc_val: BaseException | None = None,
+        exc_tb: TracebackType | None = None,
+    ) -> None:
+        """Give it back. PostgreSQL's details quote whole rows, leases and tokens among them."""
+        if isinstance(exc_val, asyncpg.PostgresError):
+            vars(exc_val)["detail"] = None
+        await super().__aexit__(exc_type, exc_val, exc_tb)
+
+
 class BoundedPool(asyncpg.Pool):
     """A pool whose waits end: for a connection after `ACQUIRE_S`, for an answer after `COMMAND_S`.
 
@@ -85,7 +101,7 @@ class BoundedPool(asyncpg.Pool):
 
     def acquire(self, *, timeout: float | None = None) -> Any:
         """Take a connection. Raises TimeoutError when all are busy for too long."""
-        return super().acquire(timeout=timeout or ACQUIRE_S)
+        return _Borrowed(self, timeout or ACQUIRE_S)
 
     async def execute(self, *arguments: Any, **options: Any) -> str:
         """Run a statement."""

@@ -104,7 +104,8 @@ def test_an_occupied_port_is_named_with_the_fix(settings) -> None:
         ({"receipt_keys": "k:short"}, 2, "the seed of k is not 32 bytes in hex"),
         ({"trusted_root": "/nowhere/root.json"}, 1, "/nowhere/root.json"),
         ({"signers_file": "/nowhere/signers.yaml"}, 1, "/nowhere/signers.yaml"),
-        ({"redis_lease_url": "http://redis"}, 1, "BAKEOFF_QUEUE_REDIS_LEASE_URL"),
+        ({"redis_lease_url": "http://redis"}, 2, "BAKEOFF_QUEUE_REDIS_LEASE_URL: must begin"),
+        ({"redis_lease_url": "redis+cluster://h/1"}, 1, "BAKEOFF_QUEUE_REDIS_LEASE_URL is not"),
         ({"lease_tll_s": 5}, 2, "did you mean BAKEOFF_QUEUE_LEASE_TTL_S?"),
     ],
 )  # fmt: skip
@@ -156,7 +157,7 @@ def test_a_migration_that_fails_is_no_database_that_is_away(settings, empty_data
     done = run("db", "migrate", **{**settings, "database_url": empty_database})
     assert done.returncode == 1
     assert "cannot be adopted" in done.stderr.splitlines()[-1]
-    away = {"database_url": "mysql://127.0.0.1/x"}
+    away = {"database_url": "postgres://127.0.0.1/x?sslmode=none"}
     assert run("db", "status", **{**settings, **away}).returncode == 5
     beside = {**away, "database_listen_url": empty_database}
     assert run("db", "status", **{**settings, **beside}).returncode == 0
@@ -203,7 +204,7 @@ def test_config_check_refuses_what_serve_would(settings, tmp_path) -> None:
     secrets.write_text(KEY_RING)
     wrong = {
         "trusted_root": secrets, "signers_file": "/nowhere/signers.yaml", "receipt_keys": "",
-        "redis_token_url": "http://redis",
+        "redis_token_url": "redis+cluster://redis/1",
     }  # fmt: skip
     done = run("config", "check", **{**settings, **wrong})
     assert (done.returncode, done.stdout) == (2, "")

@@ -211,7 +211,7 @@ async def test_whatever_redis_is_away_runners_are_served(
     path = "/leases/" if scheme == "redis+sentinel" else "/"
     settings = make_settings(
         redis_lease_url=f"{scheme}://{NOBODY}{path}0",
-        redis_token_url=f"{scheme}://{NOBODY}{path}0#2",
+        redis_token_url=f"{scheme}://user@{NOBODY}{path}0",
     )
     async with open_fleet(settings, sigstore) as fleet:
         runner = await fleet.sign_on()

@@ -50,16 +50,17 @@ def test_settings_cannot_be_changed() -> None:
 
 
 def test_the_sources_win_in_their_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    text = "queue: {database_url: yaml, public_url: yaml, log_level: debug, listen_port: 1}"
+    text = "queue: {database_url: y, public_url: y, log_level: debug, listen_port: 1}"
     monkeypatch.setenv(CONFIG_VARIABLE, write(tmp_path / "config.yaml", text))
-    for name in ("DATABASE_URL", "PUBLIC_URL", "LISTEN_PORT"):
-        monkeypatch.setenv(f"{PREFIX}{name}_FILE", write(tmp_path / name, "2\n"))
+    held = {"DATABASE_URL": "postgres://2", "PUBLIC_URL": "2", "LISTEN_PORT": "2"}
+    for name, value in held.items():
+        monkeypatch.setenv(f"{PREFIX}{name}_FILE", write(tmp_path / name, f"{value}\n"))
     for name in ("PUBLIC_URL", "LISTEN_PORT"):
         monkeypatch.setenv(PREFIX + name, "3")
     settings = load_settings(listen_port=4)
     assert settings.listen_port == 4
     assert settings.public_url == "3"
-    assert settings.database_url.get_secret_value() == "2"
+    assert settings.database_url.get_secret_value() == "postgres://2"
     assert settings.log_level == "debug"
 
 
@@ -67,7 +68,7 @@ def test_the_sources_win_in_their_order(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ("name", "hint"),
     [
         ("LEASE_TTL", "LEASE_TTL_S"),
-        ("DATABASE_URl", "DATABASE_URL"),
+        ("LISTEN_ADDRESs", "LISTEN_ADDRESS"),
         ("TOKEN_KEY_FILE", "TOKEN_KEYS_FILE"),
     ],
 )

@@ -1692,6 +1692,38 @@ MIGRATING = (
     ),
 )
 
+SECRETS = "tests/test_secrets.py"
+SECRET = (
+    Guard(
+        "secrets: an error quotes no row",
+        "db/pool.py",
+        '            vars(exc_val)["detail"] = None\n',
+        "            pass\n",
+        f"{SECRETS}::test_an_error_of_the_pool_quotes_no_row",
+    ),
+    Guard(
+        "secrets: a child gets none of our environment",
+        "broker/workers.py",
+        'env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},',
+        'env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},',
+        f"{SECRETS}::test_a_server_shows_no_secret_in_its_logs_answers_and_children",
+    ),
+    Guard(
+        "secrets: an address that means two things is refused",
+        "config/urls.py",
+        "    if not _is_plain(url):",
+        "    if False:",
+        f"{SECRETS}::test_what_is_wrong_with_a_secret_is_told_without_it",
+    ),
+    Guard(
+        "secrets: an option's value is hidden",
+        "config/urls.py",
+        "{value if name in SHOWN_OPTIONS else HIDDEN}",
+        "{value}",
+        f"{SECRETS}::test_an_address_is_shown_without_its_password",
+    ),
+)
+
 UPSTREAM = (
     Guard(
         "binding: the config hash is of the result's own config",
@@ -2008,6 +2040,7 @@ ALL = (
     + ARCHIVING
     + WORKERS
     + MIGRATING
+    + SECRET
     + UPSTREAM
     + HTTP
 )

@@ -1,0 +1,62 @@
+"""Addresses that may hold a password: read in one way only, and shown without it.
+
+A `/`, `?`, `#` or `@` in a password moves the place where a reader sees the host: one program
+would connect elsewhere, another would print the password as if it were a path. So they must be
+percent-encoded, and what can be read in two ways is refused. No error holds a part of the address.
+"""
+
+import re
+
+HIDDEN = "********"
+# Options that tell an operator where an address leads; the value of any other is hidden.
+SHOWN_OPTIONS = {
+    "host", "port", "dbname", "database", "db", "user", "sslmode", "sslrootcert", "sslcert",
+    "target_session_attrs", "application_name", "default_transaction_read_only",
+}  # fmt: skip
+_URL = re.compile(r"([a-z][a-z0-9+]*)://(?:([^/?#@\[\]]*)@)?([^/?#@]*)(/[^?#@]*)?(?:\?([^#@]*))?")
+_HOST = re.compile(r"(?:\[[0-9A-Za-z:.%_-]+\]|[^:\[\]]*)(?::([0-9]{1,5}))?")
+_OPTION = re.compile(r"[^=]+=.*")
+
+
+def check_url(url: str, *schemes: str) -> str:
+    """Return `url`, which one of `schemes` begins. Raises ValueError, which holds no part of it."""
+    if url.partition("://")[0] not in schemes:
+        *most, last = (f"{scheme}://" for scheme in schemes)
+        raise ValueError(f"must begin with {', '.join(most)} or {last}")
+    if not _is_plain(url):
+        raise ValueError(
+            "is no address that can be read in one way only: percent-encode / ? # @ in names and"
+            " passwords (%2F %3F %23 %40), write hosts as HOST, HOST:PORT or [IPv6]:PORT, and"
+            " options as ?name=value&name=value"
+        )
+    return url
+
+
+def without_password(secret: str) -> str:
+    """Return of an address what an operator looks for; of any other secret, nothing."""
+    if not secret:
+        return ""
+    found = _URL.fullmatch(secret)
+    if found is None or not _is_plain(secret):
+        return HIDDEN
+    scheme, user, hosts, path, options = found.groups("")
+    name, colon, _ = user.partition(":")
+    login = f"{name}:{HIDDEN}@" if colon else f"{name}@" if name else ""
+    shown = "&".join(map(_shown_option, options.split("&"))) if options else ""
+    return f"{scheme}://{login}{hosts}{path}{'?' if shown else ''}{shown}"
+
+
+def _is_plain(url: str) -> bool:
+    found = _URL.fullmatch(url)
+    if found is None or not url.isprintable() or " " in url:
+        return False
+    hosts = [_HOST.fullmatch(host) for host in found[3].split(",")]
+    options = (found[5] or "").split("&") if found[5] is not None else []
+    return all(host and int(host[1] or 0) <= 65535 for host in hosts) and all(
+        map(_OPTION.fullmatch, options)
+    )
+
+
+def _shown_option(option: str) -> str:
+    name, _, value = option.partition("=")
+    return f"{name}={value if name in SHOWN_OPTIONS else HIDDEN}"
