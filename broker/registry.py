@@ -18,7 +18,7 @@ from auth.keys import RunnerKey, digest_of
 from auth.remembered import Remembered
 from auth.revocation import Revocations, Revoked
 from auth.tokens import LEEWAY, RunnerClaims, Tokens
-from broker import quantizations
+from broker import declared_vram, quantizations
 from broker.coalesce import Coalescer
 from broker.errors import (
     ClockSkew,
@@ -87,6 +87,7 @@ class Registry:
             )
         self._check_clock(parse_time(registration["signed_at"], "/registration/signed_at"))
         declared = recognized(registration["capabilities"], known, "/registration")
+        declared_vram.check(declared, "/registration")
         registration = {**registration, "capabilities": declared}
         async with self._pool.acquire() as connection, connection.transaction():
             # Once more, and locked like a claim's: a revocation that runs beside us is waited for,
@@ -120,6 +121,7 @@ class Registry:
             declared = standing["capabilities"]
         else:
             declared = recognized(declared, await self.known_quantizations(), "")
+            declared_vram.check(declared, "")
         effective = capped(declared, standing["capability_caps"])
         return Capabilities(int(effective["vram_gb"]), tuple(sorted(effective["quantizations"])))
 
