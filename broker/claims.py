@@ -26,7 +26,15 @@ from broker.errors import (
     LeaseLimit,
     RunnerPaused,
 )
-from broker.fitting import Capabilities, Offer, Reason, count, due_in, reasons
+from broker.fitting import (
+    Capabilities,
+    Offer,
+    Reason,
+    count,
+    due_in,
+    failed_here,
+    reasons,
+)
 from broker.lease_keys import LeaseKey, LeaseKeys
 from broker.telemetry import Telemetry, failures_counted
 from broker.waiting_room import WaitingRoom
@@ -123,7 +131,8 @@ class Claims:
     async def explain(self, runner_id: str, capabilities: Capabilities) -> list[Reason]:
         """Return why this runner, of these capabilities, gets nothing."""
         offers = await self._offers.ask(EXPLAINED_MAX)
-        found = reasons(offers, capabilities)
+        avoided = await run_queue.avoided_by(self._pool, runner_id)
+        found = [*reasons(offers, capabilities), *failed_here([row["until"] for row in avoided])]
         if await runners.is_draining(self._pool, runner_id):
             detail = "an admin asked this runner to finish and stop: it gets nothing until resumed"
             return [Reason("draining", count(offers), detail, None), *found]

@@ -91,6 +91,17 @@ def reasons(offers: Sequence[Offer], runner: Capabilities) -> list[Reason]:
     return found
 
 
+def failed_here(untils: Sequence[datetime | None]) -> list[Reason]:
+    """Return the reason of PENDING runs that the runner failed, by when it asked for them again."""
+    if not untils:
+        return []
+    asked = [until for until in untils if until is not None]
+    detail = "failed on this runner: other runners that fit get them first"
+    if len(asked) == len(untils):
+        detail = f"failed on this runner, which asked to wait until {max(asked):%Y-%m-%dT%H:%M:%SZ}"
+    return [Reason("failed_here", len(untils), detail, None)]
+
+
 def count(offers: Iterable[Offer]) -> int:
     """Return how many runs these are."""
     return sum(offer.runs for offer in offers)

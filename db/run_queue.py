@@ -107,6 +107,11 @@ async def claim(
     )
 
 
+async def avoided_by(pool: Executor, runner_id: str) -> list[asyncpg.Record]:
+    """Return run_id and until of the PENDING runs that a runner failed and is not given now."""
+    return await pool.fetch(SQL["avoided_by"], runner_id)
+
+
 async def held_by(pool: Executor, runner_id: str) -> list[asyncpg.Record]:
     """Return the live leases of a runner, oldest first."""
     return await pool.fetch(SQL["held_by"], runner_id)

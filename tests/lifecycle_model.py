@@ -124,7 +124,11 @@ class Lifecycle:
             return NOTHING, None
         if len(self.held(runner)) >= runner.max_leases:
             return LEASE_LIMIT, None
-        fitting = [r for r in self.runs if r.status == "PENDING" and r.need_gb <= runner.vram_gb]
+        fitting = [
+            run
+            for run in self.runs
+            if run.status == "PENDING" and _fits(runner, run) and not self._avoids(runner, run)
+        ]
         if not fitting:
             return NOTHING, None
         run = min(fitting, key=lambda r: r.priority)  # the oldest of them: min takes the first
@@ -133,6 +137,15 @@ class Lifecycle:
         run.leases.append(lease)
         runner.leases.append(lease)
         return OK, lease
+
+    def _avoids(self, runner: Runner, run: Run) -> bool:
+        """Whether the runner failed the run, and another one, that did not, could take it."""
+        return _failed(runner, run) and any(
+            _fits(other, run)
+            and not (other.paused or other.draining or other.revoked or _failed(other, run))
+            for other in self.runners.values()
+            if other is not runner
+        )
 
     def heartbeat(self, runner: Runner, run: Run, lease: Lease | None) -> Answer:
         """Renew a lease, overdue or not, and say what to do with it."""
@@ -260,6 +273,17 @@ class Lifecycle:
         }
         lost = run.attempt_count >= run.max_attempts or len(silent) >= SILENCES
         run.status = "FAILED" if lost else "PENDING"
+
+
+def _fits(runner: Runner, run: Run) -> bool:
+    return run.need_gb <= runner.vram_gb
+
+
+def _failed(runner: Runner, run: Run) -> bool:
+    return any(
+        lease.runner is runner and lease.how == "failed" and lease.claimed_at > run.requeued_at
+        for lease in run.leases
+    )
 
 
 def _holds(runner: Runner, run: Run, lease: Lease | None) -> bool:

@@ -1,5 +1,6 @@
 """Release, fail and sign off: a lease handed back before its time."""
 
+import asyncio
 import uuid
 from collections.abc import Callable
 from datetime import datetime
@@ -115,16 +116,80 @@ async def test_a_failure_that_is_sent_again_gets_the_same_answer_and_counts_once
 
 
 @pytest.mark.gen_test
-async def test_a_runner_may_ask_for_a_longer_wait_and_not_for_a_shorter_one(
+async def test_a_runners_wish_delays_the_run_for_that_runner_and_for_nobody_else(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
-    async with open_fleet(make_settings(), sigstore) as fleet:
+    async with open_fleet(make_settings(retry_backoff_s=0), sigstore) as fleet:
         runner = await fleet.sign_on()
-        for asked, waits in ((10, 300), (5000, 5000)):
-            run_id = await fleet.enqueue()
-            await runner.fail(await runner.take(), retry_after_s=asked)
-            row = await fleet.row(run_id)
-            assert row["retry_after"] - row["updated_at"] == about(waits)
+        run_id = await fleet.enqueue()
+        answer = body_of(await runner.fail(await runner.take(), retry_after_s=86400))
+        row = await fleet.row(run_id)
+        assert row["retry_after"] - row["updated_at"] == about(0)
+        assert answer["status"] == "PENDING"
+        assert (await runner.claim()).status_code == 204
+        (why,) = (await runner.claim(explain=True)).json()["reasons"]
+        assert (why["code"], why["count"]) == ("failed_here", 1)
+        assert "asked to wait until" in why["detail"]
+        other = await fleet.sign_on("runner-b")
+        assert (await other.take())["run_id"] == run_id
+
+
+@pytest.mark.gen_test
+async def test_a_wish_ends_by_itself_and_by_a_requeue(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(retry_backoff_s=0), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        run_id = await fleet.enqueue(max_attempts=2)
+        await runner.fail(await runner.take(), retry_after_s=86400)
+        await fleet.pool.execute("UPDATE run_deferrals SET until = clock_timestamp()")
+        job = await runner.take()
+        assert (await runner.fail(job, retry_after_s=86400)).json()["status"] == "FAILED"
+        body = {"reason": "the disk was full"}
+        assert (await fleet.admin("POST", f"/queue/{run_id}/requeue", json=body)).is_success
+        assert (await runner.take())["run_id"] == run_id
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("other_is", ["idle", "small", "paused", "draining", "dead", "revoked"])
+async def test_a_run_goes_to_another_that_fits_before_it_comes_back_to_who_failed_it(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, other_is: str
+) -> None:
+    async with open_fleet(make_settings(retry_backoff_s=0), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        caps = {"capability_caps": {"vram_gb": 1}} if other_is == "small" else {}
+        other = await fleet.sign_on("runner-b", **caps)
+        run_id = await fleet.enqueue()
+        await runner.fail(await runner.take())
+        if other_is == "paused":
+            await fleet.admin("POST", "/runners/runner-b/pause", json={"reason": "test"})
+        elif other_is == "draining":
+            await fleet.admin("POST", "/runners/runner-b/drain", json={})
+        elif other_is == "dead":
+            await fleet.pool.execute(
+                "UPDATE runners SET status = 'DEAD' WHERE runner_id = 'runner-b'"
+            )
+        elif other_is == "revoked":
+            await fleet.revoke(other)
+        if other_is == "idle":
+            assert (await runner.claim()).status_code == 204
+            (why,) = (await runner.claim(explain=True)).json()["reasons"]
+            assert (why["code"], why["count"]) == ("failed_here", 1)
+            await other.fail(await other.take())  # it has failed on both: neither is better
+        assert (await runner.take())["run_id"] == run_id
+
+
+@pytest.mark.gen_test
+async def test_a_runner_that_avoids_a_run_is_served_beside_one_of_the_same_kind_that_does_not(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(retry_backoff_s=0), sigstore) as fleet:
+        runner, other = await fleet.sign_on(), await fleet.sign_on("runner-b")
+        failed = await fleet.enqueue(priority=1)
+        await runner.fail(await runner.take())
+        fresh = await fleet.enqueue(priority=50)
+        mine, others = await asyncio.gather(runner.take(), other.take())
+        assert (mine["run_id"], others["run_id"]) == (fresh, failed)
 
 
 @pytest.mark.gen_test

@@ -159,6 +159,8 @@ async def test_each_end_closes_the_ledgers_row_of_its_own_lease_only(
         other = await fleet.sign_on("runner-b")
         beside = await fleet.enqueue()
         await other.take()
+        # Alive, it would be given what the first runner failed.
+        await fleet.pool.execute("UPDATE runners SET status = 'DEAD' WHERE runner_id = 'runner-b'")
         hows = ("failed", "released", "failed", "lapsed", "completed")
         for number, how in enumerate(hows, start=1):
             # The other run's lease has the same number.

@@ -37,7 +37,9 @@ replayed AS (
 -- A runner's lowest free lease slot. Two claims of one runner in two processes may see the same
 -- free slot; the unique index lets one of them through and the other looks again.
 entitled AS MATERIALIZED (
-    SELECT r.*, s.slot, row_number() OVER (PARTITION BY r.kind ORDER BY r.place) AS turn
+    SELECT
+        r.*, s.slot, d.avoided,
+        row_number() OVER (PARTITION BY r.kind, d.avoided ORDER BY r.place) AS turn
     FROM requests AS r
     INNER JOIN admitted AS a ON r.fingerprint = a.fingerprint
     INNER JOIN runners AS u
@@ -52,18 +54,35 @@ entitled AS MATERIALIZED (
         )
         ORDER BY slot LIMIT 1
     ) AS s
+    -- Runs that the runner failed: not again before the time it asked for, nor while another runner
+    -- could take them. Only the newest are read, or a patient runner could make its claims dear.
+    CROSS JOIN LATERAL (
+        SELECT coalesce(array_agg(q.queue_id ORDER BY q.queue_id), '{}') AS avoided
+        FROM (
+            SELECT run_id, until FROM run_deferrals
+            WHERE runner_id = r.runner_id
+            ORDER BY failed_at DESC LIMIT 64
+        ) AS f
+        CROSS JOIN LATERAL (
+            SELECT queue_id FROM run_queue
+            WHERE run_id = f.run_id AND job IS NOT NULL AND status = 'PENDING'
+            OFFSET 0 -- a probe each, and no scan of the queue
+        ) AS q
+        WHERE f.until > clock_timestamp() OR another_fits(f.run_id, r.runner_id)
+    ) AS d
     WHERE r.place NOT IN (SELECT place FROM replayed)
 ),
 
--- The kinds that are entitled to something, the one that came first first.
+-- The kinds that are entitled to something, the one that came first first. Runners that have to
+-- avoid runs are a kind of their own.
 kinds AS MATERIALIZED (
     SELECT
-        e.kind, k.vram_gb, string_to_array(k.quantizations, ',') AS quantizations,
+        e.kind, e.avoided, k.vram_gb, string_to_array(k.quantizations, ',') AS quantizations,
         count(*) AS asked, row_number() OVER (ORDER BY min(e.place)) AS step
     FROM entitled AS e
     INNER JOIN unnest($1::int [], $2::text []) WITH ORDINALITY AS k (vram_gb, quantizations, kind)
         ON e.kind = k.kind
-    GROUP BY e.kind, k.vram_gb, k.quantizations
+    GROUP BY e.kind, e.avoided, k.vram_gb, k.quantizations
 ),
 
 queues AS MATERIALIZED (
@@ -82,10 +101,10 @@ queues AS MATERIALIZED (
 ),
 
 -- One kind after the other, each from what those before it have left.
-rounds (step, kind, found, chosen, taken) AS (
-    SELECT 0::bigint, NULL::int, 0, '{}'::uuid [], '{}'::uuid []
+rounds (step, found, chosen, taken) AS (
+    SELECT 0::bigint, 0, '{}'::uuid [], '{}'::uuid []
     UNION ALL
-    SELECT k.step, k.kind, cardinality(h.heads), c.chosen, r.taken || c.chosen
+    SELECT k.step, cardinality(h.heads), c.chosen, r.taken || c.chosen
     FROM rounds AS r
     INNER JOIN kinds AS k ON k.step = r.step + 1
     -- The head of each fitting model's queue, and what has come due of its deferred runs; more than
@@ -106,7 +125,7 @@ rounds (step, kind, found, chosen, taken) AS (
             best AS (
                 SELECT f.* FROM fitting AS f
                 ORDER BY f.priority, f.created_at, f.queue_id
-                LIMIT 2 * k.asked + 16 + cardinality(r.taken)
+                LIMIT 2 * k.asked + 16 + cardinality(r.taken) + cardinality(k.avoided)
             )
 
             SELECT h.queue_id
@@ -119,7 +138,7 @@ rounds (step, kind, found, chosen, taken) AS (
                     WHERE
                         q.model_id = f.model_id AND q.judge_model_id = f.judge_model_id
                         AND q.status = 'PENDING' AND q.job IS NOT NULL
-                        AND q.retry_after IS NULL AND q.queue_id <> all(r.taken)
+                        AND q.retry_after IS NULL AND q.queue_id <> all(r.taken || k.avoided)
                         AND (q.priority, q.created_at, q.queue_id)
                         >= (f.priority, f.created_at, f.queue_id)
                     ORDER BY q.priority, q.created_at, q.queue_id
@@ -134,7 +153,8 @@ rounds (step, kind, found, chosen, taken) AS (
                     WHERE
                         q.model_id = f.model_id AND q.judge_model_id = f.judge_model_id
                         AND q.status = 'PENDING' AND q.job IS NOT NULL
-                        AND q.retry_after <= statement_timestamp() AND q.queue_id <> all(r.taken)
+                        AND q.retry_after <= statement_timestamp()
+                        AND q.queue_id <> all(r.taken || k.avoided)
                     ORDER BY q.retry_after
                     LIMIT 2 * k.asked + 16
                 ) AS q
@@ -168,7 +188,8 @@ assigned AS (
     SELECT e.*, c.queue_id
     FROM rounds AS r
     CROSS JOIN LATERAL unnest(r.chosen) WITH ORDINALITY AS c (queue_id, turn)
-    INNER JOIN entitled AS e ON r.kind = e.kind AND c.turn = e.turn
+    INNER JOIN kinds AS k ON r.step = k.step
+    INNER JOIN entitled AS e ON k.kind = e.kind AND k.avoided = e.avoided AND c.turn = e.turn
 ),
 
 taken AS (
@@ -253,7 +274,7 @@ SELECT
     -- Fewer than were there and asked for: others held the rows, or just ended a lease that was to
     -- be given again, so look again.
     EXISTS (
-        SELECT FROM rounds AS c INNER JOIN kinds AS k ON c.kind = k.kind
+        SELECT FROM rounds AS c INNER JOIN kinds AS k ON c.step = k.step
         WHERE cardinality(c.chosen) < least(k.asked, c.found)
     )
     OR (SELECT count(*) FROM given_again) < (SELECT count(*) FROM replayed) AS contended,
@@ -293,6 +314,18 @@ LEFT JOIN entitled AS e ON r.place = e.place
 LEFT JOIN granted AS g ON r.place = g.place
 LEFT JOIN described AS d ON g.model_id = d.model_id
 ORDER BY r.place
+
+-- name: avoided_by
+-- The PENDING runs that a runner failed and is not given now, and until when it asked not to be; null
+-- when it waits only for others to take them.
+SELECT q.run_id, CASE WHEN d.until > clock_timestamp() THEN d.until END AS until
+FROM (
+    SELECT run_id, until FROM run_deferrals
+    WHERE runner_id = $1
+    ORDER BY failed_at DESC LIMIT 64
+) AS d
+INNER JOIN run_queue AS q ON d.run_id = q.run_id AND q.status = 'PENDING' AND q.job IS NOT NULL
+WHERE d.until > clock_timestamp() OR another_fits(d.run_id, $1)
 
 -- name: held_by
 -- The live leases of a runner.
@@ -481,7 +514,7 @@ freed AS (
         END,
         priority = q.priority + CASE WHEN r.next_status = 'PENDING' THEN 5 * r.failures ELSE 0 END,
         retry_after = CASE WHEN r.next_status = 'PENDING'
-            THEN clock_timestamp() + greatest($7 * r.failures, $8) * interval '1 second'
+            THEN clock_timestamp() + $7 * r.failures * interval '1 second'
         END,
         completed_at = CASE WHEN r.next_status <> 'PENDING' THEN clock_timestamp() END,
         error_detail = $5 || ': ' || $6,
@@ -510,6 +543,28 @@ ledger AS (
         )
     FROM held AS h INNER JOIN freed AS f ON h.queue_id = f.queue_id
     WHERE a.run_id = h.run_id AND a.lease_seq = h.lease_seq
+),
+
+-- The runner is not given the run again for a while, as it asked ($8 seconds) or while others could
+-- take it: others do not wait for its wish. What it failed and is over is forgotten on the way.
+forgotten AS (
+    DELETE FROM run_deferrals AS d USING held AS h
+    WHERE
+        d.runner_id = h.claimed_by AND d.run_id <> h.run_id
+        AND (
+            SELECT q.status FROM run_queue AS q -- a probe each, and no scan of the queue
+            WHERE q.run_id = d.run_id AND q.job IS NOT NULL
+        ) IN ('PENDING', 'CLAIMED', 'IN_PROGRESS') IS NOT TRUE
+),
+
+deferred AS (
+    INSERT INTO run_deferrals AS d (run_id, runner_id, until, failed_at)
+    SELECT
+        h.run_id, h.claimed_by, clock_timestamp() + $8 * interval '1 second', clock_timestamp()
+    FROM held AS h INNER JOIN freed AS f ON h.queue_id = f.queue_id
+    WHERE f.status = 'PENDING'
+    ON CONFLICT (run_id, runner_id) DO UPDATE SET
+        until = excluded.until, failed_at = excluded.failed_at
 ),
 
 -- A runner whose last three leases all failed, on three different runs, is paused for $9 seconds:
@@ -911,6 +966,10 @@ WITH put_back AS (
 
 outcome AS (
     UPDATE runs SET run_status = 'incomplete' FROM put_back AS p WHERE runs.run_id = p.run_id
+),
+
+forgotten AS (
+    DELETE FROM run_deferrals AS d USING put_back AS p WHERE d.run_id = p.run_id
 )
 
 SELECT status, pg_notify('bakeoff_queue', '') FROM put_back

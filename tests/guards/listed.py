@@ -218,6 +218,34 @@ CLAIM = (
         f"{CLAIMS}::test_a_model_that_needs_23_gb_fits_a_card_of_23_and_not_one_of_22",
     ),
     Guard(
+        "claim: not a run that the runner failed and another could take",
+        f"{QUEUE}:claim",
+        " OR another_fits(f.run_id, r.runner_id)",
+        "",
+        "tests/test_handbacks.py::test_a_run_goes_to_another_that_fits_before_it_comes_back_to_who_failed_it",
+    ),
+    Guard(
+        "claim: not before the time that the runner asked for",
+        f"{QUEUE}:claim",
+        "f.until > clock_timestamp() OR another_fits",
+        "another_fits",
+        "tests/test_handbacks.py::test_a_runners_wish_delays_the_run_for_that_runner_and_for_nobody_else",
+    ),
+    Guard(
+        "claim: runners that avoid runs are a kind of their own",
+        f"{QUEUE}:claim",
+        "k.kind = e.kind AND k.avoided = e.avoided AND",
+        "k.kind = e.kind AND",
+        "tests/test_handbacks.py::test_a_runner_that_avoids_a_run_is_served_beside_one_of_the_same_kind_that_does_not",
+    ),
+    Guard(
+        "requeue: for every runner",
+        f"{QUEUE}:requeue",
+        "DELETE FROM run_deferrals AS d USING put_back AS p WHERE d.run_id = p.run_id",
+        "SELECT",
+        "tests/test_handbacks.py::test_a_wish_ends_by_itself_and_by_a_requeue",
+    ),
+    Guard(
         "claim: not before retry_after",
         f"{QUEUE}:claim",
         "AND q.retry_after <= statement_timestamp()",
@@ -291,8 +319,8 @@ CLAIM = (
     Guard(
         "claim: what one kind of runner took is not another's",
         f"{QUEUE}:claim",
-        "AND q.retry_after IS NULL AND q.queue_id <> all(r.taken)",
-        "AND q.retry_after IS NULL",
+        "AND q.retry_after IS NULL AND q.queue_id <> all(r.taken || k.avoided)",
+        "AND q.retry_after IS NULL AND q.queue_id <> all(k.avoided)",
         f"{RACES}::test_runners_of_many_kinds_are_served_together_and_no_run_goes_to_two",
     ),
     Guard(
