@@ -1,15 +1,16 @@
 """Release, fail and sign off: a lease handed back before its time."""
 
-import asyncio
 import uuid
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
 
 from config.settings import Settings
+from db import run_queue
+from db.run_queue import Capabilities, Claimant
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, about, code_of, open_fleet, quiet_sweep
 
@@ -140,11 +141,12 @@ async def test_a_wish_ends_by_itself_and_by_a_requeue(
 ) -> None:
     async with open_fleet(make_settings(retry_backoff_s=0), sigstore) as fleet:
         runner = await fleet.sign_on()
-        run_id = await fleet.enqueue(max_attempts=2)
+        run_id = await fleet.enqueue()
         await runner.fail(await runner.take(), retry_after_s=86400)
         await fleet.pool.execute("UPDATE run_deferrals SET until = clock_timestamp()")
-        job = await runner.take()
-        assert (await runner.fail(job, retry_after_s=86400)).json()["status"] == "FAILED"
+        await runner.fail(await runner.take(), retry_after_s=86400)
+        assert (await runner.claim()).status_code == 204
+        await fleet.cancel(run_id)
         body = {"reason": "the disk was full"}
         assert (await fleet.admin("POST", f"/queue/{run_id}/requeue", json=body)).is_success
         assert (await runner.take())["run_id"] == run_id
@@ -188,8 +190,16 @@ async def test_a_runner_that_avoids_a_run_is_served_beside_one_of_the_same_kind_
         failed = await fleet.enqueue(priority=1)
         await runner.fail(await runner.take())
         fresh = await fleet.enqueue(priority=50)
-        mine, others = await asyncio.gather(runner.take(), other.take())
-        assert (mine["run_id"], others["run_id"]) == (fresh, failed)
+        offer = Capabilities(24, ("q8_0",))
+        rows = await run_queue.claim(
+            fleet.pool,
+            [
+                Claimant(each.runner_id, each.fingerprint, str(uuid.uuid4()), "", offer)
+                for each in (runner, other)
+            ],
+            ttl=timedelta(seconds=60), max_leases=1, max_runtime_s=86_400,
+        )  # fmt: skip
+        assert [str(row["run_id"]) for row in rows] == [fresh, failed]
 
 
 @pytest.mark.gen_test

@@ -523,7 +523,13 @@ def _held(verb: str) -> tuple[Guard, ...]:
             "",
             _LIVE,
         ),
-        Guard(f"{verb}: bakeoff's own rows stay", place, " AND q.job IS NOT NULL", "", _LOCAL),
+        Guard(
+            f"{verb}: bakeoff's own rows stay",
+            place,
+            "= $1 AND q.job IS NOT NULL",
+            "= $1",
+            _LOCAL,
+        ),
         Guard(
             f"{verb}: the ledger's row of this run", place, "a.run_id = h.run_id AND ", "", _LEDGER
         ),
