@@ -45,6 +45,7 @@ from broker.redis_topology import RedisUrlRefused, Topology, open_topology
 from broker.registry import Registry
 from broker.reload import ReadSettings, Reload
 from broker.results import Results
+from broker.runner_breaker import RunnerBreaker
 from broker.runner_care import RunnerCare
 from broker.runner_tokens import RunnerTokens
 from broker.services import Services
@@ -150,14 +151,17 @@ async def open_services(
         supervisor.start("archiver", Archiver(pool, settings).run, every_s=ARCHIVER_S)
         stack.push_async_callback(claims.close)
         stack.push_async_callback(revocations.close)
+        breaker = RunnerBreaker(pool, settings)
         yield Services(
             settings=settings,
             credentials=Credentials(pool, tokens, revocations),
             registry=Registry(pool, settings, tokens, revocations),
             claims=claims,
             heartbeats=Heartbeats(pool, settings, keys, telemetry),
-            handbacks=Handbacks(pool, settings, keys),
-            submissions=Submissions(pool, settings, keys, trusted, receipts, workers, telemetry),
+            handbacks=Handbacks(pool, settings, keys, breaker),
+            submissions=Submissions(
+                pool, settings, keys, trusted, receipts, workers, telemetry, breaker
+            ),
             allowlist=Allowlist(pool, tokens, revocations, keys),
             enqueue=Enqueue(pool, settings, workers),
             queue=QueueView(pool),

@@ -9,11 +9,11 @@ from datetime import datetime
 from typing import Any
 
 import asyncpg
-import structlog
 
 from broker.diagnosis import refuse_lease
 from broker.errors import InvalidRequest, Violation
 from broker.lease_keys import LeaseKey, LeaseKeys
+from broker.runner_breaker import RunnerBreaker
 from config.settings import Settings
 from db import attempts, run_queue
 from db.run_queue import LeaseGuard
@@ -24,8 +24,6 @@ RESULT_CODES = ("refusal", "malformed_output", "capability_gap")
 # What each answers.
 RELEASED = ("status",)
 FAILED = ("status", "attempt_count", "retry_after")
-
-log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +38,13 @@ class Failure:
 class Handbacks:
     """Ends leases for the runners that hold them."""
 
-    def __init__(self, pool: asyncpg.Pool, settings: Settings, keys: LeaseKeys) -> None:
+    def __init__(
+        self, pool: asyncpg.Pool, settings: Settings, keys: LeaseKeys, breaker: RunnerBreaker
+    ) -> None:
         self._pool = pool
         self._settings = settings
         self._keys = keys
+        self._breaker = breaker
 
     async def release(self, guard: LeaseGuard, reason: str) -> dict[str, Any]:
         """Hand a lease back without burning an attempt; return {status}.
@@ -54,6 +55,7 @@ class Handbacks:
         if row is None:
             return await self._answered(guard, ("released", "cancelled"), RELEASED)
         self._keys.drop([LeaseKey(row["queue_id"], row["lease_seq"])])
+        await self._breaker.check(guard.runner_id)
         return {"status": row["status"]}
 
     async def fail(self, guard: LeaseGuard, failure: Failure) -> dict[str, Any]:
@@ -72,13 +74,11 @@ class Handbacks:
             detail=failure.detail,
             backoff_s=self._settings.retry_backoff_s,
             retry_after_s=failure.retry_after_s,
-            pause_s=self._settings.failing_runner_pause_s,
         )
         if row is None:
             return await self._answered(guard, ("failed", "cancelled"), FAILED)
-        if row["paused"]:
-            log.warning("runner.paused", runner_id=guard.runner_id, failure_code=failure.code)
         self._keys.drop([LeaseKey(row["queue_id"], row["lease_seq"])])
+        await self._breaker.check(guard.runner_id)
         return {name: row[name] for name in FAILED}
 
     async def _answered(

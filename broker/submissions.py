@@ -31,6 +31,7 @@ from broker.errors import (
 )
 from broker.lease_keys import LeaseKey, LeaseKeys
 from broker.receipts import Receipts
+from broker.runner_breaker import RunnerBreaker
 from broker.signatures import Signature, signature_of
 from broker.telemetry import Telemetry, failures_counted, outcome_of
 from broker.trusted import Trusted
@@ -60,9 +61,11 @@ class Submissions:
         receipts: Receipts,
         workers: Workers,
         telemetry: Telemetry,
+        breaker: RunnerBreaker,
     ) -> None:
         self._pool = pool
         self._keys = keys
+        self._breaker = breaker
         self._trusted = trusted
         self._receipts = receipts
         self._workers = workers
@@ -239,6 +242,7 @@ class Submissions:
         await submissions.refuse(
             self._pool, run_id, claims.runner_id, claims.fingerprint, code_of(error), str(error)
         )
+        await self._breaker.check(claims.runner_id)
 
 
 def _no_run(run_id: UUID) -> NotFound:

@@ -112,7 +112,7 @@ class Settings(BaseSettings):
         300, ge=0, description="A failed run waits this long times its attempt count."
     )
     failing_runner_pause_s: int = Field(
-        900, ge=0, description="Pause of a runner that failed three different runs in a row."
+        900, ge=0, description="Pause of a runner that failed three runs in a row, or the like."
     )
     max_leases: int = Field(1, ge=1, le=64, description="Leases a runner may hold at once.")
     sweep_interval_s: float = Field(5, gt=0, description="Between sweeps, with 20 % jitter.")

@@ -161,14 +161,10 @@ async def fail(
     detail: str,
     backoff_s: int,
     retry_after_s: int,
-    pause_s: int,
 ) -> asyncpg.Record | None:
-    """End a lease by a failure; None when the guard does not fit.
-
-    `pause_s` is how long a runner gets nothing after failures on three runs in a row.
-    """
+    """End a lease by a failure; None when the guard does not fit."""
     return await pool.fetchrow(
-        SQL["fail"], *_guard(guard), failure_code, detail, backoff_s, retry_after_s, pause_s
+        SQL["fail"], *_guard(guard), failure_code, detail, backoff_s, retry_after_s
     )
 
 

@@ -145,3 +145,8 @@ async def resume(connection: Executor, runner_id: str) -> bool:
 async def drain(connection: Executor, runner_id: str) -> bool:
     """Let a runner finish what it holds and give it nothing new; False when it is unknown."""
     return await connection.fetchval(SQL["drain"], runner_id) is not None
+
+
+async def pause_failing(pool: Executor, runner_id: str, pause_s: int) -> str | None:
+    """Pause a runner whose last leases failed, were handed back, or were refused; return why."""
+    return await pool.fetchval(SQL["pause_failing"], runner_id, pause_s)

@@ -14,6 +14,7 @@ RESULT_CODES = ("refusal", "malformed_output", "capability_gap")
 # at once.
 MASS = 3
 SILENCES = 3
+HANDED_BACK = 10
 
 
 class Answer(NamedTuple):
@@ -160,7 +161,11 @@ class Lifecycle:
         if not _holds(runner, run, lease):
             return _again("release", runner, run, lease)
         status = "CANCELLED" if run.cancel_requested else "PENDING"
-        return _hand_back(run, status, "release", "released", Answer(200, {"status": status}))
+        told = _hand_back(run, status, "release", "released", Answer(200, {"status": status}))
+        ended = [each for each in runner.leases if each.how and each.claimed_at > runner.resumed_at]
+        if [each.how for each in ended[-HANDED_BACK:]] == HANDED_BACK * ["released"]:
+            runner.paused = True
+        return told
 
     def fail(self, runner: Runner, run: Run, lease: Lease | None, code: str) -> Answer:
         """End a lease by a failure: the attempt counts, the run goes further back."""

@@ -45,7 +45,6 @@ async def fail(connection: Any, guard: LeaseGuard) -> asyncpg.Record | None:
         detail="test",
         backoff_s=300,
         retry_after_s=0,
-        pause_s=900,
     )
 
 

@@ -129,7 +129,7 @@ GUARD = [RUN, LEASE, "runner-a", "a-key"]
 OF_ONE_RUN = {
     "complete": [*GUARD, "0"],
     "release": [*GUARD, "why", "2026-01-01", 100],
-    "fail": [*GUARD, "timeout", "why", 1, 1, 900],
+    "fail": [*GUARD, "timeout", "why", 1, 1],
     "cancel_live": [RUN, "why"],
     "beat": [[RUN], [LEASE], ["runner-a"], ["a-key"], [None], TTL, 86_400],
     "why_refused": [[RUN], ["a-key"]],

@@ -264,6 +264,52 @@ async def test_a_result_breaks_the_row_of_failures(
 
 
 @pytest.mark.gen_test
+async def test_a_runner_that_hands_ten_leases_back_in_a_row_is_paused(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        await fleet.enqueue(priority=9)
+        for _ in range(8):
+            assert (await runner.release(await runner.take())).is_success
+        done = await fleet.enqueue(priority=1)
+        assert (await runner.submit(await runner.take())).is_success
+        for _ in range(9):
+            assert (await runner.release(await runner.take())).is_success
+        assert (await fleet.row(done))["status"] == "COMPLETE"
+        assert await audited(fleet, "runner.pause") == []
+        assert (await runner.release(await runner.take())).is_success
+        refused = await runner.claim()
+        assert code_of(refused) == (403, "runner_paused")
+        assert "ten leases in a row were handed back" in refused.json()["detail"]
+
+
+@pytest.mark.gen_test
+async def test_a_runner_whose_bundles_are_refused_ten_times_is_paused(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        for refusals in (9, 9):
+            await fleet.enqueue()
+            job = await runner.take()
+            bad = {**runner.bundle(job), "signature.sigstore.json": b"{}"}
+            for _ in range(refusals):
+                assert not (await runner.submit(job, bad)).is_success
+            assert (await runner.submit(job)).is_success
+            assert await audited(fleet, "runner.pause") == []
+        await fleet.enqueue()
+        job = await runner.take()
+        for _ in range(10):
+            assert not (await runner.submit(job, {**bad})).is_success
+        (row,) = await audited(fleet, "runner.pause")
+        assert row["detail"]["reason"] == "ten bundles in a row were refused"
+        # What it holds it may still finish.
+        assert (await runner.submit(job)).is_success
+        assert code_of(await runner.claim()) == (403, "runner_paused")
+
+
+@pytest.mark.gen_test
 async def test_lapses_on_the_same_runs_again_are_not_three_different_ones(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:

@@ -565,48 +565,10 @@ deferred AS (
     WHERE f.status = 'PENDING'
     ON CONFLICT (run_id, runner_id) DO UPDATE SET
         until = excluded.until, failed_at = excluded.failed_at
-),
-
--- A runner whose last three leases all failed, on three different runs, is paused for $9 seconds:
--- a broken machine fails at once, and would take the attempts of the whole queue. The pause ends by
--- itself; the leases from before it still count, so the next failure pauses the runner again.
-paused AS (
-    UPDATE runners AS u SET
-        paused_at = clock_timestamp(),
-        paused_until = clock_timestamp() + $9 * interval '1 second',
-        pause_reason = 'three leases in a row failed, the last one with ' || $5
-    FROM held AS h INNER JOIN freed AS f ON h.queue_id = f.queue_id
-    WHERE
-        u.runner_id = h.claimed_by AND f.status <> 'CANCELLED'
-        AND NOT is_paused(u.paused_at, u.paused_until)
-        AND 3 = (
-            SELECT count(DISTINCT e.run_id) FILTER (WHERE e.how = 'failed')
-            FROM (
-                SELECT h.run_id, 'failed' AS how, h.claimed_at
-                WHERE h.claimed_at > coalesce(u.resumed_at, '-infinity')
-                UNION ALL
-                SELECT a.run_id, a.how, a.claimed_at FROM attempts AS a
-                WHERE
-                    a.runner_id = u.runner_id AND a.ended_at IS NOT NULL
-                    AND a.claimed_at > coalesce(u.resumed_at, '-infinity')
-                ORDER BY claimed_at DESC LIMIT 3
-            ) AS e
-        )
-    RETURNING u.runner_id, u.pause_reason, u.paused_until
-),
-
-audited AS (
-    INSERT INTO audit (actor, action, runner_id, detail)
-    SELECT
-        'system', 'runner.pause', runner_id,
-        jsonb_build_object('reason', pause_reason, 'until', paused_until)
-    FROM paused
 )
 
-SELECT
-    f.queue_id, f.lease_seq, f.status, f.attempt_count, f.retry_after,
-    p.runner_id IS NOT NULL AS paused, pg_notify('bakeoff_queue', '')
-FROM freed AS f LEFT JOIN paused AS p ON true
+SELECT queue_id, lease_seq, status, attempt_count, retry_after, pg_notify('bakeoff_queue', '')
+FROM freed
 
 -- name: overdue_share
 -- How many leases are live, and how many of them are overdue: what the sweep's breaker looks at.

@@ -148,3 +148,72 @@ RETURNING runner_id, pg_notify('bakeoff_queue', '')
 UPDATE runners SET drain_requested_at = coalesce(drain_requested_at, clock_timestamp())
 WHERE runner_id = $1 AND key_fingerprint IS NOT NULL
 RETURNING runner_id
+
+-- name: pause_failing
+-- Pause a runner ($1) for $2 seconds when, since an admin last resumed it, its last three leases failed
+-- on three different runs, or it handed its last ten back, or ten of its bundles were refused since its
+-- last accepted one: the fault is its own, and every run it takes waits or loses an attempt. The pause
+-- ends by itself; what came before it still counts, so the next failure pauses the runner again.
+WITH last_leases AS (
+    SELECT
+        a.run_id, a.how, a.failure_code, a.ended_at,
+        row_number() OVER (ORDER BY a.claimed_at DESC) AS age
+    FROM runners AS r
+    CROSS JOIN LATERAL (
+        SELECT run_id, how, failure_code, claimed_at, ended_at FROM attempts
+        WHERE
+            runner_id = r.runner_id AND ended_at IS NOT NULL
+            AND claimed_at > coalesce(r.resumed_at, '-infinity')
+        ORDER BY claimed_at DESC LIMIT 10
+    ) AS a
+    WHERE r.runner_id = $1
+),
+
+found AS (
+    SELECT
+        CASE
+            WHEN (
+                SELECT count(DISTINCT run_id) FROM last_leases WHERE age <= 3 AND how = 'failed'
+            ) = 3
+                THEN 'three leases in a row failed, the last one with '
+                    || (SELECT failure_code FROM last_leases WHERE age = 1)
+            WHEN (SELECT count(*) FROM last_leases WHERE how = 'released') = 10
+                THEN 'ten leases in a row were handed back'
+            WHEN (
+                SELECT count(*) FROM (
+                    SELECT FROM submission_refusals AS s
+                    INNER JOIN runners AS r ON s.runner_id = r.runner_id
+                    WHERE
+                        s.runner_id = $1
+                        AND s.refused_at > coalesce(r.resumed_at, '-infinity')
+                        AND s.refused_at > coalesce(
+                            (SELECT max(ended_at) FROM last_leases WHERE how = 'completed'),
+                            '-infinity'
+                        )
+                    LIMIT 10
+                ) AS refused
+            ) = 10
+                THEN 'ten bundles in a row were refused'
+        END AS reason
+),
+
+paused AS (
+    UPDATE runners AS u SET
+        paused_at = clock_timestamp(),
+        paused_until = clock_timestamp() + $2 * interval '1 second',
+        pause_reason = f.reason
+    FROM found AS f
+    WHERE
+        u.runner_id = $1 AND f.reason IS NOT NULL AND NOT is_paused(u.paused_at, u.paused_until)
+    RETURNING u.runner_id, u.pause_reason, u.paused_until
+),
+
+audited AS (
+    INSERT INTO audit (actor, action, target, runner_id, detail)
+    SELECT
+        'system', 'runner.pause', 'runner:' || runner_id, runner_id,
+        jsonb_build_object('reason', pause_reason, 'until', paused_until)
+    FROM paused
+)
+
+SELECT pause_reason FROM paused
