@@ -37,6 +37,7 @@ from broker.in_flight import InFlight
 from broker.lease_keys import LeaseKeys
 from broker.liveness import INTERVAL_S as LIVENESS_S
 from broker.liveness import Liveness
+from broker.model_needs import ModelNeeds
 from broker.moderation import Moderation
 from broker.queue_tally import QueueTally
 from broker.queue_view import QueueView
@@ -62,6 +63,7 @@ from db.migration_files import newest_version
 from db.pool import DatabaseUnready, check_migrated, describe, open_pool
 from handlers import (
     admin,
+    admin_models,
     admin_results,
     admin_runners,
     admin_tokens,
@@ -167,6 +169,7 @@ async def open_services(
             queue=QueueView(pool),
             results=Results(pool),
             moderation=Moderation(pool),
+            model_needs=ModelNeeds(pool),
             in_flight=in_flight,
             liveness=liveness,
             runner_care=RunnerCare(pool, settings),
@@ -185,8 +188,8 @@ async def open_services(
 def make_app(services: Services) -> Application:
     """Return the application: every address of every module."""
     modules = (
-        runners, queue, submit, admin, admin_runners, admin_results, admin_tokens, health, public,
-        error_page,
+        runners, queue, submit, admin, admin_models, admin_runners, admin_results, admin_tokens,
+        health, public, error_page,
     )  # fmt: skip
     return Application(
         [route for module in modules for route in module.routes(services)],

@@ -9,13 +9,14 @@ from datetime import datetime
 from typing import Any
 
 import asyncpg
+import structlog
 
 from broker.diagnosis import refuse_lease
 from broker.errors import InvalidRequest, Violation
 from broker.lease_keys import LeaseKey, LeaseKeys
 from broker.runner_breaker import RunnerBreaker
 from config.settings import Settings
-from db import attempts, run_queue
+from db import attempts, models, run_queue
 from db.run_queue import LeaseGuard
 
 FAILURE_CODES = ("timeout", "infra_error", "load_failure", "oom", "unknown")
@@ -24,6 +25,8 @@ RESULT_CODES = ("refusal", "malformed_output", "capability_gap")
 # What each answers.
 RELEASED = ("status",)
 FAILED = ("status", "attempt_count", "retry_after")
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +81,21 @@ class Handbacks:
         if row is None:
             return await self._answered(guard, ("failed", "cancelled"), FAILED)
         self._keys.drop([LeaseKey(row["queue_id"], row["lease_seq"])])
+        if failure.code == "oom":
+            await self._learn_need(guard)
         await self._breaker.check(guard.runner_id)
         return {name: row[name] for name in FAILED}
+
+    async def _learn_need(self, guard: LeaseGuard) -> None:
+        """Raise the model's need above the VRAM that was not enough; failures are only logged."""
+        try:
+            raised = await models.raise_need(self._pool, guard.run_id, guard.runner_id)
+        except Exception as error:
+            log.warning("model.need_not_learned", run_id=str(guard.run_id), error=repr(error))
+            return
+        if raised is not None:
+            log.info("model.need_raised", run_id=str(guard.run_id), runner_id=guard.runner_id,
+                     model_id=str(raised["model_id"]), need_gb=raised["need_gb"])  # fmt: skip
 
     async def _answered(
         self, guard: LeaseGuard, hows: tuple[str, ...], members: tuple[str, ...]

@@ -11,6 +11,7 @@ from broker.health import Health
 from broker.heartbeats import Heartbeats
 from broker.in_flight import InFlight
 from broker.liveness import Liveness
+from broker.model_needs import ModelNeeds
 from broker.moderation import Moderation
 from broker.queue_tally import QueueTally
 from broker.queue_view import QueueView
@@ -43,6 +44,7 @@ class Services:
     queue: QueueView
     results: Results
     moderation: Moderation
+    model_needs: ModelNeeds
     health: Health
     in_flight: InFlight
     liveness: Liveness

@@ -39,7 +39,7 @@ from broker.uploads import Spool, Upload
 from broker.verification import Handed, Verified
 from broker.workers import WorkerLost, Workers
 from config.settings import Settings
-from db import metrics, run_queue, submissions
+from db import metrics, models, run_queue, submissions
 from db.pool import Executor, retries
 from db.run_queue import LeaseGuard
 
@@ -265,6 +265,8 @@ async def _write_rows(
     for cells in verified.cells:
         await metrics.add_model_metrics(connection, guard.run_id, run["model_id"], cells)
     await metrics.add_hardware_metrics(connection, guard.run_id, verified.hardware)
+    if verified.hardware.peak_vram_mb is not None:
+        await models.lower_need(connection, guard.run_id, verified.hardware.peak_vram_mb)
     accepted = submissions.Accepted(
         run_id=guard.run_id,
         receipt_id=uuid4(),

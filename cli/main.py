@@ -18,6 +18,7 @@ from cli import (
     demo,
     dev,
     keys,
+    models,
     prune,
     queue,
     receipts,
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.add_typer(keys.app, name="keys")
 app.add_typer(queue.app, name="queue")
 app.add_typer(runners.app, name="runners")
+app.add_typer(models.app, name="models")
 app.add_typer(results.app, name="results")
 app.add_typer(receipts.app, name="receipts")
 app.add_typer(tokens.app, name="tokens")

@@ -94,3 +94,23 @@ async def known(
 def _columns(rows: Sequence[Any], of: type[Any]) -> list[list[Any]]:
     """Turn rows of a dataclass into the columns that `unnest` takes."""
     return [[getattr(row, field.name) for row in rows] for field in fields(of)]
+
+
+async def raise_need(pool: Executor, run_id: UUID, runner_id: str) -> asyncpg.Record | None:
+    """Learn from an out-of-memory failure; return model_id and need_gb when the need was raised."""
+    return await pool.fetchrow(SQL["raise_need"], run_id, runner_id)
+
+
+async def lower_need(connection: Executor, run_id: UUID, peak_vram_mb: int) -> None:
+    """Learn from the measured peak of an accepted result."""
+    await connection.execute(SQL["lower_need"], run_id, peak_vram_mb)
+
+
+async def learned_needs(pool: Executor) -> list[asyncpg.Record]:
+    """Return the models of which another need than the rule's was learned."""
+    return await pool.fetch(SQL["learned"])
+
+
+async def forget_need(connection: Executor, model_id: UUID) -> asyncpg.Record | None:
+    """Forget what was learned of a model; return its need_gb, None when there is no such model."""
+    return await connection.fetchrow(SQL["forget_need"], model_id)

@@ -19,6 +19,7 @@ PLACES = {
 # Ids of one shape, by what they are ids of.
 IDS = {
     "/api/admin/tokens/{run_id}": "/api/admin/tokens/{token_id}",
+    "/api/admin/model-needs/{run_id}": "/api/admin/model-needs/{model_id}",
     "/api/admin/runners/{runner_id}/tokens/{run_id}": (
         "/api/admin/runners/{runner_id}/tokens/{jti}"
     ),

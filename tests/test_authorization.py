@@ -97,6 +97,8 @@ ROWS: dict[tuple[str, str], Row] = {
     ("GET", "/api/admin/queue/{run_id}"): Row("read"),
     ("POST", "/api/admin/queue/{run_id}/cancel"): Row("operate", WHY, on="pending"),
     ("POST", "/api/admin/queue/{run_id}/requeue"): Row("operate", WHY, on="cancelled"),
+    ("GET", "/api/admin/model-needs"): Row("read"),
+    ("DELETE", "/api/admin/model-needs/{model_id}"): Row("operate", WHY),
     ("GET", "/api/admin/results"): Row("read"),
     ("GET", "/api/admin/results/{run_id}"): Row("read", on="done"),
     ("GET", "/api/admin/results/{run_id}/rows"): Row("read", on="done"),
@@ -145,7 +147,7 @@ class Scene:
     runner: Runner
     target: Runner  # of what admins do to runners and keys
     runs: dict[str, str]
-    tokens: dict[str, str]  # an admin's token_id, and the jti of one of the target's
+    tokens: dict[str, str]  # an admin's token_id, a jti of the target's, and a model_id
     job: dict[str, Any]
     bundle: bytes = b""
 
@@ -157,6 +159,13 @@ class Scene:
         self.runs["leased"] = self.job["run_id"]
         lease = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="lease_id"\r\n\r\n'
         files = form(*self.runner.bundle(self.job).items())
+        model_id = self.job["model"]["model_id"]
+        self.tokens["model_id"] = model_id
+        await self.fleet.pool.execute(
+            "INSERT INTO learned_needs VALUES ($1, 3, $2, now()) ON CONFLICT DO NOTHING",
+            model_id,
+            self.job["run_id"],
+        )
         self.bundle = lease.encode() + self.job["lease_id"].encode() + b"\r\n" + files
 
     async def send(self, method: str, path: str, by: Credential) -> httpx.Response:

@@ -11,7 +11,7 @@ from cli import client
 from config.settings import Settings
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.cli_admin import Outcome, Shell
-from tests.fleet import Fleet, open_fleet, quiet_sweep
+from tests.fleet import Fleet, model_of, open_fleet, quiet_sweep
 
 MakeSettings = Callable[..., Settings]
 
@@ -154,6 +154,26 @@ async def test_pause_drain_and_resume_do_what_they_say(
         assert (await desk("runners", "resume", "runner-a")).code == 0
         assert (await runner.claim()).status_code == 200
         assert (await desk("runners", "resume", "runner-x")).code == 3
+
+
+@pytest.mark.gen_test
+async def test_learned_needs_are_listed_and_forgotten(
+    make_settings: MakeSettings,
+    sigstore: ThrowawaySigstore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with operating(make_settings(), sigstore, monkeypatch, capsys) as (fleet, desk):
+        runner = await fleet.sign_on()
+        await fleet.enqueue(model=model_of(16, "q8_0"))
+        await runner.fail(await runner.take(), "oom")
+        [model] = (await desk("models", "needs", "--json")).json["models"]
+        assert (model["rule_gb"], model["need_gb"]) == (20, 25)
+        assert model["model_id"] in (await desk("models", "needs")).out
+        command = ("models", "forget-need", model["model_id"], "--reason", "a browser had the card")
+        assert (await desk(*command)).code == 6
+        assert (await desk(*command, "--yes")).code == 0
+        assert (await desk("models", "needs", "--json")).json["models"] == []
 
 
 @pytest.mark.gen_test

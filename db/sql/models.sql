@@ -64,3 +64,70 @@ SELECT
     m.model_id, m.name, m.quantization_id, m.model_hash,
     coalesce(m.active_parameter_count_b, m.parameter_count_b) AS parameters_b
 FROM models AS m WHERE m.model_id = any($1::uuid []) OR m.model_hash = any($2::text [])
+
+-- name: raise_need
+-- An `oom` of a runner ($2): the model of the run ($1), or its judge when that needs more, needs more
+-- VRAM than the runner has. Never more than twice the rule: beyond that the machine is at fault, and one
+-- machine must not keep a model from all others. The run's model is read from its row, which stays.
+WITH failed AS (
+    SELECT
+        v.model_id, v.need_gb, v.rule_gb,
+        least((r.capabilities ->> 'vram_gb')::int, (k.capability_caps ->> 'vram_gb')::int) AS had_gb
+    FROM run_queue AS q
+    INNER JOIN runners AS r ON r.runner_id = $2
+    INNER JOIN runner_keys AS k ON r.key_fingerprint = k.fingerprint
+    CROSS JOIN LATERAL (
+        SELECT * FROM model_vram
+        WHERE model_id IN (q.model_id, q.judge_model_id)
+        ORDER BY need_gb DESC, model_id = q.model_id DESC LIMIT 1
+    ) AS v
+    WHERE q.run_id = $1 AND q.job IS NOT NULL
+),
+
+raised AS (
+    INSERT INTO learned_needs AS l (model_id, need_gb, run_id, learned_at)
+    SELECT model_id, had_gb + 1, $1, clock_timestamp() FROM failed
+    WHERE had_gb >= need_gb AND had_gb < 2 * rule_gb
+    ON CONFLICT (model_id) DO UPDATE SET
+        need_gb = excluded.need_gb, run_id = excluded.run_id, learned_at = excluded.learned_at
+    WHERE l.need_gb < excluded.need_gb
+    RETURNING model_id, need_gb
+),
+
+audited AS (
+    INSERT INTO audit (actor, action, target, run_id, runner_id, detail)
+    SELECT
+        'system', 'model.need.raise', 'model:' || model_id, $1, $2,
+        jsonb_build_object('need_gb', need_gb)
+    FROM raised
+)
+
+SELECT model_id, need_gb FROM raised
+
+-- name: lower_need
+-- A result with a measured peak ($2, in MB) was accepted: what was learned of the run's model and judge
+-- ($1) was too much.
+UPDATE learned_needs AS l SET
+    need_gb = ceil($2::int / 1024.0), run_id = $1, learned_at = clock_timestamp()
+FROM run_queue AS q
+WHERE
+    q.run_id = $1 AND q.job IS NOT NULL AND l.model_id IN (q.model_id, q.judge_model_id)
+    AND l.need_gb > ceil($2::int / 1024.0)
+
+-- name: learned
+-- The models of which more than the rule was learned.
+SELECT model_id, name, quantization, rule_gb, need_gb, learned_from, learned_at
+FROM model_vram
+WHERE learned_from IS NOT NULL
+ORDER BY name, quantization, model_id
+
+-- name: forget_need
+-- The rule counts again; parked claims look at once. Sent again, it finds nothing to forget.
+WITH forgotten AS (
+    DELETE FROM learned_needs WHERE model_id = $1
+    RETURNING need_gb
+)
+
+SELECT f.need_gb, pg_notify('bakeoff_queue', '')
+FROM models AS m LEFT JOIN forgotten AS f ON true
+WHERE m.model_id = $1

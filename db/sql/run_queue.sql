@@ -87,16 +87,11 @@ kinds AS MATERIALIZED (
 
 queues AS MATERIALIZED (
     SELECT
-        w.*, x.name AS quantization, y.name AS judge_quantization,
-        greatest(
-            vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier),
-            vram_need_gb(j.active_parameter_count_b, j.parameter_count_b, y.vram_multiplier)
-        ) AS need_gb
+        w.*, m.quantization, j.quantization AS judge_quantization,
+        greatest(m.need_gb, j.need_gb) AS need_gb
     FROM queue_heads() AS w
-    INNER JOIN models AS m ON w.model_id = m.model_id
-    INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
-    INNER JOIN models AS j ON w.judge_model_id = j.model_id
-    INNER JOIN quantization_methods AS y ON j.quantization_id = y.quantization_id
+    INNER JOIN model_vram AS m ON w.model_id = m.model_id
+    INNER JOIN model_vram AS j ON w.judge_model_id = j.model_id
     WHERE EXISTS (SELECT FROM kinds)
 ),
 
@@ -351,22 +346,17 @@ WHERE queue_id IN (
 -- later, each counted up to $1: what this costs does not grow with the queue.
 SELECT
     m.name AS model_name,
-    x.name AS quantization,
+    m.quantization,
     CASE WHEN j.model_id <> m.model_id THEN j.name END AS judge_name,
-    y.name AS judge_quantization,
-    greatest(
-        vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier),
-        vram_need_gb(j.active_parameter_count_b, j.parameter_count_b, y.vram_multiplier)
-    ) AS need_gb,
+    j.quantization AS judge_quantization,
+    greatest(m.need_gb, j.need_gb) AS need_gb,
     r.runs + d.runs AS claimable,
     l.runs AS deferred,
     l.next_retry,
     l.next_retry - statement_timestamp() AS due_in
 FROM queue_heads() AS w
-INNER JOIN models AS m ON w.model_id = m.model_id
-INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
-INNER JOIN models AS j ON w.judge_model_id = j.model_id
-INNER JOIN quantization_methods AS y ON j.quantization_id = y.quantization_id
+INNER JOIN model_vram AS m ON w.model_id = m.model_id
+INNER JOIN model_vram AS j ON w.judge_model_id = j.model_id
 CROSS JOIN LATERAL (
     SELECT count(*) AS runs FROM (
         SELECT FROM run_queue AS q
@@ -398,7 +388,7 @@ CROSS JOIN LATERAL (
         LIMIT $1
     ) AS later
 ) AS l
-ORDER BY need_gb, m.name, x.name, j.name
+ORDER BY need_gb, m.name, m.quantization, j.name
 
 -- name: beat
 -- Renew the leases of all heartbeats that wait together; the first one of a lease starts the run.
@@ -770,17 +760,12 @@ SELECT
     q.claimed_at, q.started_at, q.completed_at, q.created_at, q.retry_after, q.error_detail,
     q.batch_id, q.progress, q.cancel_requested_at, q.cancel_reason, q.lease_seq, q.lease_id,
     q.lease_expires_at, q.last_heartbeat, q.result_sha256, q.config_hash, q.max_runtime_s,
-    m.name AS model_name, x.name AS quantization,
+    m.name AS model_name, m.quantization,
     CASE WHEN j.model_id <> m.model_id THEN j.name END AS judge_model,
-    greatest(
-        vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier),
-        vram_need_gb(j.active_parameter_count_b, j.parameter_count_b, y.vram_multiplier)
-    ) AS need_gb
+    greatest(m.need_gb, j.need_gb) AS need_gb
 FROM every_run AS q
-LEFT JOIN models AS m ON q.model_id = m.model_id
-LEFT JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
-LEFT JOIN models AS j ON q.judge_model_id = j.model_id
-LEFT JOIN quantization_methods AS y ON j.quantization_id = y.quantization_id
+LEFT JOIN model_vram AS m ON q.model_id = m.model_id
+LEFT JOIN model_vram AS j ON q.judge_model_id = j.model_id
 WHERE q.run_id = $1 AND q.job IS NOT NULL
 
 -- name: job_of
@@ -880,16 +865,11 @@ SELECT
     q.run_id, q.queue_id, q.status, q.priority, q.attempt_count, q.max_attempts, q.claimed_by,
     q.claimed_at, q.created_at, q.completed_at, q.retry_after, q.error_detail, q.batch_id,
     q.progress, q.cancel_requested_at, q.lease_expires_at,
-    m.name AS model_name, x.name AS quantization,
-    greatest(
-        vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier),
-        vram_need_gb(j.active_parameter_count_b, j.parameter_count_b, y.vram_multiplier)
-    ) AS need_gb
+    m.name AS model_name, m.quantization,
+    greatest(m.need_gb, j.need_gb) AS need_gb
 FROM every_run AS q
-INNER JOIN models AS m ON q.model_id = m.model_id
-INNER JOIN quantization_methods AS x ON m.quantization_id = x.quantization_id
-INNER JOIN models AS j ON q.judge_model_id = j.model_id
-INNER JOIN quantization_methods AS y ON j.quantization_id = y.quantization_id
+INNER JOIN model_vram AS m ON q.model_id = m.model_id
+INNER JOIN model_vram AS j ON q.judge_model_id = j.model_id
 WHERE
     q.job IS NOT NULL
     AND ($1::text IS NULL OR q.status = $1)

@@ -764,6 +764,48 @@ SWEEP = (
         f"{EXPIRY} {GUARDS}",
     ),
     Guard(
+        "need: raised above what failed",
+        "db/sql/models.sql:raise_need",
+        "had_gb + 1, $1",
+        "need_gb, $1",
+        "tests/test_learned_needs.py::test_an_oom_raises_the_need_above_the_vram_that_failed_and_a_result_lowers_it",
+    ),
+    Guard(
+        "need: never by a machine with twice the rule",
+        "db/sql/models.sql:raise_need",
+        " AND had_gb < 2 * rule_gb",
+        "",
+        "tests/test_learned_needs.py::test_a_large_machine_that_runs_out_of_memory_teaches_nothing",
+    ),
+    Guard(
+        "need: never lowered by an oom",
+        "db/sql/models.sql:raise_need",
+        "    WHERE l.need_gb < excluded.need_gb\n",
+        "",
+        "tests/test_learned_needs.py::test_a_smaller_machines_oom_does_not_lower_what_was_learned",
+    ),
+    Guard(
+        "need: of an admin's cap where there is one",
+        "db/sql/models.sql:raise_need",
+        "least((r.capabilities ->> 'vram_gb')::int, (k.capability_caps ->> 'vram_gb')::int)",
+        "(r.capabilities ->> 'vram_gb')::int",
+        "tests/test_learned_needs.py::test_an_admins_cap_is_the_vram_that_failed",
+    ),
+    Guard(
+        "need: never raised by a result",
+        "db/sql/models.sql:lower_need",
+        "\n    AND l.need_gb > ceil($2::int / 1024.0)",
+        "",
+        "tests/test_learned_needs.py::test_a_result_with_a_larger_peak_does_not_raise_the_need",
+    ),
+    Guard(
+        "need: of the run's models only",
+        "db/sql/models.sql:lower_need",
+        " AND l.model_id IN (q.model_id, q.judge_model_id)",
+        "",
+        "tests/test_learned_needs.py::test_what_was_learned_of_another_model_stays",
+    ),
+    Guard(
         "breaker: three failures in a row",
         "db/sql/runners.sql:pause_failing",
         "            ) = 3\n",
@@ -1857,12 +1899,8 @@ UPSTREAM = (
     Guard(
         "claim: the judge fits as well",
         f"{QUEUE}:claim",
-        """        greatest(
-            vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier),
-            vram_need_gb(j.active_parameter_count_b, j.parameter_count_b, y.vram_multiplier)
-        ) AS need_gb""",
-        "        vram_need_gb(m.active_parameter_count_b, m.parameter_count_b, x.vram_multiplier)"
-        " AS need_gb",
+        "        greatest(m.need_gb, j.need_gb) AS need_gb\n    FROM queue_heads() AS w\n    INNER",
+        "        m.need_gb AS need_gb\n    FROM queue_heads() AS w\n    INNER",
         f"{JUDGES}::test_a_deferred_run_waits_for_both_too",
     ),
     Guard(
