@@ -48,6 +48,10 @@ RETRY_AFTER_DEFAULT_S = 30
 RETRY_AFTER_MOST_S = 300
 # A wait that our stop cut short goes on at another process, at once.
 RETRY_AFTER_DRAIN_S = 1
+# Of so many runs that are granted, one may be of those that others overtook (`promote_aged`). They are
+# looked for at most once a second, as the look costs a few milliseconds.
+AGED_SHARE = 4
+PROMOTE_PAUSE_S = 1.0
 # A runner that asks why it gets nothing is told of so many runs per model, and not of a million.
 EXPLAINED_MAX = 1000
 
@@ -74,6 +78,8 @@ class Claims:
         self._places = itertools.count()
         self._releases: set[asyncio.Task[None]] = set()
         self._draining = False
+        self._granted = 0  # since overtaken runs had their share
+        self._promote_at = 0.0  # loop time
         self.room = WaitingRoom(self._offers.ask, settings.claim_recheck_s)
 
     async def claim(self, claimant: Claimant, wait_s: float) -> asyncpg.Record | None:
@@ -172,6 +178,7 @@ class Claims:
         """Serve those that wait together, by one statement; by more while others hold the rows."""
         rows: dict[int, asyncpg.Record] = {}
         waiting = dict(enumerate(claimants))
+        await self._promote_aged()
         for _ in range(RACES_MAX):
             self._telemetry.claim_batch_size.observe(len(waiting))
             try:
@@ -182,6 +189,7 @@ class Claims:
                         ttl=timedelta(seconds=self._settings.lease_ttl_s),
                         max_leases=self._settings.max_leases,
                         max_runtime_s=self._settings.max_runtime_s,
+                        by_fit=self._settings.aging_s > 0,
                     )
             except asyncpg.UniqueViolationError:
                 continue
@@ -195,6 +203,7 @@ class Claims:
                 LeaseKey(row["queue_id"], row["lease_seq"], row["remaining"])
                 for row in granted.values()
             )
+            self._granted += len(granted)
             # While others hold rows that we could take, those who got nothing look again.
             waiting = {i: c for i, c in waiting.items() if i not in granted}
             if not waiting or not found[0]["contended"]:
@@ -203,6 +212,25 @@ class Claims:
             if not any(row["queue_id"] for row in rows.values()):
                 raise Busy("Many claims race for the same runs: claim again.")
         return [rows[i] for i in range(len(claimants))]
+
+    async def _promote_aged(self) -> None:
+        """Bring overtaken runs to the front: one for each AGED_SHARE granted since the last time.
+
+        Before a claim, so that the runs that overtake are seen. Failures are only logged: the claim
+        goes on, and a later one tries again.
+        """
+        now = asyncio.get_running_loop().time()
+        due = self._granted // AGED_SHARE
+        if not self._settings.aging_s or not due or now < self._promote_at:
+            return
+        self._promote_at = now + PROMOTE_PAUSE_S
+        self._granted = 0
+        try:
+            aging = timedelta(seconds=self._settings.aging_s)
+            for row in await run_queue.promote_aged(self._pool, aging, due):
+                log.info("run.promoted", run_id=str(row["run_id"]), priority=row["priority"])
+        except Exception as error:
+            log.warning("claim.not_promoted", error=type(error).__name__)
 
     def _undelivered(self, row: asyncpg.Record) -> None:
         if row["queue_id"] is not None:

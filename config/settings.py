@@ -111,6 +111,12 @@ class Settings(BaseSettings):
     retry_backoff_s: int = Field(
         300, ge=0, description="A failed run waits this long times its attempt count."
     )
+    aging_s: int = Field(
+        86_400,
+        ge=0,
+        description="A run that younger ones overtake for longer comes to the front, and of equal"
+        " priorities the largest that fits goes first. 0: strictly by priority, then by age.",
+    )
     failing_runner_pause_s: int = Field(
         900, ge=0, description="Pause of a runner that failed three runs in a row, or the like."
     )

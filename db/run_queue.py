@@ -84,8 +84,11 @@ async def claim(
     ttl: timedelta,
     max_leases: int,
     max_runtime_s: int,
+    by_fit: bool = False,
 ) -> list[asyncpg.Record]:
     """Hand a run to each claimant where one fits; a record per claimant, in order.
+
+    With `by_fit`, of runs of equal priority the one that needs the most VRAM goes first.
 
     Raises asyncpg.UniqueViolationError when two claims of one runner raced: claim again.
     """
@@ -104,7 +107,13 @@ async def claim(
         ttl,
         max_leases,
         max_runtime_s,
+        by_fit,
     )
+
+
+async def promote_aged(pool: Executor, aging: timedelta, limit: int) -> list[asyncpg.Record]:
+    """Bring runs to the front that were overtaken for longer than `aging`; return them."""
+    return await pool.fetch(SQL["promote_aged"], aging, limit)
 
 
 async def avoided_by(pool: Executor, runner_id: str) -> list[asyncpg.Record]:

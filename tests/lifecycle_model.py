@@ -132,7 +132,8 @@ class Lifecycle:
         ]
         if not fitting:
             return NOTHING, None
-        run = min(fitting, key=lambda r: r.priority)  # the oldest of them: min takes the first
+        # Of equals the largest, then the oldest: min takes the first.
+        run = min(fitting, key=lambda r: (r.priority, -r.need_gb))
         lease = Lease(run, runner, runner.key_number, key, other_body, next(self._ticks))
         run.status, run.holder, run.secret = "CLAIMED", runner, lease
         run.leases.append(lease)

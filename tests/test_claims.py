@@ -136,7 +136,7 @@ async def test_a_runner_gets_only_quantizations_it_can_run(
 async def test_lower_priority_numbers_go_first_and_then_the_oldest_run_of_any_model(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
-    async with open_fleet(make_settings(), sigstore) as fleet:
+    async with open_fleet(make_settings(aging_s=0), sigstore) as fleet:
         runner = await fleet.sign_on(max_leases=5)
         a = await fleet.enqueue(priority=200)
         b = await fleet.enqueue()

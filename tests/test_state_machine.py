@@ -84,8 +84,9 @@ class Lives(RuleBasedStateMachine):
         self._jobs: dict[Lease, dict[str, Any]] = {}
 
     def teardown(self) -> None:
-        """Leave nothing that the next example could claim."""
+        """Leave nothing that the next example could claim, and nobody else who could claim it."""
         self._wait(self._fleet.pool.execute("DELETE FROM run_queue"))
+        self._wait(self._fleet.pool.execute("UPDATE runners SET drain_requested_at = now()"))
 
     @initialize(
         target=runs, needs=st.lists(st.sampled_from(sorted(MODELS)), min_size=3, max_size=3)
@@ -202,10 +203,8 @@ class Lives(RuleBasedStateMachine):
 
     @invariant()
     def the_runners_are_what_the_model_says(self) -> None:
-        answer = self._wait(self._fleet.admin("GET", "/runners"))
-        shown = {runner["runner_id"]: runner for runner in answer.json()["runners"]}
         for runner in self._model.runners.values():
-            page = shown[runner.name]
+            page = self._wait(self._fleet.admin("GET", f"/runners/{runner.name}")).json()
             assert (page["paused_at"] is not None) == runner.paused, runner.name
             held = {self._run_ids[run.name] for run in self._model.held(runner)}
             assert set(page["current_runs"]) == held, runner.name

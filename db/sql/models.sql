@@ -71,7 +71,7 @@ FROM models AS m WHERE m.model_id = any($1::uuid []) OR m.model_hash = any($2::t
 -- machine must not keep a model from all others. The run's model is read from its row, which stays.
 WITH failed AS (
     SELECT
-        v.model_id, v.need_gb, v.rule_gb,
+        v.model_id, v.rule_gb,
         least((r.capabilities ->> 'vram_gb')::int, (k.capability_caps ->> 'vram_gb')::int) AS had_gb
     FROM run_queue AS q
     INNER JOIN runners AS r ON r.runner_id = $2
@@ -87,7 +87,7 @@ WITH failed AS (
 raised AS (
     INSERT INTO learned_needs AS l (model_id, need_gb, run_id, learned_at)
     SELECT model_id, had_gb + 1, $1, clock_timestamp() FROM failed
-    WHERE had_gb >= need_gb AND had_gb < 2 * rule_gb
+    WHERE had_gb >= rule_gb AND had_gb < 2 * rule_gb
     ON CONFLICT (model_id) DO UPDATE SET
         need_gb = excluded.need_gb, run_id = excluded.run_id, learned_at = excluded.learned_at
     WHERE l.need_gb < excluded.need_gb

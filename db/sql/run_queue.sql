@@ -119,13 +119,14 @@ rounds (step, found, chosen, taken) AS (
             -- that has only deferred runs is the last here (NULL) and finds none below.
             best AS (
                 SELECT f.* FROM fitting AS f
-                ORDER BY f.priority, f.created_at, f.queue_id
+                ORDER BY
+                    f.priority, CASE WHEN $11 THEN f.need_gb END DESC, f.created_at, f.queue_id
                 LIMIT 2 * k.asked + 16 + cardinality(r.taken) + cardinality(k.avoided)
             )
 
             SELECT h.queue_id
             FROM (
-                SELECT q.queue_id, q.priority, q.created_at
+                SELECT q.queue_id, q.priority, q.created_at, f.need_gb
                 FROM best AS f
                 CROSS JOIN LATERAL (
                     SELECT q.queue_id, q.priority, q.created_at
@@ -140,7 +141,7 @@ rounds (step, found, chosen, taken) AS (
                     LIMIT 2 * k.asked + 16
                 ) AS q
                 UNION ALL
-                SELECT q.queue_id, q.priority, q.created_at
+                SELECT q.queue_id, q.priority, q.created_at, f.need_gb
                 FROM fitting AS f
                 CROSS JOIN LATERAL (
                     SELECT q.queue_id, q.priority, q.created_at
@@ -155,7 +156,8 @@ rounds (step, found, chosen, taken) AS (
                 ) AS q
                 WHERE f.due
             ) AS h
-            ORDER BY h.priority, h.created_at, h.queue_id
+            ORDER BY
+                h.priority, CASE WHEN $11 THEN h.need_gb END DESC, h.created_at, h.queue_id
             LIMIT 2 * k.asked + 16
         ) AS heads
         OFFSET 0 -- looked up once, and not at each place that names it
@@ -321,6 +323,43 @@ FROM (
 ) AS d
 INNER JOIN run_queue AS q ON d.run_id = q.run_id AND q.status = 'PENDING' AND q.job IS NOT NULL
 WHERE d.until > clock_timestamp() OR another_fits(d.run_id, $1)
+
+-- name: promote_aged
+-- Bring up to $2 runs to the front that better or equal ones overtake which were added more than $1
+-- later, the oldest first: no flow of urgent runs keeps the others waiting for ever. Only the first run
+-- of each model, judge and priority is looked at, an index probe each.
+WITH RECURSIVE heads AS (
+    (
+        SELECT model_id, judge_model_id, priority, created_at, queue_id FROM run_queue
+        WHERE status = 'PENDING' AND job IS NOT NULL AND retry_after IS NULL
+        ORDER BY model_id, judge_model_id, priority, created_at, queue_id LIMIT 1
+    )
+    UNION ALL
+    SELECT n.* FROM heads AS h
+    CROSS JOIN LATERAL (
+        SELECT model_id, judge_model_id, priority, created_at, queue_id FROM run_queue
+        WHERE
+            status = 'PENDING' AND job IS NOT NULL AND retry_after IS NULL
+            AND (model_id, judge_model_id, priority)
+            > (h.model_id, h.judge_model_id, h.priority)
+        ORDER BY model_id, judge_model_id, priority, created_at, queue_id LIMIT 1
+    ) AS n
+),
+
+overtaken AS (
+    SELECT h.queue_id, min(o.priority) AS priority
+    FROM heads AS h
+    INNER JOIN heads AS o
+        ON h.priority >= o.priority AND o.created_at > h.created_at + $1::interval
+    GROUP BY h.queue_id, h.created_at
+    ORDER BY h.created_at
+    LIMIT $2
+)
+
+UPDATE run_queue AS q SET priority = o.priority - 1
+FROM overtaken AS o
+WHERE q.queue_id = o.queue_id AND q.status = 'PENDING'
+RETURNING q.run_id, q.priority
 
 -- name: held_by
 -- The live leases of a runner.

@@ -355,8 +355,8 @@ CLAIM = (
     Guard(
         "claim: in the queue's order, models mixed",
         f"{QUEUE}:claim",
-        "ORDER BY h.priority, h.created_at, h.queue_id",
-        "ORDER BY h.queue_id",
+        "h.priority, CASE WHEN $11 THEN h.need_gb END DESC, h.created_at, h.queue_id",
+        "h.queue_id",
         f"{CLAIMS}::test_lower_priority_numbers_go_first_and_then_the_oldest_run_of_any_model",
     ),
     Guard(
@@ -390,8 +390,8 @@ CLAIM = (
     Guard(
         "claim: the best models: by priority and age",
         f"{QUEUE}:claim",
-        "ORDER BY f.priority, f.created_at, f.queue_id",
-        "ORDER BY f.queue_id",
+        "f.priority, CASE WHEN $11 THEN f.need_gb END DESC, f.created_at, f.queue_id",
+        "f.queue_id",
         f"{CLAIMS}::test_of_more_models_than_are_looked_at_the_best_run_is_found",
     ),
     Guard(
@@ -767,7 +767,7 @@ SWEEP = (
         "need: raised above what failed",
         "db/sql/models.sql:raise_need",
         "had_gb + 1, $1",
-        "need_gb, $1",
+        "had_gb, $1",
         "tests/test_learned_needs.py::test_an_oom_raises_the_need_above_the_vram_that_failed_and_a_result_lowers_it",
     ),
     Guard(
@@ -804,6 +804,41 @@ SWEEP = (
         " AND l.model_id IN (q.model_id, q.judge_model_id)",
         "",
         "tests/test_learned_needs.py::test_what_was_learned_of_another_model_stays",
+    ),
+    Guard(
+        "order: the largest among equals",
+        "db/sql/run_queue.sql:claim",
+        "h.priority, CASE WHEN $11 THEN h.need_gb END DESC,",
+        "h.priority, CASE WHEN $11 THEN NULL END DESC,",
+        "tests/test_fairness.py::test_the_only_large_machine_takes_the_run_that_only_it_can_do",
+    ),
+    Guard(
+        "order: overtaken by younger ones",
+        "db/sql/run_queue.sql:promote_aged",
+        " AND o.created_at > h.created_at + $1::interval",
+        "",
+        "tests/test_fairness.py::test_a_run_that_younger_ones_overtake_for_longer_than_a_day_comes_to_the_front",
+    ),
+    Guard(
+        "order: overtaken by equals as well",
+        "db/sql/run_queue.sql:promote_aged",
+        "h.priority >= o.priority",
+        "h.priority > o.priority",
+        "tests/test_fairness.py::test_equals_that_are_larger_overtake_no_longer_than_a_day",
+    ),
+    Guard(
+        "order: the oldest overtaken run first",
+        "db/sql/run_queue.sql:promote_aged",
+        "    ORDER BY h.created_at\n    LIMIT",
+        "    ORDER BY h.created_at DESC\n    LIMIT",
+        "tests/test_fairness.py::test_the_oldest_come_first_and_as_many_as_are_asked_for",
+    ),
+    Guard(
+        "order: a share for overtaken runs",
+        "broker/claims.py",
+        "self._granted >= AGED_SHARE",
+        "self._granted >= 1_000",
+        "tests/test_fairness.py::test_under_a_flow_of_urgent_runs_others_have_a_share_of_the_claims",
     ),
     Guard(
         "breaker: three failures in a row",
