@@ -48,8 +48,8 @@ RETRY_AFTER_DEFAULT_S = 30
 RETRY_AFTER_MOST_S = 300
 # A wait that our stop cut short goes on at another process, at once.
 RETRY_AFTER_DRAIN_S = 1
-# Of so many runs that are granted, one may be of those that others overtook (`promote_aged`). They are
-# looked for at most once a second, as the look costs a few milliseconds.
+# Of so many runs that are granted, one may be of those that others overtook (`promote_aged`). They
+# are looked for at most once a second, as the look costs a few milliseconds.
 AGED_SHARE = 4
 PROMOTE_PAUSE_S = 1.0
 # A runner that asks why it gets nothing is told of so many runs per model, and not of a million.
