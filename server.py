@@ -22,6 +22,9 @@ from auth.tokens import Tokens
 from broker.allowlist import Allowlist
 from broker.archiver import INTERVAL_S as ARCHIVER_S
 from broker.archiver import Archiver
+from broker.audit import AuditLog
+from broker.audit_chain import INTERVAL_S as AUDIT_CHAIN_S
+from broker.audit_chain import AuditChain
 from broker.claims import Claims
 from broker.credentials import Credentials, PostgresAuthority
 from broker.documents import check_schemas
@@ -63,6 +66,7 @@ from db.migration_files import newest_version
 from db.pool import DatabaseUnready, check_migrated, describe, open_pool
 from handlers import (
     admin,
+    admin_audit,
     admin_models,
     admin_results,
     admin_runners,
@@ -118,7 +122,8 @@ async def open_services(
         tokens = Tokens(settings.token_ring, timedelta(seconds=settings.token_ttl_s))
         revocations = Revocations(revoked.client, PostgresAuthority(pool, tokens.life))
         receipt_keys = ReceiptKeys(settings.receipt_ring)
-        receipts = Receipts(receipt_keys, settings.public_url)
+        audit_chain = AuditChain(pool, receipt_keys, settings.public_url)
+        receipts = Receipts(receipt_keys, settings.public_url, audit_chain)
         keys = LeaseKeys(leases.client)
         stack.push_async_callback(keys.flush)  # when all who put keys have ended
         claims = Claims(pool, settings, keys, telemetry)
@@ -151,6 +156,7 @@ async def open_services(
         supervisor.start("wakeup", wakeup.run, every_s=PROVE_EVERY_S)
         supervisor.start("loop_lag", telemetry.watch_loop, every_s=LOOP_TICK_S)
         supervisor.start("archiver", Archiver(pool, settings).run, every_s=ARCHIVER_S)
+        supervisor.start("audit_chain", audit_chain.run, every_s=AUDIT_CHAIN_S)
         stack.push_async_callback(claims.close)
         stack.push_async_callback(revocations.close)
         breaker = RunnerBreaker(pool, settings)
@@ -175,6 +181,7 @@ async def open_services(
             runner_care=RunnerCare(pool, settings),
             runner_tokens=RunnerTokens(pool, tokens, revocations),
             tokens=TokenAdmin(pool),
+            audit=AuditLog(pool),
             health=Health(pool, leases.client, listener, trusted, newest_version(), supervisor),
             receipts=receipts,
             reload=Reload(settings, trusted, tokens, receipt_keys),
@@ -188,7 +195,8 @@ async def open_services(
 def make_app(services: Services) -> Application:
     """Return the application: every address of every module."""
     modules = (
-        runners, queue, submit, admin, admin_models, admin_runners, admin_results, admin_tokens,
+        runners, queue, submit, admin, admin_audit, admin_models, admin_runners, admin_results,
+        admin_tokens,
         health, public, error_page,
     )  # fmt: skip
     return Application(
@@ -214,6 +222,7 @@ async def serve(settings: Settings, read_settings: ReadSettings = load_settings)
     """
     stop, hangup = _stop_signal(), _hangup_signal()
     async with open_services(settings) as services:
+        await services.audit.check_role()
         reloads = partial(services.reload.run, hangup, read_settings)
         services.supervisor.start("reload", reloads)
         server = make_server(make_app(services), services)

@@ -34,10 +34,10 @@ class ReceiptKeys:
         """From now on sign with, and publish, the keys of this ring."""
         self._keys = {kid: SigningKey(seed) for kid, seed in ring.items()}
 
-    def sign(self, receipt: Mapping[str, Any]) -> dict[str, Any]:
+    def sign(self, receipt: Mapping[str, Any], purpose: str = PURPOSE) -> dict[str, Any]:
         """Return `receipt`, which holds only what JSON holds, with its `purpose` and `sig`."""
         kid, key = next(iter(self._keys.items()))
-        signed = {**receipt, "purpose": PURPOSE}
+        signed = {**receipt, "purpose": purpose}
         digest = hashlib.sha256(canonical_json(signed)).digest()
         signature = base64.b64encode(key.sign(digest).signature).decode()
         return {**signed, "sig": {"kid": kid, "sha256": digest.hex(), "signature": signature}}
@@ -54,7 +54,9 @@ class ReceiptKeys:
         ]
 
 
-def verify_receipt(receipt: Mapping[str, Any], public_keys: Mapping[str, str]) -> dict[str, Any]:
+def verify_receipt(
+    receipt: Mapping[str, Any], public_keys: Mapping[str, str], purpose: str = PURPOSE
+) -> dict[str, Any]:
     """Return what is signed of `receipt`, by one of `public_keys` (kid to standard base64).
 
     Raises BadSignature, or InvalidKey when the named key is not one.
@@ -74,6 +76,6 @@ def verify_receipt(receipt: Mapping[str, Any], public_keys: Mapping[str, str]) -
         raise BadSignature(
             f"The receipt, or its sig, was changed after it was signed. {error}"
         ) from None
-    if signed.get("purpose") != PURPOSE:
+    if signed.get("purpose") != purpose:
         raise BadSignature("What is signed is no receipt: its purpose is another.")
     return signed

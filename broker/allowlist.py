@@ -86,7 +86,7 @@ class Allowlist:
             key = await runner_keys.revoke(connection, fingerprint, reason)
             # A statement of its own, after the key's row is locked: its snapshot shows the claims
             # that held the row's lock before us.
-            freed = await run_queue.end_leases_of_key(connection, fingerprint, reason)
+            freed = await run_queue.end_leases_of_key(connection, fingerprint, reason, by.actor)
             key = key or await runner_keys.find(connection, fingerprint)
             if key is None:
                 raise NotFound("There is no such key on the allowlist.")

@@ -13,6 +13,8 @@ from broker.errors import InvalidRequest, Violation
 
 PAGE_MAX = 1000
 INT_MAX = 2**31 - 1  # PostgreSQL's
+BIGINT_MAX = 2**63 - 1
+MAX_DIGITS = 18  # of a number that fits into it
 # As the allowlist takes them (schemas/runner_key.json).
 _RUNNER_ID = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9])?")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -22,6 +24,13 @@ def check_limit(limit: int) -> None:
     """Raise InvalidRequest unless a page may have so many rows."""
     if not 1 <= limit <= PAGE_MAX:
         raise bad_query("/limit", f"must be between 1 and {PAGE_MAX}")
+
+
+def read_whole(at: str, text: str) -> int:
+    """Return a whole number of the query. Raises InvalidRequest for anything else."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS):
+        raise bad_query(at, "must be a whole number")
+    return int(text)
 
 
 def write_cursor(at: datetime, run_id: UUID) -> str:
@@ -45,20 +54,22 @@ def read_cursor(cursor: str) -> tuple[datetime, UUID]:
     return at
 
 
-def write_number(number: int) -> str:
-    """Return the cursor of the row of this number."""
-    return base64.urlsafe_b64encode(f"{number}".encode()).decode()
+def write_numbers(*numbers: int) -> str:
+    """Return the cursor of the row that has these numbers."""
+    return base64.urlsafe_b64encode(":".join(map(str, numbers)).encode()).decode()
 
 
-def read_number(cursor: str) -> int:
-    """Return the number of the row before the page. Raises InvalidRequest as `read_cursor`."""
+def read_numbers(cursor: str, count: int, most: int = BIGINT_MAX) -> tuple[int, ...]:
+    """Return the numbers of the row before the page. Raises InvalidRequest as `read_cursor`."""
     try:
-        number = int(base64.b64decode(cursor.encode("ascii"), altchars=b"-_", validate=True))
+        text = base64.b64decode(cursor.encode("ascii"), altchars=b"-_", validate=True)
+        numbers = tuple(int(number) for number in text.split(b":"))
     except (ValueError, binascii.Error):
         raise _not_ours() from None
-    if not 0 <= number <= INT_MAX or write_number(number) != cursor:
+    fits = len(numbers) == count and all(0 <= number <= most for number in numbers)
+    if not fits or write_numbers(*numbers) != cursor:
         raise _not_ours()
-    return number
+    return numbers
 
 
 def write_name(runner_id: str) -> str:

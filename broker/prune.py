@@ -10,9 +10,10 @@ from datetime import timedelta
 
 import asyncpg
 
-from broker.audit import SYSTEM, record
+from broker.audit import record
 from config.settings import Settings
 from db import archive, prune
+from db.audit import database_actor
 from db.pool import retries
 from db.prune import Found, Kind
 
@@ -81,5 +82,12 @@ class Prune:
             deleted = await prune.delete(connection, of.kind, of.keep, BATCH)
             if deleted:
                 keep_s = int(of.keep.total_seconds())
-                await record(connection, SYSTEM, "prune", kind=of.kind, rows=deleted, keep_s=keep_s)
+                await record(
+                    connection,
+                    await database_actor(connection),
+                    "prune",
+                    kind=of.kind,
+                    rows=deleted,
+                    keep_s=keep_s,
+                )
             return deleted

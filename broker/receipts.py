@@ -3,6 +3,7 @@
 from typing import Any
 
 from auth.receipts import ReceiptKeys
+from broker.audit_chain import AuditChain
 from broker.times import rfc3339
 from db.submissions import Accepted
 
@@ -10,12 +11,14 @@ from db.submissions import Accepted
 class Receipts:
     """Gives receipts in the name of `public_url`, our own.
 
-    Below that address, `/.well-known/bakeoff-queue.json` has the keys to verify them with.
+    Below that address, `/.well-known/bakeoff-queue.json` has the keys to verify them with. Each has
+    the head of the audit's chain: what was in the trail by then cannot be changed unseen.
     """
 
-    def __init__(self, keys: ReceiptKeys, public_url: str) -> None:
+    def __init__(self, keys: ReceiptKeys, public_url: str, audit_chain: AuditChain) -> None:
         self._keys = keys
         self._public_url = public_url
+        self._audit_chain = audit_chain
 
     def give(self, accepted: Accepted) -> dict[str, Any]:
         """Return the signed receipt of an accepted result, as JSON holds it.
@@ -42,6 +45,7 @@ class Receipts:
                 "runner_id": accepted.runner_id,
                 "key_fingerprint": accepted.fingerprint,
                 "public_url": self._public_url,
+                "audit": self._audit_chain.head,
             }
         )
 

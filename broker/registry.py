@@ -19,6 +19,7 @@ from auth.remembered import Remembered
 from auth.revocation import Revocations, Revoked
 from auth.tokens import LEEWAY, RunnerClaims, Tokens
 from broker import declared_vram, quantizations
+from broker.audit import Actor, record
 from broker.coalesce import Coalescer
 from broker.errors import (
     ClockSkew,
@@ -129,10 +130,20 @@ class Registry:
         """Return the live leases of a runner, oldest first."""
         return await run_queue.held_by(self._pool, claims.runner_id)
 
-    async def sign_off(self, claims: RunnerClaims) -> None:
+    @retries
+    async def sign_off(self, claims: RunnerClaims, address: str | None) -> None:
         """Revoke the token: the last step, so that one that was cut off before can be repeated."""
-        await runner_keys.revoke_token(self._pool, claims.jti, claims.dead_at)
-        await runners.sign_off(self._pool, claims.runner_id)
+        async with self._pool.acquire() as connection, connection.transaction():
+            await runner_keys.revoke_token(connection, claims.jti, claims.dead_at)
+            await runners.sign_off(connection, claims.runner_id)
+            await record(
+                connection,
+                Actor(f"runner:{claims.runner_id}", address),
+                "runner.sign_off",
+                f"key:{claims.fingerprint}",
+                runner_id=claims.runner_id,
+                jti=str(claims.jti),
+            )
         remaining = claims.dead_at - datetime.now(UTC)
         await self._revocations.write([Revoked(None, claims.jti, remaining)])
 
@@ -172,6 +183,7 @@ class Registry:
         address: str | None,
     ) -> runners.Nonce:
         """Write the nonce and the runner; return the nonce's row, the earlier one on a replay."""
+        before = await runners.find(connection, runner_id)
         nonce = runners.Nonce(
             key.fingerprint,
             registration["nonce"],
@@ -179,11 +191,14 @@ class Registry:
             uuid4(),
             datetime.now(UTC).replace(microsecond=0),
             self._nonce_kept_until(),
-            created=await runners.find(connection, runner_id) is None,
+            created=before is None,
             address=address,
         )
         if await runners.remember_nonce(connection, nonce):
-            await runners.upsert(connection, _signed_on(registration, runner_id, key))
+            runner = _signed_on(registration, runner_id, key, address)
+            await runners.upsert(connection, runner)
+            if before is None or _differs(before, runner):
+                await _record_sign_on(connection, runner, nonce.jti)
             self._standings.forget(key.fingerprint)
             return nonce
         seen = await runners.find_nonce(connection, key.fingerprint, nonce.nonce)
@@ -260,7 +275,28 @@ def parse_key(text: str, at: str) -> RunnerKey:
         raise InvalidRequest(str(error), (Violation(at, str(error)),)) from None
 
 
-def _signed_on(registration: dict[str, Any], runner_id: str, key: RunnerKey) -> runners.SignedOn:
+def _differs(before: asyncpg.Record, now: runners.SignedOn) -> bool:
+    """Return whether another process signs on, or from elsewhere, and not only for a new token."""
+    known = (before["key_fingerprint"], before["instance_id"], before["address"])
+    return known != (now.fingerprint, now.instance_id, now.address)
+
+
+async def _record_sign_on(connection: Executor, runner: runners.SignedOn, jti: UUID) -> None:
+    await record(
+        connection,
+        Actor(f"runner:{runner.runner_id}", runner.address),
+        "runner.sign_on",
+        f"key:{runner.fingerprint}",
+        runner_id=runner.runner_id,
+        instance_id=str(runner.instance_id),
+        hostname=runner.hostname,
+        jti=str(jti),
+    )
+
+
+def _signed_on(
+    registration: dict[str, Any], runner_id: str, key: RunnerKey, address: str | None
+) -> runners.SignedOn:
     return runners.SignedOn(
         runner_id=runner_id,
         public_key=key.text,
@@ -271,6 +307,7 @@ def _signed_on(registration: dict[str, Any], runner_id: str, key: RunnerKey) -> 
         capabilities=registration["capabilities"],
         version=registration.get("version"),
         fingerprint=key.fingerprint,
+        address=address,
     )
 
 

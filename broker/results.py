@@ -11,12 +11,13 @@ from broker.bundles import CAPS
 from broker.errors import NotFound
 from broker.moderation import STATES, told_state
 from broker.paging import (
+    INT_MAX,
     bad_query,
     check_limit,
     read_cursor,
-    read_number,
+    read_numbers,
     write_cursor,
-    write_number,
+    write_numbers,
 )
 from broker.times import parse_time
 from db import metrics, submissions
@@ -100,7 +101,7 @@ class Results:
         and NotFound.
         """
         check_limit(limit)
-        after = read_number(cursor) if cursor else None
+        (after,) = read_numbers(cursor, 1, INT_MAX) if cursor else (None,)
         if await submissions.find_state(self._pool, run_id) is None:
             raise _no_result(run_id)
         run = await metrics.run_of(self._pool, run_id)
@@ -114,7 +115,7 @@ class Results:
                 {name: value for name, value in cell.items() if name != "prompt_id"}
                 for cell in shown
             ],
-            "next_cursor": write_number(shown[-1]["prompt_id"]) if more else None,
+            "next_cursor": write_numbers(shown[-1]["prompt_id"]) if more else None,
         }
 
     async def open_file(self, run_id: UUID, name: str) -> StoredBytes:

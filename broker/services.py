@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from broker.allowlist import Allowlist
+from broker.audit import AuditLog
 from broker.claims import Claims
 from broker.credentials import Credentials
 from broker.enqueue import Enqueue
@@ -51,6 +52,7 @@ class Services:
     runner_care: RunnerCare
     runner_tokens: RunnerTokens
     tokens: TokenAdmin
+    audit: AuditLog
     receipts: Receipts
     reload: Reload
     telemetry: Telemetry

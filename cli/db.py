@@ -1,5 +1,6 @@
 """`bakeoff-queue db`: migrations of the settings' database."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -55,6 +56,25 @@ def status(as_json: AsJson = False) -> None:
         print(f"[{'X' if done else ' '}] {name}")
     pending = sum(not done for _, done in migrations)
     print(f"\nApplied: {len(migrations) - pending}\nPending: {pending}")
+
+
+@app.command()
+def roles(yes: Yes = False) -> None:
+    """Make the roles owner, service and reader, and give each its rights; again after changes."""
+    from db.pool import DatabaseUnready
+    from db.roles import OWNER, READER, SERVICE, make
+
+    settings = read_settings()
+    if not yes:
+        raise needs_yes(f"give the queue's tables to {OWNER}, and rights on them to {SERVICE} and"
+                        f" {READER}")  # fmt: skip
+    try:
+        asyncio.run(make(settings.database_url.get_secret_value()))
+    except DatabaseUnready as error:
+        raise CommandFailed(str(error)) from None
+    note(f"{OWNER} owns the tables: migrate as a member of it")
+    note(f"{SERVICE} serves, and can change nothing of the audit trail: serve as a member of it")
+    note(f"{READER} reads all but secrets")
 
 
 @app.command()

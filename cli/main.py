@@ -13,6 +13,7 @@ import typer
 from typer.main import get_command
 
 from cli import (
+    audit,
     config,
     db,
     demo,
@@ -43,6 +44,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(results.app, name="results")
 app.add_typer(receipts.app, name="receipts")
 app.add_typer(tokens.app, name="tokens")
+app.add_typer(audit.app, name="audit")
 app.add_typer(db.app, name="db")
 app.add_typer(config.app, name="config")
 app.command()(demo.demo)

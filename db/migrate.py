@@ -20,6 +20,7 @@ from typing import Any
 
 import asyncpg
 
+from db import roles
 from db.migration_files import Migration, Script, read_migrations
 from db.pool import CONNECT_S, LOST, DatabaseUnready, describe
 from db.queries import load
@@ -63,6 +64,7 @@ def migrate(dsn: str, tell: Tell = lambda _: None, limits: Limits | None = None)
             for migration, applied in await migrator.status():
                 if not applied:
                     await migrator.apply(migration, migration.up, SQL["record"], "applied")
+            await migrator.renew_roles()
 
     asyncio.run(_in_words(work()))
 
@@ -205,6 +207,10 @@ class _Migrator:
     async def status(self) -> list[tuple[Migration, bool]]:
         """Return each migration, and whether it is applied."""
         return await _status(self._worker)
+
+    async def renew_roles(self) -> None:
+        """Give the roles of the database, where it has them, what the migrations added."""
+        await roles.renew(self._worker)
 
     async def apply(self, migration: Migration, script: Script, record: str, deed: str) -> None:
         """Carry out one direction of a migration and record it. Raises MigrationFailed."""

@@ -8,6 +8,7 @@ from uuid import UUID
 
 import asyncpg
 
+from db.audit import Actor
 from db.pool import Executor, fetch_one, fetch_planned
 from db.queries import load
 
@@ -324,10 +325,11 @@ async def requeue(connection: Executor, run_id: UUID) -> str | None:
 
 
 async def end_leases_of_key(
-    connection: Executor, fingerprint: str, reason: str
+    connection: Executor, fingerprint: str, reason: str, by: Actor
 ) -> list[asyncpg.Record]:
-    """End every lease of a revoked key and return those that were live."""
-    return await connection.fetch(SQL["end_leases_of_key"], fingerprint, reason)
+    """End every lease of a revoked key, with audit rows, and return those that were live."""
+    who = (by.name, by.address, by.token_id)
+    return await connection.fetch(SQL["end_leases_of_key"], fingerprint, reason, *who)
 
 
 def _guard(guard: LeaseGuard) -> tuple[UUID, UUID, str, str]:

@@ -30,6 +30,7 @@ class SignedOn:
     capabilities: dict[str, Any]
     version: str | None
     fingerprint: str
+    address: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ async def upsert(connection: Executor, runner: SignedOn) -> asyncpg.Record:
         runner.capabilities,
         runner.version,
         runner.fingerprint,
+        runner.address,
     )
 
 

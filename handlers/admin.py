@@ -10,7 +10,7 @@ from tornado.web import URLSpec
 
 from broker.allowlist import Revocation
 from broker.credentials import Admin
-from broker.errors import InvalidRequest, Violation
+from broker.paging import read_whole
 from broker.services import Services
 from handlers.base import UUID_PATH, Handler
 from handlers.queue import idempotency_key
@@ -36,12 +36,7 @@ class AdminHandler(Handler):
 
     def page_size(self, asked: dict[str, str]) -> int:
         """Return the query's limit. Raises InvalidRequest for what is no number."""
-        limit = asked.get("limit", PAGE_DEFAULT)
-        if not (limit.isascii() and limit.isdecimal() and len(limit) <= 4):
-            raise InvalidRequest(
-                "limit must be a whole number.", (Violation("/limit", "must be a whole number"),)
-            )
-        return int(limit)
+        return read_whole("/limit", asked.get("limit", PAGE_DEFAULT))
 
     def link_next(self, asked: dict[str, str], cursor: str | None) -> None:
         """Say where the next page is, by the same query, unless this was the last one."""

@@ -63,7 +63,7 @@ class MeHandler(RunnerHandler):
         held = await self.services.registry.held(self.runner)
         released = [str(lease["run_id"]) for lease in held if await self._release(lease)]
         self.services.liveness.forget(self.runner.runner_id)
-        await self.services.registry.sign_off(self.runner)
+        await self.services.registry.sign_off(self.runner, self.request.remote_ip)
         self.answer(200, {"runner_id": self.runner.runner_id, "released": released})
 
     async def _release(self, lease: asyncpg.Record) -> bool:

@@ -16,6 +16,7 @@ from broker import wakeup
 from broker.waiting_room import WaitingRoom
 from config.settings import Settings
 from db import run_queue, runner_keys
+from db.audit import Actor
 from db.run_queue import Capabilities, Claimant, LeaseGuard
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import code_of, model_of, open_fleet, run_of
@@ -482,7 +483,9 @@ async def test_a_claim_sent_again_beside_a_revocation_does_not_get_the_dead_leas
         await runner.claim(key="k")
         async with fleet.transaction() as connection:
             await runner_keys.revoke(connection, runner.fingerprint, "stolen")
-            await run_queue.end_leases_of_key(connection, runner.fingerprint, "stolen")
+            await run_queue.end_leases_of_key(
+                connection, runner.fingerprint, "stolen", Actor("test")
+            )
             claiming = asyncio.create_task(runner.claim(key="k"))
             await fleet.until_blocked()
         assert code_of(await claiming) == (403, "key_revoked")

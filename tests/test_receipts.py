@@ -214,10 +214,7 @@ def changed(**sig: Any) -> dict[str, Any]:
 
 def other_purpose() -> dict[str, Any]:
     """What the very key signed, for something that is no receipt."""
-    key = ReceiptKeys({"2026": b"s" * 32})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("auth.receipts.PURPOSE", "something else")
-        return key.sign(GIVEN)
+    return KEYS.sign(GIVEN, "something else")
 
 
 @pytest.mark.parametrize(

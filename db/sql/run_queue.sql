@@ -505,6 +505,15 @@ ledger AS (
     WHERE a.run_id = h.run_id AND a.lease_seq = h.lease_seq
 ),
 
+-- Taken from its runner, who was asked to give it back.
+audited AS (
+    INSERT INTO audit (actor, action, target, run_id, runner_id, detail)
+    SELECT
+        'system', 'lease.cancel', 'run:' || h.run_id, h.run_id, $3,
+        jsonb_build_object('lease_seq', h.lease_seq, 'reason', h.cancel_reason)
+    FROM held AS h WHERE h.cancel_requested_at IS NOT NULL
+),
+
 forgotten AS (
     DELETE FROM attempts AS a USING freed AS f
     WHERE a.run_id = f.run_id AND a.lease_seq <= f.lease_seq - $7::int AND a.how = 'released'
@@ -594,6 +603,14 @@ deferred AS (
     WHERE f.status = 'PENDING'
     ON CONFLICT (run_id, runner_id) DO UPDATE SET
         until = excluded.until, failed_at = excluded.failed_at
+),
+
+audited AS (
+    INSERT INTO audit (actor, action, target, run_id, runner_id, detail)
+    SELECT
+        'system', 'lease.cancel', 'run:' || h.run_id, h.run_id, $3,
+        jsonb_build_object('lease_seq', h.lease_seq, 'reason', h.cancel_reason)
+    FROM held AS h WHERE h.cancel_requested_at IS NOT NULL
 )
 
 SELECT queue_id, lease_seq, status, attempt_count, retry_after, pg_notify('bakeoff_queue', '')
@@ -983,6 +1000,14 @@ ledger AS (
         last_heartbeat = h.last_heartbeat, progress = h.progress
     FROM held AS h
     WHERE a.run_id = h.run_id AND a.lease_seq = h.lease_seq AND a.ended_at IS NULL
+),
+
+audited AS (
+    INSERT INTO audit (actor, action, target, address, token_id, run_id, runner_id, detail)
+    SELECT
+        $3, 'lease.revoke', 'run:' || h.run_id, $4, $5, h.run_id, h.claimed_by,
+        jsonb_build_object('lease_seq', h.lease_seq, 'reason', $2::text)
+    FROM held AS h WHERE h.status IN ('CLAIMED', 'IN_PROGRESS')
 )
 
 SELECT run_id, queue_id, lease_seq, pg_notify('bakeoff_queue', '')

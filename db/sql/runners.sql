@@ -2,9 +2,9 @@
 -- A runner signs on: one row per runner_id, as upstream has it.
 INSERT INTO runners AS r (
     runner_id, public_key, hostname, process_id, effective_user, instance_id, capabilities,
-    version, key_fingerprint, registered_at, started_at, last_heartbeat, status
+    version, key_fingerprint, address, registered_at, started_at, last_heartbeat, status
 ) VALUES (
-    $1, $2, $3, $4, $5, $6, $7, $8, $9,
+    $1, $2, $3, $4, $5, $6, $7, $8, $9, $10,
     clock_timestamp(), clock_timestamp(), clock_timestamp(), 'IDLE'
 )
 ON CONFLICT (runner_id) DO UPDATE SET
@@ -12,6 +12,7 @@ ON CONFLICT (runner_id) DO UPDATE SET
     process_id = excluded.process_id, effective_user = excluded.effective_user,
     instance_id = excluded.instance_id, capabilities = excluded.capabilities,
     version = excluded.version, key_fingerprint = excluded.key_fingerprint,
+    address = excluded.address,
     -- A new process starts anew; a token that is renewed in mid-run does not.
     started_at = CASE WHEN r.instance_id IS DISTINCT FROM excluded.instance_id
         THEN excluded.started_at ELSE r.started_at

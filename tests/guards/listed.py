@@ -31,6 +31,11 @@ RELOAD = "tests/test_reload.py"
 BUNDLES = "tests/test_bundles.py"
 DOCUMENTS = "tests/test_documents.py"
 AUTHORIZED = "tests/test_authorization.py"
+_ANEW = (
+    "tests/test_audit.py::"
+    "test_a_chain_that_was_calculated_anew_is_caught_by_a_receipt_and_by_its_signed_heads"
+)
+_TAKEN = "tests/test_audit.py::test_every_lease_that_is_taken_from_somebody_leaves_a_row"
 MATRIX = f"{AUTHORIZED}::test_every_credential_gets_what_the_matrix_says"
 TOKENS = "tests/test_tokens.py"
 ADMIN_TOKENS = "tests/test_admin_tokens.py"
@@ -970,6 +975,134 @@ SWEEP = (
 
 _RUNNER_PAGES = (
     "tests/test_admin_runners.py::test_pages_are_in_one_order_lose_none_and_show_none_twice"
+)
+
+AUDIT = "tests/test_audit.py"
+TAMPERED = f"{AUDIT}::test_what_was_changed_in_the_trail_is_named"
+CHECK = "auth/audit_chain.py"
+
+AUDITED = (
+    Guard(
+        "audit: an entry is calculated from its row",
+        CHECK,
+        'elif entry_hash(self.hash, seq, row).hex() != entry["hash"]:',
+        "elif False:",
+        TAMPERED,
+    ),
+    Guard(
+        "audit: an entry that is gone is missed",
+        CHECK,
+        "if seq != self.seq + 1:",
+        "if False:",
+        TAMPERED,
+    ),
+    Guard(
+        "audit: a row that is gone is missed",
+        CHECK,
+        "        if row is None:",
+        "        if False:",
+        TAMPERED,
+    ),
+    Guard(
+        "audit: a row that is in no entry is named",
+        CHECK,
+        'if now - datetime.fromisoformat(row["at"]) > CHAINED_WITHIN:',
+        "if False:",
+        TAMPERED,
+    ),
+    Guard(
+        "audit: a row that is written later than it says is named",
+        CHECK,
+        "if self._latest is not None and self._latest - at > CHAINED_WITHIN:",
+        "if False:",
+        f"{AUDIT}::test_a_row_that_is_written_later_than_it_says_is_named",
+    ),
+    Guard(
+        "audit: the chain reaches as far as a witness has seen",
+        CHECK,
+        "return self.problems + late",
+        "return self.problems",
+        f"{AUDIT}::test_a_tail_that_was_cut_off_is_caught_by_a_receipt",
+    ),
+    Guard(
+        "audit: an entry is the one that a witness has seen",
+        CHECK,
+        "if (seq, digest) != (self.seq, self.hash.hex()):",
+        "if False:",
+        _ANEW,
+    ),
+    Guard(
+        "audit: an entry is the one whose hash was signed",
+        CHECK,
+        'if recorded is not None and recorded != signed["hash"]:',
+        "if False:",
+        _ANEW,
+    ),
+    Guard(
+        "audit: heads that are missing are missed",
+        "cli/audit.py",
+        "if check.seq and (newest is None or now - newest > HEAD_WITHIN):",
+        "if False:",
+        _ANEW,
+    ),
+    Guard(
+        "audit: a witness is signed",
+        "cli/audit.py",
+        "        signed = verify_receipt(document, known, purpose)",
+        "        signed = document",
+        f"{AUDIT}::test_a_verification_begins_at_a_witness_and_takes_no_forged_one",
+    ),
+    Guard(
+        "audit: a row that goes before it is chained is chained as gone",
+        "db/sql/audit.sql:take_unchained",
+        "FROM taken AS t LEFT JOIN",
+        "FROM taken AS t INNER JOIN",
+        f"{AUDIT}::test_a_row_that_goes_before_it_is_chained_is_chained_as_gone",
+    ),
+    Guard(
+        "audit: a lease that is cancelled by a release leaves a row",
+        f"{QUEUE}:release",
+        "FROM held AS h WHERE h.cancel_requested_at IS NOT NULL",
+        "FROM held AS h WHERE false",
+        _TAKEN,
+    ),
+    Guard(
+        "audit: a lease that is cancelled by a failure leaves a row",
+        f"{QUEUE}:fail",
+        "FROM held AS h WHERE h.cancel_requested_at IS NOT NULL",
+        "FROM held AS h WHERE false",
+        _TAKEN,
+    ),
+    Guard(
+        "audit: a renewed token leaves no row",
+        "broker/registry.py",
+        "if before is None or _differs(before, runner):",
+        "if True:",
+        f"{AUDIT}::"
+        "test_a_sign_on_by_another_process_or_from_elsewhere_leaves_a_row_and_a_renewal_none",
+    ),
+    Guard(
+        "roles: the service changes nothing of the audit",
+        "db/sql/roles.sql:grant",
+        "WHEN each.bare = any(only_added) THEN 'SELECT, INSERT'",
+        "WHEN false THEN 'SELECT, INSERT'",
+        "tests/test_roles.py::"
+        "test_the_service_changes_and_removes_nothing_of_the_audit_and_the_bundles",
+    ),
+    Guard(
+        "roles: a reader sees no secret column",
+        "db/sql/roles.sql:grant",
+        "AND a.attname <> all(secret)",
+        "",
+        "tests/test_roles.py::test_a_reader_reads_all_but_secrets_and_writes_nothing",
+    ),
+    Guard(
+        "roles: a reader sees no secret table",
+        "db/sql/roles.sql:grant",
+        "IF each.bare <> all(hidden) THEN",
+        "IF true THEN",
+        "tests/test_roles.py::test_a_reader_reads_all_but_secrets_and_writes_nothing",
+    ),
 )
 
 ADMIN = (
@@ -2168,6 +2301,7 @@ ALL = (
     + CLAIM
     + ENDS
     + SWEEP
+    + AUDITED
     + ADMIN
     + BELL
     + SERVER
