@@ -60,6 +60,7 @@ from broker.token_admin import TokenAdmin
 from broker.trusted import Trusted
 from broker.wakeup import PROVE_EVERY_S, Wakeup
 from broker.workers import Workers
+from config.descriptors import TooFewDescriptors, connections_max, raise_limit
 from config.logging import configure_logging, dropped_lines
 from config.settings import PREFIX, Settings, SettingsRefused, load_settings
 from db.migration_files import newest_version
@@ -78,8 +79,9 @@ from handlers import (
     runners,
     submit,
 )
+from handlers.addresses import Proxies
 from handlers.base import log_request
-from handlers.connections import PATROL_S, Server
+from handlers.connections import PATROL_S, Limits, Server
 from handlers.no_such_path import NoSuchPath
 
 CLOSE_S = 2
@@ -126,7 +128,7 @@ async def open_services(
         receipts = Receipts(receipt_keys, settings.public_url, audit_chain)
         keys = LeaseKeys(leases.client)
         stack.push_async_callback(keys.flush)  # when all who put keys have ended
-        claims = Claims(pool, settings, keys, telemetry)
+        claims = Claims(pool, settings, keys, telemetry, _parked_max(settings))
         if workers is None:
             workers = Workers()
             stack.push_async_callback(workers.close)
@@ -196,20 +198,25 @@ def make_app(services: Services) -> Application:
     """Return the application: every address of every module."""
     modules = (
         runners, queue, submit, admin, admin_audit, admin_models, admin_runners, admin_results,
-        admin_tokens,
-        health, public, error_page,
+        admin_tokens, health, public, error_page,
     )  # fmt: skip
     return Application(
         [route for module in modules for route in module.routes(services)],
         default_handler_class=NoSuchPath,
         default_handler_args={"services": services},
         log_function=log_request,
+        proxies=Proxies(services.settings.proxy_networks),
     )
 
 
 def make_server(app: Application, services: Services) -> Server:
     """Return the HTTP server with our limits, and let its patrol run."""
-    server = Server(app)
+    settings = services.settings
+    limits = Limits(
+        connections_max(settings), settings.connections_per_address, app.settings["proxies"]
+    )
+    server = Server(app, limits, services.telemetry)
+    services.telemetry.watch(http_connections=lambda: len(server.streams))
     services.supervisor.start("patrol", server.patrol, every_s=PATROL_S)
     return server
 
@@ -221,6 +228,7 @@ async def serve(settings: Settings, read_settings: ReadSettings = load_settings)
     drained, when a background loop cannot be kept running.
     """
     stop, hangup = _stop_signal(), _hangup_signal()
+    raise_limit()
     async with open_services(settings) as services:
         await services.audit.check_role()
         reloads = partial(services.reload.run, hangup, read_settings)
@@ -229,7 +237,10 @@ async def serve(settings: Settings, read_settings: ReadSettings = load_settings)
         sockets = _bind(settings)
         server.add_sockets(sockets)
         port = sockets[0].getsockname()[1]
-        log.info("server.listening", address=settings.listen_address, port=port)
+        fit = connections_max(settings)
+        # A runner has one connection for its claim or its beat, a second one while it uploads.
+        log.info("server.listening", address=settings.listen_address, port=port,
+                 connections_max=fit, runners_fit=fit // 2)  # fmt: skip
         services.submissions.warm()
         await _first_of(stop, services.supervisor.lost)
         await drain(settings, services, server)
@@ -271,6 +282,14 @@ def main() -> None:
         asyncio.run(serve(settings))
     except (SettingsRefused, ServerRefused, ServerLost, DatabaseUnready, PolicyRefused) as error:
         sys.exit(f"bakeoff-queue: {error}")
+
+
+def _parked_max(settings: Settings) -> int:
+    """Return how many claims may wait: not all connections, or no heartbeat would get through."""
+    try:
+        return connections_max(settings) * 9 // 10
+    except TooFewDescriptors as error:
+        raise ServerRefused(str(error)) from None
 
 
 async def _open_redis(stack: AsyncExitStack, setting: str, url: str) -> Topology:

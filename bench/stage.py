@@ -70,6 +70,7 @@ class Stage:
             "REDIS_TOKEN_URL": self.redis.url(2),
             "TOKEN_KEYS": f"bench:{'k' * 32}",
             "TOKEN_TTL_S": TOKEN_TTL_S,
+            "CONNECTIONS_PER_ADDRESS": 0,  # thousands of runners live at this one
             "RECEIPT_KEYS": f"bench:{'ab' * 32}",
             "PUBLIC_URL": PUBLIC_URL,
             **{name.upper(): value for name, value in settings.items()},

@@ -62,7 +62,12 @@ class Claims:
     """Hands out runs. One per process; any number of processes share the queue."""
 
     def __init__(
-        self, pool: asyncpg.Pool, settings: Settings, keys: LeaseKeys, telemetry: Telemetry
+        self,
+        pool: asyncpg.Pool,
+        settings: Settings,
+        keys: LeaseKeys,
+        telemetry: Telemetry,
+        parked_max: int,
     ) -> None:
         self._pool = pool
         self._settings = settings
@@ -80,7 +85,7 @@ class Claims:
         self._draining = False
         self._granted = 0  # since overtaken runs had their share
         self._promote_at = 0.0  # loop time
-        self.room = WaitingRoom(self._offers.ask, settings.claim_recheck_s)
+        self.room = WaitingRoom(self._offers.ask, settings.claim_recheck_s, parked_max)
 
     async def claim(self, claimant: Claimant, wait_s: float) -> asyncpg.Record | None:
         """Return the run for `claimant`, as `claim` of run_queue.sql has it, or None.
@@ -118,7 +123,7 @@ class Claims:
                 return row
             left_s = until - loop.time()
             # A draining runner gets nothing: in the room it would be woken before all others.
-            if left_s <= 0 or row["draining"] or self._draining:
+            if left_s <= 0 or row["draining"] or self._draining or self.room.is_full:
                 return None
             woken = await self.room.wait(place, claimant.capabilities, heard, left_s)
 

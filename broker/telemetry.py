@@ -27,6 +27,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
 # Gauges that are looked at, not told: name -> what it is.
 WATCHED = {
     "waiters": "Claims that are parked until there is a run for them.",
+    "http_connections": "Connections of clients.",
     "http_in_flight": "Requests that are being answered.",
     "breaker_open": "1 while the sweep is held because most leases are overdue at once.",
     "listener_connected": "1 while the expired events of every Redis primary are heard.",
@@ -49,6 +50,10 @@ class Telemetry:
         self.request_seconds = self._histogram(
             "http_request_duration_seconds", "From a request's headers to its answer; a claim's"
             " includes its wait.", SECONDS, "route",
+        )  # fmt: skip
+        self.turned_away = self._counter(
+            "http_connections_turned_away", "Connections that were not kept, or not accepted yet.",
+            "reason",
         )  # fmt: skip
         self.auth_failures = self._counter("auth_failures", "Answers 401 and 403.", "reason")
         self.claims = self._counter("claims", "Claims, by what came of them.", "outcome")

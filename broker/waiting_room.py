@@ -36,8 +36,11 @@ class Waiter:
 class WaitingRoom:
     """Parks claims; `run()` wakes them."""
 
-    def __init__(self, look: Callable[[int], Awaitable[Sequence[Offer]]], recheck_s: float) -> None:
-        """Look with `look`, which counts each model's runs up to its argument."""
+    def __init__(
+        self, look: Callable[[int], Awaitable[Sequence[Offer]]], recheck_s: float, most: int
+    ) -> None:
+        """Park up to `most`. Look with `look`, which counts a model's runs up to its argument."""
+        self._most = most
         self._look = look
         self._recheck_s = recheck_s
         self._waiters: dict[int, Waiter] = {}
@@ -47,6 +50,11 @@ class WaitingRoom:
     def __len__(self) -> int:
         """How many wait."""
         return len(self._waiters)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nobody else may wait: each one holds a connection, and others need some too."""
+        return len(self._waiters) >= self._most
 
     def ring(self) -> None:
         """Look soon: something may have become claimable."""

@@ -9,6 +9,7 @@ config.yaml. A mistyped name is an error in each of them.
 import difflib
 import os
 from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -75,6 +76,17 @@ class Settings(BaseSettings):
     )
     listen_address: str = Field("127.0.0.1", description="Address to listen on.")
     listen_port: int = Field(8400, ge=0, le=65535, description="Port to listen on; 0 picks one.")
+    connections_per_address: int = Field(
+        512,
+        ge=0,
+        description="Connections that one client's address (of IPv6: its /64) may have open at a"
+        " process; one more is closed at once. 0: any number. Trusted proxies are not counted.",
+    )
+    trusted_proxies: str = Field(
+        "",
+        description="Addresses or networks, with commas between them, of the proxies in front of"
+        " this process, for instance 127.0.0.1: X-Forwarded-For is believed from them alone.",
+    )
     public_url: str = Field(
         "http://127.0.0.1:8400",
         description="The address runners know us by, which they sign as the audience.",
@@ -228,6 +240,12 @@ class Settings(BaseSettings):
     def _redis_address(cls, value: str) -> str:
         return check_url(value, *REDIS_SCHEMES)
 
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: str) -> str:
+        parse_networks(value)
+        return value
+
     @field_validator("token_keys")
     @classmethod
     def _key_ring(cls, value: SecretStr) -> SecretStr:
@@ -252,6 +270,11 @@ class Settings(BaseSettings):
                 "redis_lease_url and redis_token_url must name different logical databases"
             )
         return self
+
+    @property
+    def proxy_networks(self) -> list[IPv4Network | IPv6Network]:
+        """The networks of the trusted proxies."""
+        return parse_networks(self.trusted_proxies)
 
     @property
     def token_ring(self) -> dict[str, bytes]:
@@ -289,6 +312,19 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Say which source wins: arguments, environment, secret files, YAML."""
         return init_settings, env_settings, _SecretFiles(settings_cls), _QueueSection(settings_cls)
+
+
+def parse_networks(text: str) -> list[IPv4Network | IPv6Network]:
+    """Read `address[/bits][,...]`. Raises ValueError, which names the entry that is none."""
+    networks = []
+    for entry in filter(None, (each.strip() for each in text.split(","))):
+        try:
+            networks.append(ip_network(entry))
+        except ValueError:
+            raise ValueError(
+                f"{entry} is neither an address nor a network such as 10.0.0.0/8"
+            ) from None
+    return networks
 
 
 def load_settings(**arguments: Any) -> Settings:

@@ -31,7 +31,7 @@ class AdminHandler(Handler):
         """Learn which admin sends this, and whether they may."""
         scope = self.scopes[self.request.method or ""]
         self.admin = await self.services.credentials.admin(
-            self.bearer_token(), scope, self.request.remote_ip
+            self.bearer_token(), scope, self.client_address
         )
 
     def page_size(self, asked: dict[str, str]) -> int:

@@ -36,6 +36,7 @@ from broker.errors import (
 from broker.services import Services
 from broker.strict_json import pointer, quote
 from broker.times import rfc3339
+from handlers.addresses import Proxies
 from handlers.connections import ClientStream
 from handlers.errors import RETRY_AFTER_S, STATUS, problem, refusal_of
 
@@ -155,6 +156,13 @@ class Handler(RequestHandler):
         if not self._body:
             raise EmptyBody
         return bytes(self._body)
+
+    @property
+    def client_address(self) -> str:
+        """The address of the client, behind the trusted proxies."""
+        proxies: Proxies = self.settings["proxies"]
+        forwarded = ",".join(self.request.headers.get_list("X-Forwarded-For"))
+        return proxies.client_behind(self.request.remote_ip or "", forwarded)
 
     def bearer_token(self) -> str:
         """Return the token of the one Authorization header. Raises MissingToken."""

@@ -7,18 +7,23 @@ so that no request pays for a timer of its own.
 """
 
 import asyncio
+import errno
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import structlog
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPConnection, HTTPMessageDelegate
 from tornado.iostream import IOStream
-from tornado.netutil import add_accept_handler
 from tornado.web import Application
+
+from broker.telemetry import Telemetry
+from handlers.addresses import Proxies, client_of
 
 HEAD_S = 10.0
 IDLE_S = 75.0
@@ -33,6 +38,14 @@ BODY_MAX = 64 * 1024 * 1024
 # close at once would reset the connection, and the answer would be lost with it.
 LINGER_S = 2.0
 LINGERING_MAX = 64
+ACCEPTED_AT_ONCE = 32  # the connections that are there have their turn in between
+REST_S = 0.2
+LOOKED_AT = 256
+TELL_EVERY_S = 60.0
+TURNED_AWAY_FIX = (
+    "raise LimitNOFILE or add processes; for one address that is many people's, raise"
+    " BAKEOFF_QUEUE_CONNECTIONS_PER_ADDRESS"
+)
 
 log = structlog.get_logger()
 
@@ -69,8 +82,10 @@ class Progress:
 class ClientStream(IOStream):
     """A client's connection, which counts what it carries."""
 
-    def __init__(self, connection: socket.socket, **options: Any) -> None:
+    def __init__(self, connection: socket.socket, client: str, **options: Any) -> None:
+        """Carry a connection of `client`, which is how its address is counted."""
         super().__init__(connection, **options)
+        self.client = client
         self.received = self.sent = 0
         self.lingers = False
         self._linger: Callable[[socket.socket], None] = socket.socket.close
@@ -155,6 +170,15 @@ class ClientStream(IOStream):
         return "answer"
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many connections there may be, and of one client (0: any number), but for proxies."""
+
+    connections_max: int
+    per_client: int
+    proxies: Proxies
+
+
 class Lingering:
     """Sockets that were answered while their clients still send: drained for a moment, then closed.
 
@@ -163,6 +187,10 @@ class Lingering:
 
     def __init__(self) -> None:
         self._sockets: dict[socket.socket, asyncio.TimerHandle] = {}
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._sockets)
 
     def take(self, connection: socket.socket) -> None:
         """Say that nothing more comes from us, and read what still comes from the client."""
@@ -200,25 +228,33 @@ class Lingering:
 class Server(HTTPServer):
     """The HTTP server with our limits; `patrol` is its background loop."""
 
-    def initialize(self, app: Application) -> None:  # type: ignore[override]
+    def initialize(  # type: ignore[override]
+        self, app: Application, limits: Limits, telemetry: Telemetry
+    ) -> None:
         """Serve `app`."""
         super().initialize(app, max_header_size=HEAD_MAX, max_body_size=BODY_MAX)
         self.conn_params.header_timeout = None  # the patrol's
-        self._listening: dict[socket.socket, Callable[[], None]] = {}
-        self._streams: set[ClientStream] = set()
+        self._limits = limits
+        self._telemetry = telemetry
+        self._listening: list[socket.socket] = []
+        self._resume: asyncio.TimerHandle | None = None
+        # In the order in which they last became idle.
+        self._streams: dict[ClientStream, None] = {}
+        self._of_client: Counter[str] = Counter()
         self._lingering = Lingering()
+        self._untold: Counter[str] = Counter()
+        self._told_at = -TELL_EVERY_S
 
     def add_sockets(self, sockets: Iterable[socket.socket]) -> None:
         """Accept connections on listening sockets."""
-        for listening in sockets:
-            self._listening[listening] = add_accept_handler(listening, self._accepted)
+        self._listening += sockets
+        self._listen()
 
     def stop(self) -> None:
         """Accept no more."""
+        self._listen_no_more()
         while self._listening:
-            listening, remove = self._listening.popitem()
-            remove()
-            listening.close()
+            self._listening.pop().close()
 
     async def close_all_connections(self) -> None:
         """Close all connections, and wait for their handlers to notice."""
@@ -227,13 +263,16 @@ class Server(HTTPServer):
 
     def start_request(self, server_conn: Any, request_conn: HTTPConnection) -> HTTPMessageDelegate:
         """Tornado's hook before each request of a connection."""
-        server_conn.stream.expect_head()
+        stream: ClientStream = server_conn.stream
+        stream.expect_head()
+        if self._streams.pop(stream, stream) is None:  # it is the one that became idle last
+            self._streams[stream] = None
         return super().start_request(server_conn, request_conn)
 
     def on_close(self, server_conn: Any) -> None:
         """Tornado's hook after the end of a connection."""
         super().on_close(server_conn)
-        self._streams.discard(server_conn.stream)
+        self._forget(server_conn.stream)
 
     async def patrol(self, succeeded: Callable[[], None]) -> None:
         """Cut the connections that are stuck, until cancelled."""
@@ -252,14 +291,97 @@ class Server(HTTPServer):
         for part in ("head", "body", "answer"):
             if cut[part]:
                 log.info("http.stalled", part=part, connections=cut[part])
+        if self._untold and now - self._told_at >= TELL_EVERY_S:
+            log.warning("http.turned_away", **self._untold, fix=TURNED_AWAY_FIX)
+            self._untold.clear()
+            self._told_at = now
 
     @property
     def streams(self) -> frozenset[ClientStream]:
         """The connections that are open."""
         return frozenset(self._streams)
 
+    def _listen(self) -> None:
+        self._resume = None
+        for listening in self._listening:
+            asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+
+    def _listen_no_more(self) -> None:
+        if self._resume is not None:
+            self._resume.cancel()
+            self._resume = None
+        for listening in self._listening:
+            asyncio.get_running_loop().remove_reader(listening)
+
+    def _rest(self, why: str) -> None:
+        """Accept nothing for a moment: the next try would fail as well, at once and for ever."""
+        self._tell(why)
+        self._listen_no_more()
+        self._resume = asyncio.get_running_loop().call_later(REST_S, self._listen)
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(ACCEPTED_AT_ONCE):
+            if self._is_over() and not self._make_room():
+                self._rest("waiting")
+                return
+            try:
+                connection, address = listening.accept()
+            except BlockingIOError:
+                return
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:  # no descriptors, no memory, ...
+                self._rest(errno.errorcode.get(error.errno or 0, "failed"))
+                return
+            self._accepted(connection, address)
+        # More wait: they have their turn when the connections that are there had theirs.
+
     def _accepted(self, connection: socket.socket, address: Any) -> None:
-        stream = ClientStream(connection, max_buffer_size=self.max_buffer_size)
+        peer = address[0] if isinstance(address, tuple) else "unix"
+        client = "" if self._limits.proxies.trusts(peer) else client_of(peer)
+        most = self._limits.per_client
+        if client and most and self._of_client[client] >= most:
+            self._tell("too_many_of_one_address")
+            connection.close()
+            return
+        connection.setblocking(False)
+        stream = ClientStream(connection, client, max_buffer_size=self.max_buffer_size)
         stream.use_linger(self._lingering.take)
-        self._streams.add(stream)
+        self._streams[stream] = None
+        self._of_client[client] += 1
         self.handle_stream(stream, address)
+        if self._is_over():
+            self._make_room()
+
+    def _tell(self, reason: str) -> None:
+        """Count it; the log is told by the patrol, a line a minute: there may be thousands."""
+        self._telemetry.turned_away.labels(reason).inc()
+        self._untold[reason] += 1
+
+    def _is_over(self) -> bool:
+        """Return whether there is one connection too many: room is made when it has come."""
+        return len(self._streams) + len(self._lingering) > self._limits.connections_max
+
+    def _forget(self, stream: ClientStream) -> None:
+        if stream not in self._streams:
+            return
+        del self._streams[stream]
+        self._of_client[stream.client] -= 1
+        if not self._of_client[stream.client]:
+            del self._of_client[stream.client]
+
+    def _make_room(self) -> bool:
+        """Close the connection that has been idle for longest, but not the newest one.
+
+        Returns whether there was one.
+        """
+        for stream in tuple(islice(self._streams, min(LOOKED_AT, len(self._streams) - 1))):
+            if stream.request is None:
+                self._tell("closed_idle")
+                self._forget(stream)
+                stream.close()
+                return True
+            # It works, and is not looked at again before the others.
+            del self._streams[stream]
+            self._streams[stream] = None
+        return False

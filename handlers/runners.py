@@ -23,7 +23,7 @@ class RegisterHandler(Handler):
         """Sign a runner on: 201 the first time, 200 afterwards."""
         body = self.read_json("register")
         sign_on = await self.services.registry.register(
-            body["registration"], body["sig"], self.request.remote_ip
+            body["registration"], body["sig"], self.client_address
         )
         self.answer(201 if sign_on.created else 200, self._sign_on(sign_on))
 
@@ -63,7 +63,7 @@ class MeHandler(RunnerHandler):
         held = await self.services.registry.held(self.runner)
         released = [str(lease["run_id"]) for lease in held if await self._release(lease)]
         self.services.liveness.forget(self.runner.runner_id)
-        await self.services.registry.sign_off(self.runner, self.request.remote_ip)
+        await self.services.registry.sign_off(self.runner, self.client_address)
         self.answer(200, {"runner_id": self.runner.runner_id, "released": released})
 
     async def _release(self, lease: asyncpg.Record) -> bool:

@@ -42,10 +42,12 @@ class Line:
 
 
 @asynccontextmanager
-async def line_to(url: str) -> AsyncIterator[Line]:
-    """Yield a connection to a server."""
+async def line_to(url: str, host: str | None = None) -> AsyncIterator[Line]:
+    """Yield a connection to a server, from an address of this machine if it matters."""
     address = urlsplit(url)
-    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    reader, writer = await asyncio.open_connection(
+        address.hostname, address.port, local_addr=(host, 0) if host else None
+    )
     try:
         yield Line(reader, writer)
     finally:

@@ -30,6 +30,7 @@ NEVER_S = 1000.0
 NAMES = {
     "auth_failures", "breaker_open", "build_info", "claim_batch_size", "claim_duration_seconds",
     "claims", "db_pool", "event_loop_lag_seconds", "expiry_lag_seconds", "heartbeats",
+    "http_connections", "http_connections_turned_away",
     "http_in_flight", "http_request_duration_seconds", "http_requests", "leases_lapsed",
     "log_lines_dropped", "loop_last_success_timestamp_seconds", "loop_restarts",
     "listener_connected", "oldest_pending_age_seconds", "runs", "submission_bytes", "submissions",

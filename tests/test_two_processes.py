@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +46,10 @@ def serving(settings: Settings) -> Iterator[tuple[Server, Server]]:
 
 
 @contextmanager
-def started(settings: Settings) -> Iterator[subprocess.Popen[str]]:
-    """Run one process; SIGTERM it in the end, and wait."""
+def started(settings: Settings, launcher: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
+    """Run one process, through `launcher` if given; SIGTERM it in the end, and wait."""
     with subprocess.Popen(
-        [sys.executable, "server.py"],
+        [sys.executable, *launcher, "server.py"],
         cwd=ROOT,
         env={**os.environ, **environment_of(settings)},
         stderr=subprocess.PIPE,

@@ -75,7 +75,7 @@ async def crowd(
 ) -> AsyncIterator[Crowd]:
     """Yield a room whose looks find this."""
     queue = Queue(list(finds))
-    room = WaitingRoom(queue.look, recheck_s)
+    room = WaitingRoom(queue.look, recheck_s, most=1_000_000)
     running = asyncio.create_task(room.run(lambda: None))
     people = Crowd(room, queue)
     try:

@@ -2164,8 +2164,65 @@ LOOPS = "tests/test_supervision.py"
 KEPT = "tests/test_kept_connections.py"
 
 SLOW = "tests/test_slow_lines.py"
+SOCKETS = "tests/test_sockets.py"
 
 HTTP = (
+    Guard(
+        "sockets: accept rests when it cannot",
+        "handlers/connections.py",
+        "        self._listen_no_more()\n        self._resume = ",
+        "        self._resume = ",
+        f"{SOCKETS}::test_accept_rests_when_it_cannot_and_goes_on_when_it_can",
+    ),
+    Guard(
+        "sockets: one address has its share",
+        "handlers/connections.py",
+        "if client and most and self._of_client[client] >= most:",
+        "if False:",
+        f"{SOCKETS}::test_one_address_has_its_share_of_the_connections_and_no_more",
+    ),
+    Guard(
+        "sockets: proxies have no share",
+        "handlers/connections.py",
+        'client = "" if self._limits.proxies.trusts(peer) else client_of(peer)',
+        "client = client_of(peer)",
+        f"{SOCKETS}::test_a_trusted_proxy_passes_many_clients_on",
+    ),
+    Guard(
+        "sockets: who is idle makes room",
+        "handlers/connections.py",
+        "        if self._is_over():\n            self._make_room()\n",
+        "",
+        f"{SOCKETS}::test_the_connection_that_was_idle_for_longest_makes_room",
+    ),
+    Guard(
+        "sockets: who works makes no room",
+        "handlers/connections.py",
+        "            if stream.request is None:\n",
+        "            if True:\n",
+        f"{SOCKETS}::test_more_parked_claims_than_connections_are_answered_and_others_get_through",
+    ),
+    Guard(
+        "sockets: claims wait on nine tenths of them",
+        "broker/claims.py",
+        " or self.room.is_full:",
+        ":",
+        f"{SOCKETS}::test_more_parked_claims_than_connections_are_answered_and_others_get_through",
+    ),
+    Guard(
+        "sockets: the process' own are kept",
+        "config/descriptors.py",
+        "    return limit - own\n",
+        "    return limit\n",
+        f"{SOCKETS}::test_more_idle_connections_than_there_are_descriptors_stop_nothing",
+    ),
+    Guard(
+        "sockets: the limit is raised",
+        "server.py",
+        "    raise_limit()\n",
+        "",
+        f"{SOCKETS}::test_more_idle_connections_than_there_are_descriptors_stop_nothing",
+    ),
     Guard(
         "slow lines: a body that stands still is given up",
         "handlers/connections.py",
