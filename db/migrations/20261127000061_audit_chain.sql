@@ -20,18 +20,12 @@ END $$;
 CREATE TRIGGER audit_grows AFTER INSERT ON audit
 FOR EACH ROW EXECUTE FUNCTION audit_to_be_chained();
 
--- The trail is read newest first, by who, what and whom.
-CREATE INDEX audit_actor ON audit (actor, audit_id);
-CREATE INDEX audit_action ON audit (action, audit_id);
-CREATE INDEX audit_runner ON audit (runner_id, audit_id) WHERE runner_id IS NOT NULL;
-
 -- From where the runner last signed on: a new address, like a new process, is on the record.
 ALTER TABLE runners ADD COLUMN IF NOT EXISTS address text;
 
 -- migrate:down
 
 ALTER TABLE runners DROP COLUMN address;
-DROP INDEX audit_runner, audit_action, audit_actor;
 DROP TRIGGER audit_grows ON audit;
 DROP FUNCTION audit_to_be_chained();
 DROP TABLE audit_unchained, audit_chain;
