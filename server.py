@@ -165,7 +165,7 @@ async def open_services(
         yield Services(
             settings=settings,
             credentials=Credentials(pool, tokens, revocations),
-            registry=Registry(pool, settings, tokens, revocations),
+            registry=Registry(pool, settings, tokens, revocations, keys),
             claims=claims,
             heartbeats=Heartbeats(pool, settings, keys, telemetry),
             handbacks=Handbacks(pool, settings, keys, breaker),

@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from uuid import uuid4
 
 import asyncpg
 
@@ -73,9 +74,10 @@ class State:
         return load.p50_ms
 
     async def _claim(self, connection: asyncpg.Connection, key: str) -> list[asyncpg.Record]:
+        runner = self.runner
         return await run_queue.claim(
             connection,
-            [Claimant(self.runner.runner_id, self.runner.fingerprint, key, "digest", OFFER)],
+            [Claimant(runner.runner_id, runner.fingerprint, uuid4(), key, "digest", OFFER)],
             ttl=timedelta(minutes=5),
             max_leases=1,
             max_runtime_s=3600,

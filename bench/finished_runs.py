@@ -146,7 +146,8 @@ async def measure(pool: asyncpg.Pool) -> dict[str, tuple[float, int]]:
         " WHERE status = 'IN_PROGRESS' LIMIT 20"
     )
     idle, key = "bench-999", "key-999"  # every other runner holds a lease
-    claim = ([24], ["q8_0"], [idle], [key], [str(uuid4())], ["x"], [1], TTL, 64, 86_400)
+    claim = ([24], ["q8_0"], [idle], [key], [str(uuid4())], ["x"], [1], TTL, 64, 86_400,
+             [uuid4()])  # fmt: skip
     beat = (
         [row["run_id"] for row in live],
         [row["lease_id"] for row in live],

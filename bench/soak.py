@@ -23,7 +23,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import asyncpg
 from rich.console import Console
@@ -114,7 +114,7 @@ class Churn:
         rows = await run_queue.claim(
             self._connection,
             [
-                Claimant(r.runner_id, r.fingerprint, f"soak-{self._last}", "digest", OFFER)
+                Claimant(r.runner_id, r.fingerprint, uuid4(), f"soak-{self._last}", "digest", OFFER)
                 for r in runners
             ],
             ttl=ttl,

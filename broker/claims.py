@@ -10,13 +10,16 @@ something that fits it.
 import asyncio
 import itertools
 import math
+import random
 from collections.abc import Sequence
 from datetime import timedelta
 
 import asyncpg
 import structlog
 
+from auth.errors import InvalidToken
 from broker.coalesce import Coalescer
+from broker.credentials import TOKEN_REVOKED
 from broker.errors import (
     Busy,
     Conflict,
@@ -44,6 +47,7 @@ from db.run_queue import Claimant, LeaseGuard
 
 # Two claims of one runner may race for a lease slot; the loser looks again and sees the winner.
 RACES_MAX = 5
+LOOK_AGAIN_S = 0.01  # times the number of looks before: the first is repeated at once
 RETRY_AFTER_DEFAULT_S = 30
 RETRY_AFTER_MOST_S = 300
 # A wait that our stop cut short goes on at another process, at once.
@@ -90,9 +94,10 @@ class Claims:
     async def claim(self, claimant: Claimant, wait_s: float) -> asyncpg.Record | None:
         """Return the run for `claimant`, as `claim` of run_queue.sql has it, or None.
 
-        Waits up to `wait_s` seconds for one. Raises KeyNotAllowed, KeyRevoked, RunnerPaused,
-        LeaseLimit, Conflict when the Idempotency-Key was used with another body, and Draining when
-        this process is stopping: a balancer then asks another one, where the claim may wait.
+        Waits up to `wait_s` seconds for one. Raises KeyNotAllowed, KeyRevoked, InvalidToken (the
+        token was revoked), RunnerPaused, LeaseLimit, Conflict when the Idempotency-Key was used
+        with another body, and Draining when this process is stopping: a balancer then asks another
+        one, where the claim may wait.
         """
         outcomes = self._telemetry.claims
         with failures_counted(outcomes):
@@ -184,7 +189,7 @@ class Claims:
         rows: dict[int, asyncpg.Record] = {}
         waiting = dict(enumerate(claimants))
         await self._promote_aged()
-        for _ in range(RACES_MAX):
+        for look in range(RACES_MAX):
             self._telemetry.claim_batch_size.observe(len(waiting))
             try:
                 with self._telemetry.claim_seconds.time():
@@ -213,6 +218,8 @@ class Claims:
             waiting = {i: c for i, c in waiting.items() if i not in granted}
             if not waiting or not found[0]["contended"]:
                 break
+            # Not at once: what holds the rows is about to commit, and five looks are soon spent.
+            await asyncio.sleep(look * random.uniform(0, LOOK_AGAIN_S))  # noqa: S311 (jitter)
         else:
             if not any(row["queue_id"] for row in rows.values()):
                 raise Busy("Many claims race for the same runs: claim again.")
@@ -260,6 +267,8 @@ class Claims:
             raise KeyNotAllowed
         elif not row["key_good"]:
             raise KeyRevoked
+        elif row["token_ended"]:
+            raise InvalidToken(TOKEN_REVOKED)
         elif row["paused"]:
             raise RunnerPaused(row["pause_reason"])
         elif not row["entitled"] and not row["draining"]:

@@ -15,6 +15,8 @@ from broker.coalesce import Coalescer
 from broker.errors import KeyRevoked
 from db import admin, runner_keys
 
+TOKEN_REVOKED = "The token has been revoked: register again."  # noqa: S105 (a message)
+
 
 @dataclass(frozen=True, slots=True)
 class Admin:
@@ -66,7 +68,7 @@ class Credentials:
     async def check_revoked(self, claims: RunnerClaims) -> None:
         """Raise InvalidToken or KeyRevoked if a token was revoked, as of this second.
 
-        Asked again after what a request may wait for: an upload, a claim that is parked.
+        Asked again after an upload, which takes minutes. The statement of a claim sees it itself.
         """
         revoked = self._revocations.remembered(claims)
         if revoked is None:
@@ -75,7 +77,7 @@ class Credentials:
             key = await runner_keys.find(self._pool, claims.fingerprint)
             if key is None or key["revoked_at"] is not None:
                 raise KeyRevoked
-            raise InvalidToken("The token has been revoked: register again.")
+            raise InvalidToken(TOKEN_REVOKED)
 
     async def settle(self) -> None:
         """Wait until Redis knows all revocations again, where it had forgotten them."""

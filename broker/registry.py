@@ -31,6 +31,7 @@ from broker.errors import (
     Violation,
 )
 from broker.fitting import Capabilities
+from broker.lease_keys import LeaseKey, LeaseKeys
 from broker.times import parse_time
 from config.settings import Settings
 from db import models, run_queue, runner_keys, runners
@@ -58,11 +59,13 @@ class Registry:
         settings: Settings,
         tokens: Tokens,
         revocations: Revocations,
+        keys: LeaseKeys,
     ) -> None:
         self._pool = pool
         self._settings = settings
         self._tokens = tokens
         self._revocations = revocations
+        self._keys = keys
         self._standings: Remembered[str, asyncpg.Record] = Remembered()
         # One look for all claims that wait together.
         self._desk: Coalescer[str, asyncpg.Record | None] = Coalescer(self._look)
@@ -131,21 +134,28 @@ class Registry:
         return await run_queue.held_by(self._pool, claims.runner_id)
 
     @retries
-    async def sign_off(self, claims: RunnerClaims, address: str | None) -> None:
-        """Revoke the token: the last step, so that one that was cut off before can be repeated."""
+    async def sign_off(self, claims: RunnerClaims, address: str | None) -> list[UUID]:
+        """Revoke the token and hand back what the runner holds; return these runs.
+
+        The token first: what it claims beside us is either seen and handed back, or refused.
+        """
+        key, by = claims.fingerprint, Actor(f"runner:{claims.runner_id}", address)
         async with self._pool.acquire() as connection, connection.transaction():
-            await runner_keys.revoke_token(connection, claims.jti, claims.dead_at)
+            await runner_keys.revoke_token(connection, claims.jti, claims.dead_at, key)
+            freed = await run_queue.hand_back_all(connection, key, "the runner signed off", by)
             await runners.sign_off(connection, claims.runner_id)
             await record(
                 connection,
-                Actor(f"runner:{claims.runner_id}", address),
+                by,
                 "runner.sign_off",
-                f"key:{claims.fingerprint}",
+                f"key:{key}",
                 runner_id=claims.runner_id,
                 jti=str(claims.jti),
             )
+        self._keys.drop(LeaseKey(row["queue_id"], row["lease_seq"]) for row in freed)
         remaining = claims.dead_at - datetime.now(UTC)
         await self._revocations.write([Revoked(None, claims.jti, remaining)])
+        return [row["run_id"] for row in freed]
 
     async def known_quantizations(self) -> tuple[str, ...]:
         """Return the quantizations of upstream's table, read once per process."""

@@ -45,7 +45,8 @@ class RunnerTokens:
             token = next((row for row in rows if row["jti"] == jti), None)
             if token is None:
                 raise NotFound(f"No token {jti} of {runner_id} lives.")
-            if await runner_keys.revoke_token(connection, jti, token["expires_at"]):
+            key = token["key_fingerprint"]
+            if await runner_keys.revoke_token(connection, jti, token["expires_at"], key):
                 await record(
                     connection, by.actor, "runner_token.revoke", f"runner-token:{jti}",
                     runner_id=runner_id, reason=reason,

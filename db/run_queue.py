@@ -36,6 +36,7 @@ class Claimant:
 
     runner_id: str
     fingerprint: str
+    token: UUID
     claim_key: str
     claim_digest: str
     capabilities: Capabilities
@@ -109,6 +110,7 @@ async def claim(
         max_leases,
         max_runtime_s,
         by_fit,
+        [c.token for c in claimants],
     )
 
 
@@ -328,8 +330,23 @@ async def end_leases_of_key(
     connection: Executor, fingerprint: str, reason: str, by: Actor
 ) -> list[asyncpg.Record]:
     """End every lease of a revoked key, with audit rows, and return those that were live."""
+    return await _end_leases(connection, fingerprint, reason, by, "revoked")
+
+
+async def hand_back_all(
+    connection: Executor, fingerprint: str, reason: str, by: Actor
+) -> list[asyncpg.Record]:
+    """Hand back what a key's runner holds and return it, oldest first."""
+    return await _end_leases(connection, fingerprint, reason, by, "released")
+
+
+async def _end_leases(
+    connection: Executor, fingerprint: str, reason: str, by: Actor, how: str
+) -> list[asyncpg.Record]:
     who = (by.name, by.address, by.token_id)
-    return await connection.fetch(SQL["end_leases_of_key"], fingerprint, reason, *who)
+    return await connection.fetch(
+        SQL["end_leases_of_key"], fingerprint, reason, *who, how, LEASES_KEPT
+    )
 
 
 def _guard(guard: LeaseGuard) -> tuple[UUID, UUID, str, str]:

@@ -85,6 +85,6 @@ async def all_revocations(pool: Executor, token_life: timedelta) -> list[asyncpg
     return await pool.fetch(SQL["all_revocations"], token_life)
 
 
-async def revoke_token(pool: Executor, jti: UUID, dead_at: datetime) -> bool:
-    """Revoke one token until it expires by itself; False when it was revoked before."""
-    return await pool.execute(SQL["revoke_token"], jti, dead_at) == "INSERT 0 1"
+async def revoke_token(pool: Executor, jti: UUID, dead_at: datetime, fingerprint: str) -> bool:
+    """Revoke one token of a key until it expires by itself; False when it was revoked before."""
+    return await pool.execute(SQL["revoke_token"], jti, dead_at, fingerprint) == "INSERT 0 1"

@@ -42,7 +42,7 @@ class ClaimHandler(RunnerHandler):
         settings, runner = self.services.settings, self.runner
         offer = await self.services.registry.capabilities(runner, body.get("capabilities"))
         digest = hashlib.sha256(self._body).hexdigest()
-        claimant = Claimant(runner.runner_id, runner.fingerprint, key, digest, offer)
+        claimant = Claimant(runner.runner_id, runner.fingerprint, runner.jti, key, digest, offer)
         wait_s = min(body.get("wait_s", 0), settings.claim_wait_max_s)
         self._claiming = asyncio.current_task()
         try:
@@ -71,11 +71,6 @@ class ClaimHandler(RunnerHandler):
         if isinstance(connection, HTTP1Connection) and connection.stream.closed():
             await self.services.claims.undo(row)
             return
-        try:
-            await self.services.credentials.check_revoked(self.runner)  # it may have been parked
-        except Exception:
-            await self.services.claims.undo(row)
-            raise
         self.answer(200, handed_out(row, self.services), members=row["members"])
 
     async def _explain(self, offer: Capabilities) -> None:

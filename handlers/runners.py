@@ -2,10 +2,8 @@
 
 from typing import Any
 
-import asyncpg
 from tornado.web import URLSpec
 
-from broker.errors import LeaseLost, RunFinished
 from broker.registry import SignOn
 from broker.services import Services
 from handlers.base import Handler
@@ -60,20 +58,9 @@ class MeHandler(RunnerHandler):
 
     async def delete(self) -> None:
         """Sign off: release every lease and revoke the token."""
-        held = await self.services.registry.held(self.runner)
-        released = [str(lease["run_id"]) for lease in held if await self._release(lease)]
         self.services.liveness.forget(self.runner.runner_id)
-        await self.services.registry.sign_off(self.runner, self.client_address)
+        released = await self.services.registry.sign_off(self.runner, self.client_address)
         self.answer(200, {"runner_id": self.runner.runner_id, "released": released})
-
-    async def _release(self, lease: asyncpg.Record) -> bool:
-        """Release one lease; one that ended by itself meanwhile is none of ours."""
-        guard = self.guard(str(lease["run_id"]), str(lease["lease_id"]))
-        try:
-            await self.services.handbacks.release(guard, "the runner signed off")
-        except (LeaseLost, RunFinished):
-            return False
-        return True
 
 
 def held_lease(row: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from broker.telemetry import Telemetry
 from broker.workers import Workers
 from config.settings import Settings
 from db.pool import open_pool
-from db.run_queue import CHANNEL
+from db.run_queue import CHANNEL, Capabilities, Claimant
 from handlers.connections import Server
 from sandbox import servers
 from sandbox.admin_token import new_token
@@ -199,6 +199,18 @@ class Runner:
         if answer.is_success:
             self.token = answer.json()["access_token"]
         return answer
+
+    def claimant(
+        self,
+        key: str = "k",
+        digest: str = "digest",
+        *,
+        vram_gb: int = 24,
+        quantizations: tuple[str, ...] = ("q8_0",),
+    ) -> Claimant:
+        """Return what a claim of this runner is to the statement that serves it."""
+        offer = Capabilities(vram_gb, quantizations)
+        return Claimant(self.runner_id, self.fingerprint, uuid.uuid4(), key, digest, offer)
 
     def at(self, fleet: Fleet) -> "Runner":
         """Return the same runner, speaking to another server of the fleet."""

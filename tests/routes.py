@@ -28,7 +28,7 @@ METHODS = RequestHandler.SUPPORTED_METHODS
 RUN = "00000000-0000-4000-8000-000000000000"
 # What a path may be asked with: of nothing that is there.
 FILLED = {
-    **dict.fromkeys(("run_id", "token_id", "jti"), RUN),
+    **dict.fromkeys(("run_id", "token_id", "jti", "model_id"), RUN),
     "fingerprint": "0" * 64,
     "name": "result.json",
     "runner_id": "runner-a",

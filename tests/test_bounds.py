@@ -25,6 +25,7 @@ BOUNDED = {
     "revoked_tokens": "one for each sign-off, until the token would have expired",
     "submission_refusals": "REFUSALS_KEPT of a runner; prune",
     "runners": "one for each name on the allowlist",
+    "run_deferrals": "one for each runner and live run that it failed",
     # By a result that was verified, once for each run.
     **dict.fromkeys(
         ("submissions", "run_model_metrics", "run_hardware_metrics", "gpu_hardware",
@@ -38,6 +39,8 @@ BOUNDED = {
         "an admin adds it",
     ),
     "idempotency_keys": "an admin adds it; prune",
+    "learned_needs": "one for each model",
+    "audit_chain": "one for each row of the audit",
     "audit": "kept for ever: what admins and the service did, each result, each lapse",
     **dict.fromkeys(("run_archive", "attempts_archive"), "moved from the queue; prune"),
     "run_archive_changes": "folded by the archiver",

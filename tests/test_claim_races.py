@@ -17,7 +17,7 @@ from broker.waiting_room import WaitingRoom
 from config.settings import Settings
 from db import run_queue, runner_keys
 from db.audit import Actor
-from db.run_queue import Capabilities, Claimant, LeaseGuard
+from db.run_queue import LeaseGuard
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import code_of, model_of, open_fleet, run_of
 
@@ -148,8 +148,7 @@ async def test_runners_of_many_kinds_are_served_together_and_no_run_goes_to_two(
                  "d": (80, "fp16"), "e": (8, "q8_0", "q4_k_m"), "f": (8, "q4_k_m")}  # fmt: skip
         runners = {name: await fleet.sign_on(f"runner-{name}") for name in asked}
         claimants = [
-            Claimant(f"runner-{name}", runners[name].fingerprint, name, "d",
-                     Capabilities(vram_gb, tuple(quantizations)))
+            runners[name].claimant(name, vram_gb=vram_gb, quantizations=tuple(quantizations))
             for name, (vram_gb, *quantizations) in asked.items()
         ]  # fmt: skip
         rows = await run_queue.claim(
@@ -169,10 +168,7 @@ async def test_what_a_look_has_granted_is_handed_out_though_the_next_look_fails(
     """The lease is committed: lost, it would lapse, and count against the run and its runner."""
     async with open_fleet(make_settings(), sigstore) as fleet:
         runners = [await fleet.sign_on(), await fleet.sign_on("runner-b")]
-        claimants = [
-            Claimant(r.runner_id, r.fingerprint, r.runner_id, "d", Capabilities(24, ("q8_0",)))
-            for r in runners
-        ]
+        claimants = [runner.claimant() for runner in runners]
         run_ids = [await fleet.enqueue(), await fleet.enqueue()]
         claim, looks = run_queue.claim, iter([None, ConnectionResetError()])
 
@@ -208,10 +204,7 @@ async def test_claims_of_one_runner_are_told_apart_and_a_failure_is_that_ones_al
             return await claim(*arguments, **options)
 
         monkeypatch.setattr(run_queue, "claim", once)
-        asked = [
-            Claimant("runner-a", runner.fingerprint, key, "d", Capabilities(24, ("q8_0",)))
-            for key in ("one", "two")
-        ]
+        asked = [runner.claimant(key) for key in ("one", "two")]
         row, failure = await asyncio.gather(
             *(fleet.services.claims.claim(claimant, 0) for claimant in asked),
             return_exceptions=True,
@@ -375,13 +368,10 @@ async def test_an_undo_leaves_a_lease_that_another_answer_has_delivered(
         runner = await fleet.sign_on(max_leases=2)
         run_ids = [await fleet.enqueue(), await fleet.enqueue()]
         claims = fleet.services.claims
-        offer = Capabilities(24, ("q4_k_m", "q8_0"))
         digest = hashlib.sha256(b"{}").hexdigest()
 
         async def claim(key: str) -> asyncpg.Record:
-            row = await claims.claim(
-                Claimant(runner.runner_id, runner.fingerprint, key, digest, offer), 0
-            )
+            row = await claims.claim(runner.claimant(key, digest), 0)
             assert row is not None
             return row
 
@@ -513,7 +503,7 @@ async def test_a_revocation_waits_for_a_claim_in_flight_and_ends_its_lease(
         async with fleet.transaction() as connection:
             (claimed,) = await run_queue.claim(
                 connection,
-                [Claimant("runner-a", runner.fingerprint, "k", "d", Capabilities(24, ("q8_0",)))],
+                [runner.claimant()],
                 ttl=timedelta(seconds=300),
                 max_leases=1,
                 max_runtime_s=86_400,
@@ -537,3 +527,67 @@ async def test_a_run_that_another_claim_takes_at_this_moment_is_passed_over(
         async with fleet.transaction() as connection:
             await connection.execute("SELECT FROM run_queue WHERE run_id = $1 FOR UPDATE", first)
             assert (await runner.take())["run_id"] == second
+
+
+@pytest.mark.gen_test
+async def test_a_claim_waits_for_a_sign_off_in_flight_and_is_then_refused(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    """The claim's own snapshot still shows the token as good, and the process remembers it so."""
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on(max_leases=2)
+        run_ids = [await fleet.enqueue(), await fleet.enqueue()]
+        claimed = await runner.claim(key="k")
+        assert claimed.status_code == 200
+        async with fleet.transaction() as connection:
+            claims = await fleet.services.credentials.runner(runner.token)
+            await runner_keys.revoke_token(
+                connection, claims.jti, claims.dead_at, claims.fingerprint
+            )
+            waiting = [asyncio.create_task(runner.claim(key=key)) for key in ("new", "k")]
+            await fleet.until_blocked()
+        for refused in waiting:
+            assert code_of(await refused) == (401, "invalid_token")
+        assert (await fleet.row(run_ids[1]))["lease_seq"] == 0
+
+
+@pytest.mark.gen_test
+async def test_a_sign_off_waits_for_a_claim_in_flight_and_hands_its_lease_back(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        run_id = await fleet.enqueue()
+        async with fleet.transaction() as connection:
+            (claimed,) = await run_queue.claim(
+                connection,
+                [runner.claimant()],
+                ttl=timedelta(seconds=300),
+                max_leases=1,
+                max_runtime_s=86_400,
+            )
+            assert str(claimed["run_id"]) == run_id
+            me = "/api/runners/me"
+            leaving = asyncio.create_task(fleet.http.delete(me, headers=runner.headers))
+            await fleet.until_blocked()
+        assert (await leaving).json()["released"] == [run_id]
+        row = await fleet.row(run_id)
+        assert (row["status"], row["claimed_by"]) == ("PENDING", None)
+
+
+@pytest.mark.gen_test
+async def test_a_claim_that_waits_in_another_process_gets_nothing_after_its_runner_signed_off(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, parked: Parked
+) -> None:
+    settings = make_settings(claim_recheck_s=NEVER_S)
+    async with open_fleet(settings, sigstore) as fleet, open_fleet(settings, sigstore) as second:
+        gone, other = await fleet.sign_on(), await fleet.sign_on("runner-b")
+        waiting = []
+        for runner in (gone, other):
+            waiting.append(asyncio.create_task(runner.at(second).claim(wait_s=50)))
+            await parked.get()
+        await fleet.http.delete("/api/runners/me", headers=gone.headers)
+        run_id = await fleet.enqueue()  # wakes the first, as there is one run
+        assert code_of(await waiting[0]) == (401, "invalid_token")
+        assert (await waiting[1]).json()["run_id"] == run_id
+        assert [each["runner_id"] for each in await fleet.ledger(run_id)] == ["runner-b"]

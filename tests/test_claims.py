@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-from broker.fitting import Capabilities
 from broker.jobs import comparable_hash
 from config.settings import Settings
 from db import run_queue
-from db.run_queue import Claimant
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import SMALL, Fleet, Runner, about, code_of, model_of, open_fleet, run_of
 
@@ -399,11 +397,7 @@ async def test_runs_behind_the_first_that_nobody_may_take_do_not_crowd_out_the_o
         rows = await run_queue.claim(
             fleet.pool,
             [
-                Claimant(
-                    f"runner-{number}", runner.fingerprint, "a key", "d" * 64,
-                    Capabilities(24, tuple(sorted(QUANTIZATIONS))),
-                )
-                for number, runner in enumerate(runners)
+                runner.claimant(quantizations=tuple(sorted(QUANTIZATIONS))) for runner in runners
             ],
             ttl=timedelta(60), max_leases=1, max_runtime_s=60,
         )  # fmt: skip
@@ -418,13 +412,7 @@ async def test_of_more_models_than_are_looked_at_the_best_that_another_kind_left
         runners = [await fleet.sign_on(f"runner-{number}") for number in range(MODELS + 1)]
         between = await enqueue_many_models(fleet)
         *firsts, last = [
-            Claimant(
-                f"runner-{number}",
-                runner.fingerprint,
-                "a key",
-                "d" * 64,
-                Capabilities(24 if number < MODELS else 48, ("fp16",)),
-            )
+            runner.claimant(vram_gb=24 if number < MODELS else 48, quantizations=("fp16",))
             for number, runner in enumerate(runners)
         ]
         rows = await run_queue.claim(

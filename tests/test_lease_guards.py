@@ -190,7 +190,8 @@ async def end(fleet: Fleet, guard: LeaseGuard, how: str) -> None:
 async def claimed_again(fleet: Fleet, guard: LeaseGuard) -> LeaseGuard:
     """Claim the run once more for the same runner; return the new lease's guard."""
     await fleet.pool.execute("UPDATE run_queue SET retry_after = NULL")
-    claimant = Claimant(guard.runner_id, guard.fingerprint, str(uuid.uuid4()), "digest", OFFER)
+    token, key = uuid.uuid4(), str(uuid.uuid4())
+    claimant = Claimant(guard.runner_id, guard.fingerprint, token, key, "digest", OFFER)
     (row,) = await run_queue.claim(
         fleet.pool, [claimant], ttl=TTL,
         max_leases=1, max_runtime_s=86_400,
@@ -209,7 +210,7 @@ async def test_a_run_that_was_claimed_while_this_claim_waited_is_not_claimed_aga
         async with fleet.transaction() as connection:
             await connection.execute("UPDATE runner_keys SET description = 'locked'")
             (row,) = await run_queue.claim(
-                connection, [Claimant("runner-a", first.fingerprint, "k", "d", OFFER)],
+                connection, [first.claimant()],
                 ttl=TTL, max_leases=1, max_runtime_s=86_400,
             )  # fmt: skip
             waiting = asyncio.create_task(second.claim())
@@ -273,7 +274,7 @@ async def test_two_claims_of_one_key_cannot_both_be_committed(
         async with fleet.transaction() as beside:
             (row,) = await run_queue.claim(
                 beside,
-                [Claimant(runner.runner_id, runner.fingerprint, "k", digest, OFFER)],
+                [runner.claimant(digest=digest)],
                 ttl=TTL,
                 max_leases=1,
                 max_runtime_s=86_400,
@@ -295,7 +296,7 @@ async def test_the_loser_of_a_race_for_a_lease_slot_looks_again_and_is_at_the_li
         async with fleet.transaction() as beside:
             (row,) = await run_queue.claim(
                 beside,
-                [Claimant(runner.runner_id, runner.fingerprint, "k", "digest", OFFER)],
+                [runner.claimant()],
                 ttl=TTL,
                 max_leases=1,
                 max_runtime_s=86_400,

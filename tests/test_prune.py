@@ -98,7 +98,7 @@ async def test_failed_runs_go_when_they_are_archived_and_past_their_time(
         assert [seen.of("runs", status=s) for s in ("COMPLETE", "FAILED", "CANCELLED")] == [1, 2, 0]
         (told,) = await audited(fleet, "prune")
         assert (told["actor"], told["detail"]) == (
-            "system", {"kind": "failed_runs", "rows": 2, "keep_s": keep_s},
+            "database:bakeoff", {"kind": "failed_runs", "rows": 2, "keep_s": keep_s},
         )  # fmt: skip
         # Forgotten, but its run_id is not free: an old request cannot queue it anew.
         assert code_of(await fleet.admin("GET", f"/queue/{older}")) == (404, "not_found")

@@ -56,7 +56,7 @@ def claim(seeded: Seeded, claimants: int) -> list[Any]:
     return [
         [24], ["q4_k_m,q8_0"], [r.runner_id for r in some], [r.fingerprint for r in some],
         [f"key-{number}" for number in range(claimants)], ["digest"] * claimants,
-        [1] * claimants, TTL, 1, 86_400, True,
+        [1] * claimants, TTL, 1, 86_400, True, [LEASE] * claimants,
     ]  # fmt: skip
 
 
@@ -161,7 +161,9 @@ def test_who_names_a_run_finds_it_by_its_name_when_nothing_was_leased_yet(
 
 def test_a_claim_asks_for_its_key_alone_whatever_the_planner_thinks_of_probes(idle: str) -> None:
     """As a join it becomes a merge with the keys of all leases, live and dead: 116 ms in a soak."""
-    asked = [[24], ["q8_0"], *[["runner-a"]] * 2, *[["a-key"]] * 2, [1], TTL, 1, 86_400, True]
+    asked = [
+        [24], ['q8_0'], *[['runner-a']] * 2, *[['a-key']] * 2, [1], TTL, 1, 86_400, True, [LEASE],
+    ]  # fmt: skip
     plan = asyncio.run(
         _explain(idle, SQL["claim"], asked, before="SET LOCAL enable_nestloop = off")
     )
@@ -173,7 +175,9 @@ def test_a_claim_asks_for_its_key_alone_whatever_the_planner_thinks_of_probes(id
 
 def test_a_claim_enters_each_models_queue_at_its_head(idle: str) -> None:
     """What died before the head, while a session holds an old snapshot, is stepped over once."""
-    asked = [[24], ["q8_0"], *[["runner-a"]] * 2, *[["a-key"]] * 2, [1], TTL, 1, 86_400, True]
+    asked = [
+        [24], ['q8_0'], *[['runner-a']] * 2, *[['a-key']] * 2, [1], TTL, 1, 86_400, True, [LEASE],
+    ]  # fmt: skip
     plan = asyncio.run(_explain(idle, SQL["claim"], asked))
     conditions = [read.get("Index Cond", "") for read in _reads(plan, "run_queue")]
     head = "(ROW(priority, created_at, queue_id) >= ROW(f.priority, f.created_at, f.queue_id))"

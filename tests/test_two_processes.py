@@ -177,3 +177,29 @@ async def test_killing_the_process_that_gave_out_a_run_loses_nothing(
             assert (await survivor.submit(again.json())).status_code == 201
             row = await there.row(run_id)
             assert (row["status"], row["lease_seq"]) == ("COMPLETE", 1)
+
+
+@pytest.mark.gen_test
+async def test_a_token_that_signed_off_here_claims_nothing_there_at_once(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    """The other process took the token for good a moment ago, and remembers that for a second."""
+    settings = make_settings()
+    with serving(settings) as (a, b):
+        async with reaching(settings, sigstore, a, b) as (here, there):
+            for number in range(3):
+                runner = await here.sign_on(f"runner-{number}")
+                run_id = await here.enqueue()
+                beside = runner.at(there)
+                me = await there.http.get("/api/runners/me", headers=runner.headers)
+                assert me.status_code == 200
+                # Claims go on beside the sign-off: each is refused, or its lease is handed back.
+                claims = [asyncio.create_task(beside.claim()) for _ in range(3)]
+                left = await here.http.delete("/api/runners/me", headers=runner.headers)
+                assert left.status_code == 200
+                answers = [await beside.claim(), *await asyncio.gather(*claims)]
+                assert code_of(answers[0]) == (401, "invalid_token")
+                assert {answer.status_code for answer in answers} <= {200, 401, 409}
+                row = await here.row(run_id)
+                assert (row["status"], row["claimed_by"]) == ("PENDING", None)
+                await here.cancel(run_id)

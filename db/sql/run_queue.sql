@@ -4,16 +4,16 @@
 -- names its kind ($7, from 1). Returns a row per request, in order, whether it got a run or not.
 WITH RECURSIVE requests AS (
     SELECT *
-    FROM unnest($3::text [], $4::text [], $5::text [], $6::text [], $7::int [])
-        WITH ORDINALITY AS r (runner_id, fingerprint, claim_key, claim_digest, kind, place)
+    FROM unnest($3::text [], $4::text [], $5::text [], $6::text [], $7::int [], $12::uuid [])
+        WITH ORDINALITY AS r (runner_id, fingerprint, claim_key, claim_digest, kind, token, place)
 ),
 
 -- The key rows are locked so that no claim slips past a revocation that commits at the same time:
 -- a revocation in flight makes this wait, and PostgreSQL then checks the row again, by its newest
 -- version. Without the lock this statement's snapshot would still show the key as good, and the
--- revocation would not see the lease.
+-- revocation would not see the lease. Likewise a sign-off: what it ended stands in the key's row.
 admitted AS MATERIALIZED (
-    SELECT fingerprint, coalesce(max_leases, $9) AS max_leases
+    SELECT fingerprint, coalesce(max_leases, $9) AS max_leases, ended_tokens
     FROM runner_keys
     WHERE
         fingerprint = any($4) AND revoked_at IS NULL
@@ -26,7 +26,8 @@ admitted AS MATERIALIZED (
 replayed AS (
     SELECT r.place, q.queue_id
     FROM requests AS r
-    INNER JOIN admitted AS a ON r.fingerprint = a.fingerprint
+    INNER JOIN admitted AS a
+        ON r.fingerprint = a.fingerprint AND r.token <> all(a.ended_tokens)
     CROSS JOIN LATERAL (
         SELECT q.queue_id FROM run_queue AS q
         WHERE q.claimed_by = r.runner_id AND q.claim_key = r.claim_key
@@ -41,7 +42,8 @@ entitled AS MATERIALIZED (
         r.*, s.slot, d.avoided,
         row_number() OVER (PARTITION BY r.kind, d.avoided ORDER BY r.place) AS turn
     FROM requests AS r
-    INNER JOIN admitted AS a ON r.fingerprint = a.fingerprint
+    INNER JOIN admitted AS a
+        ON r.fingerprint = a.fingerprint AND r.token <> all(a.ended_tokens)
     INNER JOIN runners AS u
         ON
             r.runner_id = u.runner_id
@@ -264,6 +266,7 @@ SELECT
     r.place,
     k.fingerprint IS NOT NULL AS key_known,
     a.fingerprint IS NOT NULL AS key_good,
+    r.token = any(a.ended_tokens) AS token_ended,
     is_paused(u.paused_at, u.paused_until) AS paused,
     u.pause_reason,
     u.drain_requested_at IS NOT NULL AS draining,
@@ -973,13 +976,15 @@ forgotten AS (
 SELECT status, pg_notify('bakeoff_queue', '') FROM put_back
 
 -- name: end_leases_of_key
--- End every lease of a key that was just revoked in this transaction, and forget the secrets of its
--- lapsed ones, so that nothing of this key can be submitted any more.
+-- End every lease of a key that was just revoked in this transaction ($6 = 'revoked'), and forget the
+-- secrets of its lapsed ones, so that nothing of this key can be submitted any more. Or hand back
+-- what its runner holds, which signs off ('released'): no attempt is burnt, a late result may come,
+-- and the released leases before the newest $7 of a run are forgotten, as by `release`.
 WITH held AS MATERIALIZED (
     SELECT * FROM run_queue
     WHERE
         lease_key = $1 AND lease_id IS NOT NULL
-        AND status IN ('CLAIMED', 'IN_PROGRESS', 'PENDING')
+        AND (status IN ('CLAIMED', 'IN_PROGRESS') OR status = 'PENDING' AND $6::text = 'revoked')
     ORDER BY queue_id FOR UPDATE
 ),
 
@@ -992,13 +997,18 @@ freed AS (
         started_at = NULL, updated_at = clock_timestamp()
     FROM held AS h
     WHERE q.queue_id = h.queue_id
+    RETURNING q.queue_id, q.status
 ),
 
 ledger AS (
     UPDATE attempts AS a SET
-        ended_at = clock_timestamp(), how = 'revoked', detail = $2, started_at = h.started_at,
-        last_heartbeat = h.last_heartbeat, progress = h.progress
-    FROM held AS h
+        ended_at = clock_timestamp(),
+        how = CASE
+            WHEN $6 = 'released' AND h.cancel_requested_at IS NOT NULL THEN 'cancelled' ELSE $6
+        END,
+        detail = $2, started_at = h.started_at, last_heartbeat = h.last_heartbeat,
+        progress = h.progress, outcome = jsonb_build_object('status', f.status)
+    FROM held AS h INNER JOIN freed AS f ON h.queue_id = f.queue_id
     WHERE a.run_id = h.run_id AND a.lease_seq = h.lease_seq AND a.ended_at IS NULL
 ),
 
@@ -1007,8 +1017,14 @@ audited AS (
     SELECT
         $3, 'lease.revoke', 'run:' || h.run_id, $4, $5, h.run_id, h.claimed_by,
         jsonb_build_object('lease_seq', h.lease_seq, 'reason', $2::text)
-    FROM held AS h WHERE h.status IN ('CLAIMED', 'IN_PROGRESS')
+    FROM held AS h WHERE h.status IN ('CLAIMED', 'IN_PROGRESS') AND $6 = 'revoked'
+),
+
+forgotten AS (
+    DELETE FROM attempts AS a USING held AS h
+    WHERE a.run_id = h.run_id AND a.lease_seq <= h.lease_seq - $7::int AND a.how = 'released'
 )
 
 SELECT run_id, queue_id, lease_seq, pg_notify('bakeoff_queue', '')
 FROM held WHERE status IN ('CLAIMED', 'IN_PROGRESS')
+ORDER BY claimed_at

@@ -56,7 +56,15 @@ SELECT NULL, jti, expires_at - clock_timestamp()
 FROM revoked_tokens WHERE expires_at > clock_timestamp()
 
 -- name: revoke_token
--- Tokens that no process takes any more are forgotten on the way.
-WITH forgotten AS (DELETE FROM revoked_tokens WHERE expires_at < statement_timestamp())
+-- Tokens that no process takes any more are forgotten on the way. The key's row ($3) remembers the
+-- newest: this waits for the claims that hold it, whose leases are seen from here on, and the later
+-- ones wait for this. Every process has forgotten after a second that it took the others for good,
+-- and no claim waits for longer than a minute.
+WITH forgotten AS (DELETE FROM revoked_tokens WHERE expires_at < statement_timestamp()),
+
+ended AS (
+    UPDATE runner_keys SET ended_tokens = ($1::uuid || ended_tokens)[:100]
+    WHERE fingerprint = $3 AND $1::uuid <> all(ended_tokens)
+)
 
 INSERT INTO revoked_tokens (jti, expires_at) VALUES ($1, $2) ON CONFLICT DO NOTHING

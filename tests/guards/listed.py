@@ -125,9 +125,39 @@ CLAIM = (
         f"{RACES}::test_a_claim_waits_for_a_revocation_in_flight_and_is_then_refused",
     ),
     Guard(
+        "claim: a token that was ended gets nothing",
+        f"{QUEUE}:claim",
+        "AND r.token <> all(a.ended_tokens)\n    INNER",
+        "\n    INNER",
+        f"{RACES}::test_a_claim_waits_for_a_sign_off_in_flight_and_is_then_refused",
+    ),
+    Guard(
+        "claim: a token that was ended is given nothing again",
+        f"{QUEUE}:claim",
+        "AND r.token <> all(a.ended_tokens)\n    CROSS",
+        "\n    CROSS",
+        f"{RACES}::test_a_claim_waits_for_a_sign_off_in_flight_and_is_then_refused",
+    ),
+    Guard(
+        "claim: the end of a token stands in the key's row",
+        f"{KEYS}:revoke_token",
+        "WHERE fingerprint = $3 AND",
+        "WHERE fingerprint <> $3 AND",
+        f"{RACES}::test_a_claim_that_waits_in_another_process_gets_nothing_after_its_runner_signed_off",
+    ),
+    Guard(
+        "sign-off: the token ends before the leases are looked at",
+        "broker/registry.py",
+        "            await runner_keys.revoke_token(connection, claims.jti, claims.dead_at, key)\n",
+        "",
+        f"{RACES}::test_a_sign_off_waits_for_a_claim_in_flight_and_hands_its_lease_back",
+    ),
+    Guard(
         "claim: a lease is given again to a good key only",
         f"{QUEUE}:claim",
-        "    INNER JOIN admitted AS a ON r.fingerprint = a.fingerprint\n    CROSS JOIN",
+        "    INNER JOIN admitted AS a\n"
+        "        ON r.fingerprint = a.fingerprint AND r.token <> all(a.ended_tokens)\n"
+        "    CROSS JOIN",
         "    CROSS JOIN",
         f"{RACES}::test_a_claim_sent_again_by_a_key_whose_time_is_over_does_not_get_its_lease",
     ),
@@ -1165,13 +1195,6 @@ ADMIN = (
         f"{ADMIN_TOKENS}::test_a_token_gives_no_scope_that_it_has_not",
     ),
     Guard(
-        "runner tokens: one that was revoked during a claim gets no run",
-        "handlers/queue.py",
-        "            await self.services.credentials.check_revoked(self.runner)",
-        "            pass",
-        f"{ADMIN_TOKENS}::test_what_a_runner_waits_for_it_does_not_get_after_its_token_was_revoked",
-    ),
-    Guard(
         "runner tokens: one that was revoked during an upload submits nothing",
         "handlers/submit.py",
         "        await self.services.credentials.check_revoked(self.runner)",
@@ -1251,8 +1274,8 @@ ADMIN = (
     Guard(
         "revoke: forgets the secrets of lapsed leases",
         f"{QUEUE}:end_leases_of_key",
-        "('CLAIMED', 'IN_PROGRESS', 'PENDING')\n    ORDER",
-        "('CLAIMED', 'IN_PROGRESS')\n    ORDER",
+        " OR status = 'PENDING' AND $6::text = 'revoked')",
+        ")",
         f"{GUARDS}::test_a_revocation_forgets_the_secrets_of_lapsed_leases_and_leaves_their_record",
     ),
     Guard(
