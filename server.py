@@ -231,6 +231,7 @@ async def serve(settings: Settings, read_settings: ReadSettings = load_settings)
     raise_limit()
     async with open_services(settings) as services:
         await services.audit.check_role()
+        await services.health.check_replication()
         reloads = partial(services.reload.run, hangup, read_settings)
         services.supervisor.start("reload", reloads)
         server = make_server(make_app(services), services)

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
+import structlog
 
 from broker.expiry_listener import ExpiryListener
 from broker.supervision import Supervisor
 from broker.trusted import Trusted
-from db.pool import describe, missing_migration
+from db.pool import LOST, NO_PRIMARY, describe, is_writable, missing_migration, replication_risk
 
 LOOK_S = 2.0  # a balancer asks every few seconds and waits no longer
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,15 @@ class Health:
         """From now on this process is not ready: the balancer should look elsewhere."""
         self._draining = True
 
+    async def check_replication(self) -> None:
+        """Warn when a failover of PostgreSQL may lose what was acknowledged."""
+        try:
+            risk = await replication_risk(self._pool)
+        except LOST:  # /readyz tells
+            return
+        if risk is not None:
+            log.warning("database.replication", problem=risk)
+
     async def readiness(self) -> Readiness:
         """Return what /readyz answers."""
         database = await self._database()
@@ -69,6 +81,9 @@ class Health:
     async def _database(self) -> str:
         try:
             async with asyncio.timeout(LOOK_S):
+                if not await is_writable(self._pool):
+                    await self._pool.expire_connections()
+                    return f"read-only: {NO_PRIMARY}"
                 if await missing_migration(self._pool, self._newest):
                     return f"migration {self._newest} is missing: run `bakeoff-queue db migrate`"
         except Exception as error:  # whatever it is, it is the answer to the question

@@ -4,14 +4,14 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 
-import asyncpg
 import structlog
 
-from db.pool import SESSION
+from db.pool import CONNECT_S, SESSION, Primary, ReadOnly, is_writable
 from db.run_queue import CHANNEL
 
 RETRY_S = 1.0
-# A connection that a router forgot is open and silent for ever: it is asked whether it is there.
+# A connection that a router forgot is open and silent for ever, and so is one to a server that is
+# the primary no more, where no run is enqueued: it is asked.
 PROVE_EVERY_S, PROVE_S = 30.0, 5.0
 
 log = structlog.get_logger()
@@ -26,7 +26,7 @@ class Wakeup:
 
     def __init__(self, dsn: str, ring: Callable[[], None]) -> None:
         """Listen at `dsn`, and call `ring` for all that is heard."""
-        self._dsn = dsn
+        self._primary = Primary(dsn)
         self._ring = ring
 
     async def run(self, succeeded: Callable[[], None]) -> None:
@@ -39,17 +39,19 @@ class Wakeup:
             await asyncio.sleep(RETRY_S)
 
     async def _listen(self, succeeded: Callable[[], None]) -> None:
-        connection = await asyncpg.connect(self._dsn, server_settings=SESSION, timeout=5)
+        connection = await self._primary.connect(server_settings=SESSION, timeout=CONNECT_S)
         lost = asyncio.Event()
         connection.add_termination_listener(lambda _: lost.set())
         try:
             await connection.add_listener(CHANNEL, lambda *_: self._ring())
             self._ring()  # what was enqueued before we listened was not heard
             while not lost.is_set():
-                await connection.fetchval("SELECT 1", timeout=PROVE_S)
+                async with asyncio.timeout(PROVE_S):
+                    if not await is_writable(connection):
+                        raise ReadOnly
                 succeeded()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(PROVE_EVERY_S):
                         await lost.wait()
         finally:
-            await connection.close(timeout=2)
+            connection.terminate()

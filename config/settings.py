@@ -51,7 +51,8 @@ class Settings(BaseSettings):
 
     database_url: SecretStr = Field(
         SecretStr("postgres://localhost/bakeoff"),
-        description="PostgreSQL 15-18, the authority. Form: postgres://user:password@host/name",
+        description="PostgreSQL 15-18, the authority: postgres://user:password@host/name, or"
+        " several hosts, of which the one that takes changes is used: postgres://user@host1,host2/name",
     )
     database_listen_url: SecretStr | None = Field(
         None,

@@ -6,6 +6,7 @@ percent-encoded, and what can be read in two ways is refused. No error holds a p
 """
 
 import re
+from urllib.parse import parse_qs, unquote
 
 HIDDEN = "********"
 # Options that tell an operator where an address leads; the value of any other is hidden.
@@ -14,7 +15,7 @@ SHOWN_OPTIONS = {
     "target_session_attrs", "application_name", "default_transaction_read_only",
 }  # fmt: skip
 _URL = re.compile(r"([a-z][a-z0-9+]*)://(?:([^/?#@\[\]]*)@)?([^/?#@]*)(/[^?#@]*)?(?:\?([^#@]*))?")
-_HOST = re.compile(r"(?:\[[0-9A-Za-z:.%_-]+\]|[^:\[\]]*)(?::([0-9]{1,5}))?")
+_HOST = re.compile(r"(?:\[([0-9A-Za-z:.%_-]+)\]|([^:\[\]]*))(?::([0-9]{1,5}))?")
 _OPTION = re.compile(r"[^=]+=.*")
 
 
@@ -46,13 +47,32 @@ def without_password(secret: str) -> str:
     return f"{scheme}://{login}{hosts}{path}{'?' if shown else ''}{shown}"
 
 
+def hosts_of(url: str) -> list[tuple[str, int | None]]:
+    """Return each host and port that a plain address names, before its path or as options."""
+    found = _URL.fullmatch(url)
+    assert found is not None, "not an address"
+    options = {name: values[-1] for name, values in parse_qs(found[5] or "").items()}
+    names, ports = found[3].split(","), [""]
+    if not found[3]:  # the driver reads the options of an address that names no host
+        names, ports = (options.get(name, "").split(",") for name in ("host", "port"))
+    places = [_HOST.fullmatch(name) for name in filter(None, names)]
+    return [
+        (unquote(name), int(port or ports[at % len(ports)] or 0) or None)
+        for at, place in enumerate(places)
+        if place
+        for name, port in [(place[1] or place[2], place[3])]
+    ]
+
+
 def _is_plain(url: str) -> bool:
     found = _URL.fullmatch(url)
     if found is None or not url.isprintable() or " " in url:
         return False
     hosts = [_HOST.fullmatch(host) for host in found[3].split(",")]
     options = (found[5] or "").split("&") if found[5] is not None else []
-    return all(host and int(host[1] or 0) <= 65535 for host in hosts) and all(
+    if found[3] and any(option.startswith(("host=", "port=")) for option in options):
+        return False  # one driver goes by the option, and another by the host before the path
+    return all(host and int(host[3] or 0) <= 65535 for host in hosts) and all(
         map(_OPTION.fullmatch, options)
     )
 

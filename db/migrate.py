@@ -22,7 +22,7 @@ import asyncpg
 
 from db import roles
 from db.migration_files import Migration, Script, read_migrations
-from db.pool import CONNECT_S, LOST, DatabaseUnready, describe
+from db.pool import CONNECT_S, LOST, DatabaseUnready, Primary, ReadOnly, describe
 from db.queries import load
 
 COME_UP_S = 10.0  # a database that starts together with us
@@ -105,13 +105,12 @@ async def _connect(dsn: str, name: str) -> asyncpg.Connection:
     deadline = _now() + COME_UP_S
     while True:
         try:
-            return await asyncpg.connect(
-                dsn,
+            return await Primary(dsn).connect(
                 timeout=CONNECT_S,
                 statement_cache_size=0,  # a pooler gives each statement to another session
                 server_settings={"application_name": name},
             )
-        except (OSError, asyncpg.CannotConnectNowError):
+        except (OSError, ReadOnly, asyncpg.CannotConnectNowError):
             if _now() > deadline:
                 raise
             await asyncio.sleep(LOOK_S)

@@ -11,22 +11,29 @@ from typing import Any, ParamSpec, TypeVar
 
 import asyncpg
 
+from config.urls import hosts_of
+
 Executor = asyncpg.Pool | asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
 Result = TypeVar("Result")
 Given = ParamSpec("Given")
 
 CONNECT_S = 5
+HOST_S = 2  # of several hosts each: one that hangs must leave time for the next
 ACQUIRE_S = 5
 COMMAND_S = 10  # above the server's own statement_timeout: for a server that does not answer at all
 CLOSE_S = 5
 TRIES = 3
-# Rolled back whole, and may succeed when done again: a deadlock, a race, and a table that has been
-# migrated since the connection prepared its statement (asyncpg has forgotten that one by now).
+# Rolled back whole, and may succeed when done again: a deadlock, a race, a table that has been
+# migrated since the connection prepared its statement (asyncpg has forgotten that one by now), and
+# a session of a server that is the primary no more (it is closed by now).
 LOST_RACES = (
+    asyncpg.ReadOnlySQLTransactionError,
     asyncpg.DeadlockDetectedError,
     asyncpg.SerializationError,
     asyncpg.InvalidCachedStatementError,
 )
+# The server of such a connection takes no changes any more, or does not answer: closed, not kept.
+FORSAKEN = (asyncpg.ReadOnlySQLTransactionError, TimeoutError)
 RETRY_WITHIN_S = 0.05
 
 # Nothing the service does takes seconds; what does is stuck, and must not hold a row for others.
@@ -51,6 +58,12 @@ LOST = (
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
+)
+
+
+NO_PRIMARY = (
+    "every server of the address is read-only (a standby, or default_transaction_read_only):"
+    " promote one, or name all hosts (postgres://user@host1,host2/name)"
 )
 
 
@@ -85,9 +98,16 @@ class _Borrowed(asyncpg.pool.PoolAcquireContext):
         exc_val: BaseException | None = None,
         exc_tb: TracebackType | None = None,
     ) -> None:
-        """Give it back. PostgreSQL's details quote whole rows, leases and tokens among them."""
+        """Give it back, unless its server was the primary once, or does not answer any more.
+
+        PostgreSQL's details are not told: they quote whole rows, leases and tokens among them.
+        """
         if isinstance(exc_val, asyncpg.PostgresError):
             vars(exc_val)["detail"] = None
+        if isinstance(exc_val, asyncpg.ReadOnlySQLTransactionError):
+            await self.pool.expire_connections()
+        if self.connection and isinstance(exc_val, FORSAKEN):
+            self.connection.terminate()
         await super().__aexit__(exc_type, exc_val, exc_tb)
 
 
@@ -147,6 +167,44 @@ def retries(
     return tried
 
 
+class ReadOnly(asyncpg.InterfaceError):
+    """Every server that the address names is read-only."""
+
+
+class Primary:
+    """The one server of an address that takes changes, which may be another one tomorrow."""
+
+    def __init__(self, dsn: str) -> None:
+        """Nothing is connected yet. `dsn` may name several hosts."""
+        self._dsn = dsn
+        hosts = hosts_of(dsn)
+        self._hosts = [{"host": name, "port": port} for name, port in hosts] if hosts[1:] else [{}]
+
+    async def connect(self, *_: Any, **options: Any) -> asyncpg.Connection:
+        """Return a connection to the server that takes changes, the last known one asked first.
+
+        Each host has its own time: asyncpg would let one that hangs use up that of all. Raises
+        ReadOnly, or what connecting to the first host raised.
+        """
+        if self._hosts[1:]:
+            options["timeout"] = min(HOST_S, options["timeout"])
+        failed: Exception | None = None
+        for host in list(self._hosts):
+            try:
+                connection = await asyncpg.connect(
+                    self._dsn, target_session_attrs="read-write", **host, **options
+                )
+            except asyncpg.TargetServerAttributeNotMatched:
+                failed = ReadOnly(NO_PRIMARY)
+            except (OSError, asyncpg.CannotConnectNowError) as error:
+                failed = failed or error
+            else:
+                self._hosts.sort(key=lambda known: known is not host)
+                return connection
+        assert failed is not None
+        raise failed
+
+
 @asynccontextmanager
 async def open_pool(dsn: str, max_size: int) -> AsyncIterator[asyncpg.Pool]:
     """Yield a pool of up to `max_size` connections, closed at the end.
@@ -162,7 +220,7 @@ async def open_pool(dsn: str, max_size: int) -> AsyncIterator[asyncpg.Pool]:
         max_size=max_size,
         max_queries=50_000,
         max_inactive_connection_lifetime=300,
-        connect=None,
+        connect=Primary(dsn).connect,
         setup=None,
         init=_prepare,
         reset=_keep,
@@ -213,6 +271,39 @@ async def check_migrated(pool: asyncpg.Pool, newest: str) -> None:
         raise _unready(error) from None
     if missing:
         raise NotMigrated(f"the database lacks migration {newest}: run `bakeoff-queue db migrate`")
+
+
+async def is_writable(pool: Executor) -> bool:
+    """Return whether the server takes changes: it is no standby, and nobody has fenced it."""
+    state = "SELECT current_setting('transaction_read_only')"
+    return await pool.fetchval(state) == "off"
+
+
+async def replication_risk(pool: Executor) -> str | None:
+    """Return what an asynchronous failover could lose, with the fix; None when it loses nothing.
+
+    A commit that no standby has confirmed is gone when its primary is. The accepted result is then
+    claimed, and accepted, a second time.
+    """
+    row = await fetch_one(
+        pool,
+        "SELECT EXISTS (SELECT FROM pg_stat_replication) AS replicated,"
+        " current_setting('synchronous_standby_names') AS standbys,"
+        " current_setting('synchronous_commit') AS commit",
+    )
+    if not row["replicated"]:
+        return None
+    if not row["standbys"]:
+        return (
+            "standbys follow asynchronously: a failover may lose accepted results and cancels; set"
+            " synchronous_standby_names"
+        )
+    if row["commit"] in ("off", "local"):
+        return (
+            f"synchronous_commit is {row['commit']}: a failover may lose accepted results and"
+            " cancels; set it to on"
+        )
+    return None
 
 
 async def missing_migration(pool: Executor, newest: str) -> bool:

@@ -1,20 +1,16 @@
 """The pool: waits that end, lost races that are run again, and what is told when nothing helps."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
 import asyncpg
 import httpx
 import pytest
-from pydantic import SecretStr
-from tornado.netutil import bind_sockets
 
 from config.settings import Settings
 from db import pool as pools
 from db.pool import LOST, TRIES, DatabaseUnready, check_migrated, open_pool, retried
 from sandbox.sigstore_instance import ThrowawaySigstore
-from server import make_app, make_server, open_services
 from tests.fleet import Fleet, code_of, open_fleet, quiet_sweep
 
 MakeSettings = Callable[..., Settings]
@@ -212,48 +208,37 @@ async def test_a_verb_that_loses_three_times_is_told_as_unavailable(
         assert (await pause(fleet)).status_code == 200
 
 
-@asynccontextmanager
-async def serving_read_only(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
-    """Yield a client of one more server, on the same database as a standby would have it."""
-    dsn = f"{settings.database_url.get_secret_value()}&default_transaction_read_only=on"
-    standby = settings.model_copy(update={"database_url": SecretStr(dsn)})
-    async with open_services(standby) as services:
-        server = make_server(make_app(services), services)
-        sockets = bind_sockets(0, "127.0.0.1")
-        server.add_sockets(sockets)
-        url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
-        try:
-            async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as http:
-                yield http
-        finally:
-            server.stop()
-            await server.close_all_connections()
-
-
 @pytest.mark.gen_test
-async def test_a_database_that_takes_no_changes_is_unavailable_to_all_who_change_something(
+async def test_a_database_that_takes_no_changes_is_unavailable_until_it_takes_them(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quiet_sweep(monkeypatch)
     settings = make_settings()
-    async with open_fleet(settings, sigstore) as fleet, serving_read_only(settings) as http:
+    async with open_fleet(settings, sigstore) as fleet:
         runner = await fleet.sign_on(max_leases=2)
         for _ in range(2):
             await fleet.enqueue()
         job = await runner.take()
-        primary, fleet.http = fleet.http, http
-        for answer in (
-            await runner.register(),
-            await runner.claim(),
-            await runner.heartbeat(job),
-            await runner.release(job),
-            await runner.fail(job),
-            await runner.submit(job),
-            await pause(fleet),
-        ):
-            check_unavailable(answer)
-        assert (await fleet.admin("GET", "/queue")).status_code == 200
-        fleet.http = primary
+        name = await fleet.pool.fetchval("SELECT current_database()")
+        fence = f"ALTER DATABASE {name} SET default_transaction_read_only = on"
+        async with fleet.pool.acquire() as mine:
+            await mine.execute(fence)
+            await mine.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            for answer in (
+                await runner.register(),
+                await runner.claim(),
+                await runner.heartbeat(job),
+                await runner.release(job),
+                await runner.fail(job),
+                await runner.submit(job),
+                await pause(fleet),
+                await fleet.admin("GET", "/queue"),
+            ):
+                check_unavailable(answer)
+            await mine.execute(fence.replace("SET", "RESET").partition(" =")[0])
         assert (await runner.heartbeat(job)).status_code == 200
 
 

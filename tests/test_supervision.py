@@ -317,9 +317,10 @@ async def test_a_listening_connection_that_says_nothing_is_given_up(
     monkeypatch.setattr(wakeup, "RETRY_S", 0.001)
     answers, heard, proved = iter([TimeoutError()]), 0, asyncio.Event()
 
-    async def fetchval(self: asyncpg.Connection, *_: Any, **__: Any) -> None:
+    async def fetchval(self: asyncpg.Connection, *_: Any, **__: Any) -> str:
         if error := next(answers, None):
             raise error
+        return "off"  # its transactions are not read-only
 
     def ring() -> None:
         nonlocal heard
