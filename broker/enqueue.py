@@ -184,13 +184,16 @@ def _check_known(
     return []
 
 
-def _refuse_conflicts(old: Sequence[QueuedRun], same: Mapping[UUID, bool]) -> None:
+def _refuse_conflicts(old: Sequence[QueuedRun], differs: Mapping[UUID, Sequence[str]]) -> None:
     """A run_id that exists must be the same run; a run that somebody else wrote stays theirs."""
     for run in old:
-        if run.run_id not in same:
+        if run.run_id not in differs:
             raise Conflict(
                 f"The run {run.run_id} exists, and this queue did not make it, or has forgotten it:"
                 " draw a new run_id."
             )
-        if not same[run.run_id]:
-            raise Conflict(f"The run {run.run_id} is queued with another job or model.")
+        if differs[run.run_id]:
+            raise Conflict(
+                f"The run {run.run_id} is queued with another {', '.join(differs[run.run_id])}:"
+                " draw a new run_id, or send the run as it was."
+            )

@@ -29,7 +29,7 @@ _ROW = (
 _LISTED = (
     "run_id", "queue_id", "status", "priority", "attempt_count", "max_attempts", "claimed_by",
     "claimed_at", "created_at", "completed_at", "retry_after", "error_detail", "batch_id",
-    "progress", "cancel_requested_at", "lease_expires_at", "quantization", "need_gb",
+    "progress", "cancel_requested_at", "lease_seq", "lease_expires_at", "quantization", "need_gb",
 )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ class QueueView:
         rows = await run_queue.list_page(self._pool, status=status, after=after, limit=limit + 1)
         shown, more = rows[:limit], len(rows) > limit
         return Page(
-            [{**_pick(row, _LISTED), "model": row["model_name"]} for row in shown],
+            [{**_shown(row, _LISTED), "model": row["model_name"]} for row in shown],
             write_cursor(shown[-1]["created_at"], shown[-1]["run_id"]) if more else None,
         )
 
@@ -72,7 +72,7 @@ class QueueView:
         row = await self._find(run_id)
         submission = await submissions.find(self._pool, run_id)
         return {
-            **_pick(row, _ROW),
+            **_shown(row, _ROW),
             "model": row["model_name"],
             "attempts": ledger(await attempts.of_run(self._pool, run_id)),
             "receipt": submission["receipt"] if submission else None,
@@ -168,6 +168,14 @@ class QueueView:
         if row is None:
             raise _no_run(run_id)
         return row
+
+
+def _shown(row: asyncpg.Record, names: Sequence[str]) -> dict[str, Any]:
+    """Return a run's members; a runner whose lease has lapsed holds it no more."""
+    shown = _pick(row, names)
+    if row["status"] == "PENDING":
+        shown |= {"claimed_by": None, "claimed_at": None}
+    return shown
 
 
 def ledger(rows: Sequence[asyncpg.Record]) -> list[dict[str, Any]]:

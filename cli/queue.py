@@ -233,13 +233,14 @@ def _print_created(created: Sequence[Mapping[str, Any]], runs: Sequence[Run]) ->
 
 def _print_runs(runs: Iterable[Mapping[str, Any]]) -> None:
     plain = ("run_id", "status", "model", "quantization", "need_gb", "priority")
-    columns = (*plain, "attempts", "claimed_by", "retry_after")
+    columns = (*plain, "leases", "failures", "claimed_by", "retry_after")
     print_table(
         columns,
         (
             (
                 *(run.get(name) for name in plain),
-                f"{run.get('attempt_count')}/{run.get('max_attempts')}",
+                run.get("lease_seq"),
+                f"{run.get('attempt_count')} of {run.get('max_attempts')}",
                 run.get("claimed_by"),
                 run.get("retry_after"),
             )

@@ -271,8 +271,9 @@ async def enqueued(connection: Executor, run_ids: Sequence[UUID]) -> list[asyncp
     return await connection.fetch(SQL["enqueued"], list(run_ids))
 
 
-async def compared(connection: Executor, runs: Sequence[QueuedRun]) -> dict[UUID, bool]:
-    """Return those of these runs that are queued, each with whether its job and model are these."""
+async def compared(connection: Executor, runs: Sequence[QueuedRun]) -> dict[UUID, list[str]]:
+    """Return those of these runs that are queued, each with what differs: its job's members,
+    `model` and `judge`."""
     found = {}
     for some in _in_pieces(runs):
         rows = await connection.fetch(
@@ -282,7 +283,7 @@ async def compared(connection: Executor, runs: Sequence[QueuedRun]) -> dict[UUID
             [r.judge_model_id for r in some],
             [r.job for r in some],
         )
-        found |= {row["run_id"]: row["same"] for row in rows}
+        found |= {row["run_id"]: row["differs"] for row in rows}
     return found
 
 

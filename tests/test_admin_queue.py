@@ -178,10 +178,15 @@ async def test_the_same_run_again_is_there_already_and_another_under_its_id_is_a
         assert there["created"] is False
         before = await counts(fleet)
         fresh = run_of(run_id=str(uuid.uuid4()))
-        for changed in ({"tasks": [TASK]}, {"model": model(quantization="q4_k_m", sources=[
-            {"source_type": "direct_url", "url": "https://other.example"}])}):  # fmt: skip
+        other = {"sources": [{"source_type": "direct_url", "url": "https://other.example"}]}
+        for changed, what in (
+            ({"tasks": [TASK]}, "another tasks:"),
+            ({"model": model(quantization="q4_k_m", **other)}, "another judge, model:"),
+            ({"config": {"models": [{"id": "m"}]}}, "another config:"),
+        ):
             answer = await post(fleet, fresh, {**run, **changed})
             assert code_of(answer) == (409, "conflict"), changed
+            assert what in answer.json()["detail"]
         assert await counts(fleet) == before, "all or none"
         both = await post(fleet, fresh, fresh)
         assert code_of(both) == (422, "invalid_request")

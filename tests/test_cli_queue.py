@@ -256,7 +256,7 @@ def test_ls_shows_a_line_per_run_as_it_is_spelled(admin: Admin, shell: Shell) ->
     outcome = shell("queue", "ls", "--status", "claimed")
     assert admin.seen[0].query == {"status": "CLAIMED", "limit": "50"}
     assert "Llama-3.1-8B-Instruct [red]  q4_k_m" in outcome.out
-    assert "1/5" in outcome.out
+    assert "1 of 5" in outcome.out
     assert len(outcome.out.splitlines()) == 2
 
 

@@ -60,6 +60,13 @@ async def test_a_lapsed_run_is_claimable_at_once_and_the_attempt_is_on_record(
         assert (row["retry_after"], row["priority"]) == (None, 100)
         assert (row["lease_expires_at"], row["lease_slot"], row["claim_key"]) == (None, None, None)
         assert (str(row["lease_id"]), row["claimed_by"]) == (job["lease_id"], "runner-a")
+        # Nobody holds it, so nobody is shown to; the ledger has who did.
+        for shown in (
+            (await fleet.admin("GET", f"/queue/{run_id}")).json(),
+            (await fleet.admin("GET", "/queue")).json()["runs"][0],
+        ):
+            assert (shown["claimed_by"], shown["claimed_at"]) == (None, None)
+            assert (shown["lease_seq"], shown["attempt_count"]) == (1, 1)
         (attempt,) = await fleet.ledger(run_id)
         assert (attempt["how"], attempt["progress"]) == ("lapsed", {"done": 4})
         assert attempt["started_at"] <= attempt["last_heartbeat"] <= attempt["ended_at"]

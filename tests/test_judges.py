@@ -97,6 +97,7 @@ async def test_the_same_run_with_another_judge_is_another_run(
         assert again.json()["runs"][0]["created"] is False
         other = await add(fleet, run_id=run_id, model=SMALL, judge=SMALL, config=JUDGED)
         assert code_of(other) == (409, "conflict")
+        assert "another judge:" in other.json()["detail"]
 
 
 @pytest.mark.gen_test

@@ -902,11 +902,24 @@ SELECT queue_id, run_id, status FROM every_run
 WHERE run_id = any($1::uuid []) AND job IS NOT NULL
 
 -- name: compared
--- Whether the runs that are sent again are those that are there. Compared here: the jobs may have
--- megabytes.
+-- What of the runs that are sent again differs from those that are there: members of the job, model
+-- and judge. Compared here: the jobs may have megabytes.
 SELECT
     q.run_id,
-    q.job = t.job::jsonb AND q.model_id = t.model_id AND q.judge_model_id = t.judge_model_id AS same
+    ARRAY(
+        SELECT name FROM (
+            SELECT 'model' AS name WHERE q.model_id <> t.model_id
+            UNION ALL
+            SELECT 'judge' WHERE q.judge_model_id <> t.judge_model_id
+            UNION ALL
+            SELECT coalesce(a.key, b.key)
+            FROM jsonb_each(q.job) AS a FULL JOIN jsonb_each(t.job::jsonb) AS b ON a.key = b.key
+            WHERE
+                a.value IS DISTINCT FROM b.value
+                AND coalesce(a.key, b.key) <> 'config_hash' -- made of the config
+        ) AS each
+        ORDER BY name
+    ) AS differs
 FROM
     unnest($1::uuid [], $2::uuid [], $3::uuid [], $4::text [])
     AS t (run_id, model_id, judge_model_id, job)
@@ -923,7 +936,7 @@ SELECT pg_notify('bakeoff_queue', '')
 SELECT
     q.run_id, q.queue_id, q.status, q.priority, q.attempt_count, q.max_attempts, q.claimed_by,
     q.claimed_at, q.created_at, q.completed_at, q.retry_after, q.error_detail, q.batch_id,
-    q.progress, q.cancel_requested_at, q.lease_expires_at,
+    q.progress, q.cancel_requested_at, q.lease_seq, q.lease_expires_at,
     m.name AS model_name, m.quantization,
     greatest(m.need_gb, j.need_gb) AS need_gb
 FROM every_run AS q

@@ -82,15 +82,15 @@ ENQUEUED = (
     Guard(
         "enqueue: a run sent again has the same job",
         f"{QUEUE}:compared",
-        "q.job = t.job::jsonb AND ",
-        "",
+        "a.value IS DISTINCT FROM b.value",
+        "false",
         f"{ENQUEUE}::test_what_is_sent_again_is_compared_run_by_run",
     ),
     Guard(
         "enqueue: a run sent again has the same model",
         f"{QUEUE}:compared",
-        "AND q.model_id = t.model_id ",
-        "",
+        "WHERE q.model_id <> t.model_id",
+        "WHERE false",
         f"{ENQUEUE}::test_what_is_sent_again_is_compared_run_by_run",
     ),
     Guard(
@@ -2104,8 +2104,8 @@ UPSTREAM = (
     Guard(
         "enqueue: a run sent again has the same judge",
         f"{QUEUE}:compared",
-        " AND q.judge_model_id = t.judge_model_id AS same",
-        " AS same",
+        "WHERE q.judge_model_id <> t.judge_model_id",
+        "WHERE false",
         f"{JUDGES}::test_the_same_run_with_another_judge_is_another_run",
     ),
     Guard(
