@@ -236,6 +236,39 @@ async def test_two_processes_that_write_at_the_same_time_give_one_chain(
 
 
 @pytest.mark.gen_test
+async def test_nobody_waits_for_the_chain_nor_for_another_who_writes_a_row(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a batch is chained and not committed, claims, beats, submits and admins go on."""
+    quiet_chain(monkeypatch)
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        runner = await fleet.sign_on(max_leases=2)
+        reached, go = asyncio.Event(), asyncio.Event()
+        write = audit.chain
+
+        async def write_and_wait(*arguments: Any) -> None:
+            await write(*arguments)
+            reached.set()
+            await go.wait()
+
+        monkeypatch.setattr(audit, "chain", write_and_wait)
+        chaining = asyncio.create_task(chained(fleet))
+        await reached.wait()
+        async with fleet.transaction() as other:
+            await audit.record(other, SYSTEM, "test", None)
+            await fleet.enqueue()
+            cancelled = await fleet.enqueue()
+            job = await runner.take()
+            await fleet.cancel(cancelled)
+            assert (await runner.heartbeat(job)).is_success
+            assert (await runner.submit(job)).status_code == 201
+        assert not chaining.done()
+        go.set()
+        await chaining
+        assert await fleet.pool.fetchval("SELECT count(*) FROM audit_unchained") == 0
+
+
+@pytest.mark.gen_test
 async def test_the_head_is_signed_each_hour_into_the_log_and_the_trail_by_one_process(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
