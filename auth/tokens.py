@@ -1,7 +1,7 @@
 """Runner tokens: JWT (RFC 7519), HS256, signed by the first key of a ring.
 
-A token says which runner and which key; whether the key is still good is asked elsewhere
-(`auth/revocation.py` and the guards in SQL).
+A token says which runner, which of its processes and which key; whether the key is still good is
+asked elsewhere (`auth/revocation.py` and the guards in SQL).
 """
 
 import re
@@ -19,7 +19,7 @@ from auth.errors import InvalidToken, TokenExpired
 ISSUER = "bakeoff-queue"
 AUDIENCE = "runner"
 ALGORITHM = "HS256"
-CLAIMS = ["iss", "aud", "sub", "jti", "iat", "nbf", "exp", "key_fp"]
+CLAIMS = ["iss", "aud", "sub", "jti", "iat", "nbf", "exp", "key_fp", "ins"]
 # The one spelling of a compact JWS: base64url without padding (RFC 7515, section 2).
 _COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _MAX_LENGTH = 2048
@@ -36,6 +36,7 @@ class RunnerClaims:
 
     runner_id: str
     fingerprint: str
+    instance_id: UUID
     jti: UUID
     expires_at: datetime
 
@@ -64,8 +65,10 @@ class Tokens:
         """From now on sign and verify with the keys of this ring, which is not empty."""
         self._ring = ring
 
-    def mint(self, runner_id: str, fingerprint: str, jti: UUID, issued_at: datetime) -> str:
-        """Return the token for a runner; the same arguments give the same token."""
+    def mint(
+        self, runner_id: str, fingerprint: str, instance_id: UUID, jti: UUID, issued_at: datetime
+    ) -> str:
+        """Return the token for a process of a runner; the same arguments give the same token."""
         kid, secret = next(iter(self._ring.items()))
         claims = {
             "iss": ISSUER,
@@ -76,6 +79,7 @@ class Tokens:
             "nbf": int(issued_at.timestamp()),
             "exp": int((issued_at + self._ttl).timestamp()),
             "key_fp": fingerprint,
+            "ins": str(instance_id),
         }
         return jwt.encode(claims, secret, algorithm=ALGORITHM, headers={"kid": kid})
 
@@ -131,7 +135,7 @@ class Tokens:
         return self._ring[kid]
 
     def _claims(self, claims: dict[str, Any]) -> RunnerClaims:
-        texts = (claims["sub"], claims["key_fp"], claims["jti"])
+        texts = (claims["sub"], claims["key_fp"], claims["ins"], claims["jti"])
         times = (claims["iat"], claims["exp"])
         if not all(isinstance(text, str) for text in texts):
             raise InvalidToken
@@ -141,8 +145,8 @@ class Tokens:
         if claims["exp"] - claims["iat"] > self._ttl.total_seconds() + 1:
             raise InvalidToken
         try:
-            jti = UUID(claims["jti"])
+            instance_id, jti = UUID(claims["ins"]), UUID(claims["jti"])
         except ValueError:
             raise InvalidToken from None
         expires_at = datetime.fromtimestamp(claims["exp"], UTC)
-        return RunnerClaims(claims["sub"], claims["key_fp"], jti, expires_at)
+        return RunnerClaims(claims["sub"], claims["key_fp"], instance_id, jti, expires_at)

@@ -77,7 +77,11 @@ class State:
         runner = self.runner
         return await run_queue.claim(
             connection,
-            [Claimant(runner.runner_id, runner.fingerprint, uuid4(), key, "digest", OFFER)],
+            [
+                Claimant(
+                    runner.runner_id, runner.fingerprint, uuid4(), uuid4(), key, "digest", OFFER
+                )
+            ],
             ttl=timedelta(minutes=5),
             max_leases=1,
             max_runtime_s=3600,

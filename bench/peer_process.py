@@ -111,7 +111,13 @@ async def broker_fetch(dsn: str, _workers: int) -> AsyncIterator[Fetch]:
         async def fetch(_number: int) -> bool:
             runner = next(runners)
             claimant = Claimant(
-                runner["runner_id"], runner["fingerprint"], uuid4(), str(uuid4()), "digest", OFFER
+                runner["runner_id"],
+                runner["fingerprint"],
+                uuid4(),
+                uuid4(),
+                str(uuid4()),
+                "digest",
+                OFFER,
             )
             return await services.claims.claim(claimant, 0) is not None
 

@@ -161,7 +161,7 @@ async def sign_on(
     runners = []
     for key in keys:
         runner_id, fingerprint = f"bench-{key.hex()[:12]}", hashlib.sha256(key).hexdigest()
-        token = tokens.mint(runner_id, fingerprint, uuid4(), now)
+        token = tokens.mint(runner_id, fingerprint, uuid4(), uuid4(), now)
         runners.append(BenchRunner(runner_id, fingerprint, token))
     names, prints = [r.runner_id for r in runners], [r.fingerprint for r in runners]
     await connection.execute(ADD_KEYS, prints, keys, names, max_leases)

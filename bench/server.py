@@ -54,7 +54,9 @@ class NaiveClaimHandler(RunnerHandler):
         settings, runner = self.services.settings, self.runner
         offer = await self.services.registry.capabilities(runner, body.get("capabilities"))
         digest = hashlib.sha256(self._body).hexdigest()
-        claimant = Claimant(runner.runner_id, runner.fingerprint, runner.jti, key, digest, offer)
+        claimant = Claimant(
+            runner.runner_id, runner.fingerprint, runner.instance_id, runner.jti, key, digest, offer
+        )
         for _ in range(RACES_MAX):
             (row,) = await run_queue.claim(
                 self.pool,

@@ -41,6 +41,7 @@ RESULT = report.LATEST.with_name("soak.json")
 SLICES = 20
 WIDTH = 150
 TTL = timedelta(minutes=5)
+INSTANCE = uuid4()  # the one process of every runner
 # So many finished runs stay in the hot table, older ones are archived.
 FINISHED = 50_000
 RESUME = """
@@ -114,7 +115,15 @@ class Churn:
         rows = await run_queue.claim(
             self._connection,
             [
-                Claimant(r.runner_id, r.fingerprint, uuid4(), f"soak-{self._last}", "digest", OFFER)
+                Claimant(
+                    r.runner_id,
+                    r.fingerprint,
+                    INSTANCE,
+                    uuid4(),
+                    f"soak-{self._last}",
+                    "digest",
+                    OFFER,
+                )
                 for r in runners
             ],
             ttl=ttl,
@@ -131,7 +140,7 @@ class Churn:
 
     async def _beat(self, rows: Sequence[asyncpg.Record]) -> None:
         beats = [
-            Beat(row["run_id"], row["lease_id"], row["holder"], row["holder_key"], None)
+            Beat(row["run_id"], row["lease_id"], row["holder"], row["holder_key"], INSTANCE, None)
             for row in rows
         ]
         renewed = await run_queue.beat(self._connection, beats, ttl=TTL, max_runtime_s=86_400)

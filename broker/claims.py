@@ -13,13 +13,16 @@ import math
 import random
 from collections.abc import Sequence
 from datetime import timedelta
+from uuid import UUID
 
 import asyncpg
 import structlog
 
 from auth.errors import InvalidToken
+from auth.tokens import RunnerClaims
 from broker.coalesce import Coalescer
 from broker.credentials import TOKEN_REVOKED
+from broker.diagnosis import refusals
 from broker.errors import (
     Busy,
     Conflict,
@@ -132,6 +135,36 @@ class Claims:
                 return None
             woken = await self.room.wait(place, claimant.capabilities, heard, left_s)
 
+    async def resume(self, runner: RunnerClaims, run_id: UUID) -> asyncpg.Record:
+        """Return a run that this runner holds as `claim` does, for a process that lost its job.
+
+        The lease is from now on that of this process, under another lease_id. Raises LeaseLost,
+        RunFinished, KeyRevoked or NotFound.
+        """
+        # With a blank, which no Idempotency-Key of a runner has.
+        key = f"resume {run_id}"
+        taken = await run_queue.take_over(
+            self._pool,
+            run_id,
+            runner_id=runner.runner_id,
+            fingerprint=runner.fingerprint,
+            instance_id=runner.instance_id,
+            token=runner.jti,
+            claim_key=key,
+            ttl=timedelta(seconds=self._settings.lease_ttl_s),
+            max_runtime_s=self._settings.max_runtime_s,
+        )
+        if taken:
+            who = runner.runner_id, runner.fingerprint, runner.instance_id, runner.jti
+            # Nothing fits it: when the lease ends between the statements, no other run is granted.
+            row = await self._desk.ask(Claimant(*who, key, "", Capabilities(0, ())))
+            if row["queue_id"] is not None:
+                return row
+        none = UUID(int=0)  # the runner shows no lease_id
+        who = runner.runner_id, runner.fingerprint, runner.instance_id
+        (refusal,) = await refusals(self._pool, [LeaseGuard(run_id, none, *who)])
+        raise refusal
+
     async def retry_after_s(self, capabilities: Capabilities) -> int:
         """Return the seconds until a deferred run that fits comes due; 30 when there is none.
 
@@ -162,7 +195,8 @@ class Claims:
         """
         if row["granted_at"] is None:
             return
-        guard = LeaseGuard(row["run_id"], row["lease_id"], row["holder"], row["holder_key"])
+        holder = row["holder"], row["holder_key"], row["holder_instance"]
+        guard = LeaseGuard(row["run_id"], row["lease_id"], *holder)
         reason = "the claim's answer was not delivered"
         ended = await run_queue.release(
             self._pool, guard, reason, untouched_since=row["granted_at"]

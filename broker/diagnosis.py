@@ -32,4 +32,9 @@ def _refusal(guard: LeaseGuard, row: asyncpg.Record) -> BrokerError:
         return NotFound(f"There is no run {guard.run_id} in the queue.")
     if not row["key_good"]:
         return KeyRevoked()
+    if row["other_process"]:
+        return LeaseLost(
+            "Another process of this runner holds this lease: to take it over,"
+            f" POST /api/queue/{guard.run_id}/resume."
+        )
     return RunFinished() if row["status"] in FINISHED else LeaseLost()

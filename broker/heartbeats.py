@@ -94,7 +94,9 @@ class Heartbeats:
 
 
 def _guard(beat: Beat) -> LeaseGuard:
-    return LeaseGuard(beat.run_id, beat.lease_id, beat.runner_id, beat.fingerprint)
+    return LeaseGuard(
+        beat.run_id, beat.lease_id, beat.runner_id, beat.fingerprint, beat.instance_id
+    )
 
 
 def _renewal(row: asyncpg.Record) -> Renewal:

@@ -1,12 +1,14 @@
-"""Which runners are alive: heard of by any request, written in batches.
+"""Which runners are alive, and by which process: heard of by any request, written in batches.
 
 A claim that finds nothing is a sign of life like a heartbeat, so idle runners count as well. The
 rows are upstream's (`runners.status`: ACTIVE, IDLE, DEAD): for people, never for a decision.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from datetime import timedelta
+from uuid import UUID
 
 import asyncpg
 import structlog
@@ -26,22 +28,26 @@ class Liveness:
         self._pool = pool
         # An idle runner is heard of once per claim wait, a busy one once per heartbeat.
         self._dead_after = timedelta(seconds=2 * settings.lease_ttl_s + settings.claim_wait_max_s)
-        self._heard: set[str] = set()
+        self._heard: dict[tuple[str, UUID], float] = {}  # when, by time.monotonic()
 
-    def saw(self, runner_id: str) -> None:
-        """Note a request of this runner."""
-        self._heard.add(runner_id)
+    def saw(self, runner_id: str, instance_id: UUID) -> None:
+        """Note a request of this process of a runner."""
+        self._heard[runner_id, instance_id] = time.monotonic()
 
-    def forget(self, runner_id: str) -> None:
-        """Drop what was noted of a runner that signed off: its goodbye is no sign of life."""
-        self._heard.discard(runner_id)
+    def forget(self, runner_id: str, instance_id: UUID) -> None:
+        """Drop what was noted of a process that signed off: its goodbye is no sign of life."""
+        self._heard.pop((runner_id, instance_id), None)
 
     async def run_once(self) -> list[str]:
         """Write who was heard of and who fell silent; return those that are DEAD from now on."""
-        heard, self._heard = self._heard, set()
+        heard, self._heard = self._heard, {}
         if heard:
+            now = time.monotonic()
             # In one order in every process, or two batches could deadlock.
-            await runners.seen(self._pool, sorted(heard))
+            processes = [(*who, now - at) for who, at in sorted(heard.items())]
+            for runner_id in await runners.seen(self._pool, processes):
+                fix = "stop one of them, or give each machine a key of its own"
+                log.warning("runner.two_processes", runner_id=runner_id, fix=fix)
         dead = await runners.bury(self._pool, self._dead_after)
         for runner_id in dead:
             log.info("runner.silent", runner_id=runner_id)

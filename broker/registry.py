@@ -44,6 +44,7 @@ class SignOn:
 
     created: bool
     runner_id: str
+    instance_id: UUID
     access_token: str
     capabilities: dict[str, Any]
     max_leases: int
@@ -135,15 +136,17 @@ class Registry:
 
     @retries
     async def sign_off(self, claims: RunnerClaims, address: str | None) -> list[UUID]:
-        """Revoke the token and hand back what the runner holds; return these runs.
+        """Revoke the token and hand back what this process holds; return these runs.
 
         The token first: what it claims beside us is either seen and handed back, or refused.
         """
         key, by = claims.fingerprint, Actor(f"runner:{claims.runner_id}", address)
         async with self._pool.acquire() as connection, connection.transaction():
             await runner_keys.revoke_token(connection, claims.jti, claims.dead_at, key)
-            freed = await run_queue.hand_back_all(connection, key, "the runner signed off", by)
-            await runners.sign_off(connection, claims.runner_id)
+            freed = await run_queue.hand_back_all(
+                connection, key, claims.instance_id, "the runner signed off", by
+            )
+            await runners.sign_off(connection, claims.runner_id, claims.instance_id)
             await record(
                 connection,
                 by,
@@ -228,11 +231,14 @@ class Registry:
     async def _sign_on(
         self, registration: dict[str, Any], allowed: asyncpg.Record, nonce: runners.Nonce
     ) -> SignOn:
-        runner_id = allowed["runner_id"]
+        runner_id, instance_id = allowed["runner_id"], UUID(registration["instance_id"])
         return SignOn(
             nonce.created,
             runner_id,
-            self._tokens.mint(runner_id, nonce.fingerprint, nonce.jti, nonce.issued_at),
+            instance_id,
+            self._tokens.mint(
+                runner_id, nonce.fingerprint, instance_id, nonce.jti, nonce.issued_at
+            ),
             capped(registration["capabilities"], allowed["capability_caps"]),
             allowed["max_leases"] or self._settings.max_leases,
             await run_queue.held_by(self._pool, runner_id),

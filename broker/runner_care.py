@@ -19,6 +19,7 @@ from db.pool import Executor, retries
 
 _SHOWN = (
     "runner_id", "hostname", "version", "registered_at", "started_at", "last_heartbeat",
+    "second_process_seen_at",
     "key_fingerprint", "paused_at", "paused_until", "pause_reason", "drain_requested_at",
     "current_runs",
 )  # fmt: skip

@@ -250,7 +250,9 @@ def _no_run(run_id: UUID) -> NotFound:
 
 
 def _guard(claims: RunnerClaims, run: asyncpg.Record, upload: Upload) -> LeaseGuard:
-    return LeaseGuard(run["run_id"], upload.lease_id, claims.runner_id, claims.fingerprint)
+    return LeaseGuard(
+        run["run_id"], upload.lease_id, claims.runner_id, claims.fingerprint, claims.instance_id
+    )
 
 
 async def _write_rows(

@@ -36,6 +36,7 @@ class Claimant:
 
     runner_id: str
     fingerprint: str
+    instance_id: UUID
     token: UUID
     claim_key: str
     claim_digest: str
@@ -50,17 +51,22 @@ class Beat:
     lease_id: UUID
     runner_id: str
     fingerprint: str
+    instance_id: UUID
     progress: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseGuard:
-    """What a runner must show to touch a lease: the run, the secret, its name and its key."""
+    """What a runner must show to touch a lease: the run, the secret, its name and its key.
+
+    `instance_id` is the process that shows it: a lease is handed back by the one that holds it.
+    """
 
     run_id: UUID
     lease_id: UUID
     runner_id: str
     fingerprint: str
+    instance_id: UUID
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +117,7 @@ async def claim(
         max_runtime_s,
         by_fit,
         [c.token for c in claimants],
+        [c.instance_id for c in claimants],
     )
 
 
@@ -122,6 +129,34 @@ async def promote_aged(pool: Executor, aging: timedelta, limit: int) -> list[asy
 async def avoided_by(pool: Executor, runner_id: str) -> list[asyncpg.Record]:
     """Return run_id and until of the PENDING runs that a runner failed and is not given now."""
     return await pool.fetch(SQL["avoided_by"], runner_id)
+
+
+async def take_over(
+    pool: Executor,
+    run_id: UUID,
+    *,
+    runner_id: str,
+    fingerprint: str,
+    instance_id: UUID,
+    token: UUID,
+    claim_key: str,
+    ttl: timedelta,
+    max_runtime_s: int,
+) -> bool:
+    """Give a live lease of a runner to another of its processes; False when it holds none."""
+    return bool(
+        await pool.fetchval(
+            SQL["take_over"],
+            run_id,
+            runner_id,
+            fingerprint,
+            instance_id,
+            claim_key,
+            ttl,
+            max_runtime_s,
+            token,
+        )
+    )
 
 
 async def held_by(pool: Executor, runner_id: str) -> list[asyncpg.Record]:
@@ -152,6 +187,7 @@ async def beat(
         [b.progress for b in beats],
         ttl,
         max_runtime_s,
+        [b.instance_id for b in beats],
     )
 
 
@@ -162,7 +198,9 @@ async def release(
 
     With `untouched_since`, the row's updated_at, only if nothing has touched the row since.
     """
-    return await pool.fetchrow(SQL["release"], *_guard(guard), reason, untouched_since, LEASES_KEPT)
+    return await pool.fetchrow(
+        SQL["release"], *_guard(guard), reason, untouched_since, LEASES_KEPT, guard.instance_id
+    )
 
 
 async def fail(
@@ -176,7 +214,13 @@ async def fail(
 ) -> asyncpg.Record | None:
     """End a lease by a failure; None when the guard does not fit."""
     return await pool.fetchrow(
-        SQL["fail"], *_guard(guard), failure_code, detail, backoff_s, retry_after_s
+        SQL["fail"],
+        *_guard(guard),
+        failure_code,
+        detail,
+        backoff_s,
+        retry_after_s,
+        guard.instance_id,
     )
 
 
@@ -230,9 +274,14 @@ async def find_for_key(pool: Executor, run_id: UUID, fingerprint: str) -> asyncp
 
 
 async def why_refused(pool: Executor, guards: Sequence[LeaseGuard]) -> list[asyncpg.Record]:
-    """Return of each guard its run's status (None: no such run) and whether its key is good."""
+    """Return of each guard its run's status (None: no such run), and whether its key is good and
+    another process of the same runner holds the lease."""
     return await pool.fetch(
-        SQL["why_refused"], [g.run_id for g in guards], [g.fingerprint for g in guards]
+        SQL["why_refused"],
+        [g.run_id for g in guards],
+        [g.fingerprint for g in guards],
+        [g.lease_id for g in guards],
+        [g.runner_id for g in guards],
     )
 
 
@@ -331,22 +380,27 @@ async def end_leases_of_key(
     connection: Executor, fingerprint: str, reason: str, by: Actor
 ) -> list[asyncpg.Record]:
     """End every lease of a revoked key, with audit rows, and return those that were live."""
-    return await _end_leases(connection, fingerprint, reason, by, "revoked")
+    return await _end_leases(connection, fingerprint, reason, by, "revoked", None)
 
 
 async def hand_back_all(
-    connection: Executor, fingerprint: str, reason: str, by: Actor
+    connection: Executor, fingerprint: str, instance_id: UUID, reason: str, by: Actor
 ) -> list[asyncpg.Record]:
-    """Hand back what a key's runner holds and return it, oldest first."""
-    return await _end_leases(connection, fingerprint, reason, by, "released")
+    """Hand back what a process of a key's runner holds and return it, oldest first."""
+    return await _end_leases(connection, fingerprint, reason, by, "released", instance_id)
 
 
 async def _end_leases(
-    connection: Executor, fingerprint: str, reason: str, by: Actor, how: str
+    connection: Executor,
+    fingerprint: str,
+    reason: str,
+    by: Actor,
+    how: str,
+    instance_id: UUID | None,
 ) -> list[asyncpg.Record]:
     who = (by.name, by.address, by.token_id)
     return await connection.fetch(
-        SQL["end_leases_of_key"], fingerprint, reason, *who, how, LEASES_KEPT
+        SQL["end_leases_of_key"], fingerprint, reason, *who, how, LEASES_KEPT, instance_id
     )
 
 

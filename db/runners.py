@@ -75,9 +75,9 @@ async def standings(pool: Executor, fingerprints: Sequence[str]) -> list[asyncpg
     return await pool.fetch(SQL["standings"], list(fingerprints))
 
 
-async def sign_off(pool: Executor, runner_id: str) -> None:
-    """Mark a runner DEAD, without a process: it said goodbye."""
-    await pool.execute(SQL["sign_off"], runner_id)
+async def sign_off(pool: Executor, runner_id: str, instance_id: UUID) -> None:
+    """Mark a runner DEAD, without a process, when its newest one said goodbye."""
+    await pool.execute(SQL["sign_off"], runner_id, instance_id)
 
 
 async def remember_nonce(connection: Executor, nonce: Nonce) -> bool:
@@ -108,9 +108,14 @@ async def living_tokens(pool: Executor, runner_id: str, life: timedelta) -> list
     return await pool.fetch(SQL["living_tokens"], runner_id, life)
 
 
-async def seen(pool: Executor, runner_ids: Sequence[str]) -> None:
-    """Note that these runners were heard of."""
-    await pool.execute(SQL["seen"], list(runner_ids))
+async def seen(pool: Executor, heard: Sequence[tuple[str, UUID, float]]) -> list[str]:
+    """Note that these processes of runners were heard of, so many seconds ago.
+
+    Returns the runners of which another process than the newest was heard, for the first time in an
+    hour.
+    """
+    rows = await pool.fetch(SQL["seen"], *([each[i] for each in heard] for i in range(3)))
+    return [row["runner_id"] for row in rows if row["second_process"]]
 
 
 async def bury(pool: Executor, silent_for: timedelta) -> list[str]:

@@ -42,7 +42,9 @@ class ClaimHandler(RunnerHandler):
         settings, runner = self.services.settings, self.runner
         offer = await self.services.registry.capabilities(runner, body.get("capabilities"))
         digest = hashlib.sha256(self._body).hexdigest()
-        claimant = Claimant(runner.runner_id, runner.fingerprint, runner.jti, key, digest, offer)
+        claimant = Claimant(
+            runner.runner_id, runner.fingerprint, runner.instance_id, runner.jti, key, digest, offer
+        )
         wait_s = min(body.get("wait_s", 0), settings.claim_wait_max_s)
         self._claiming = asyncio.current_task()
         try:
@@ -137,6 +139,16 @@ class FailHandler(RunnerHandler):
         self.answer(200, await self.services.handbacks.fail(guard, failure))
 
 
+class ResumeHandler(RunnerHandler):
+    """POST /api/queue/{run_id}/resume."""
+
+    async def post(self, run_id: str) -> None:
+        """Give a live lease, with its job, to the process that asks: 200 as a claim."""
+        self.read_json("resume")
+        row = await self.services.claims.resume(self.runner, UUID(run_id))
+        self.answer(200, handed_out(row, self.services), members=row["members"])
+
+
 class OwnRunHandler(RunnerHandler):
     """GET /api/queue/{run_id}."""
 
@@ -194,6 +206,7 @@ def _beat(handler: RunnerHandler, run_id: str, body: dict[str, Any]) -> Beat:
         UUID(body["lease_id"]),
         runner.runner_id,
         runner.fingerprint,
+        runner.instance_id,
         body.get("progress"),
     )
 
@@ -207,5 +220,6 @@ def routes(services: Services) -> list[URLSpec]:
         URLSpec(rf"/api/queue/{UUID_PATH}/heartbeat", HeartbeatHandler, given),
         URLSpec(rf"/api/queue/{UUID_PATH}/release", ReleaseHandler, given),
         URLSpec(rf"/api/queue/{UUID_PATH}/fail", FailHandler, given),
+        URLSpec(rf"/api/queue/{UUID_PATH}/resume", ResumeHandler, given),
         URLSpec(rf"/api/queue/{UUID_PATH}", OwnRunHandler, given),
     ]

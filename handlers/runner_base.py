@@ -15,10 +15,11 @@ class RunnerHandler(Handler):
     async def authenticate(self) -> None:
         """Learn which runner sends this."""
         self.runner = await self.services.credentials.runner(self.bearer_token())
-        self.services.liveness.saw(self.runner.runner_id)
+        self.services.liveness.saw(self.runner.runner_id, self.runner.instance_id)
 
     def guard(self, run_id: str, lease_id: str) -> LeaseGuard:
         """Return what this runner shows to touch a lease."""
+        runner = self.runner
         return LeaseGuard(
-            UUID(run_id), UUID(lease_id), self.runner.runner_id, self.runner.fingerprint
+            UUID(run_id), UUID(lease_id), runner.runner_id, runner.fingerprint, runner.instance_id
         )

@@ -1,6 +1,7 @@
 """Runners sign on, ask who they are, and sign off."""
 
 from typing import Any
+from uuid import UUID
 
 from tornado.web import URLSpec
 
@@ -43,7 +44,7 @@ class RegisterHandler(Handler):
                 "directives": DIRECTIVES,
                 "bundle_schema_versions": BUNDLE_SCHEMAS,
             },
-            "held_leases": [held_lease(row) for row in sign_on.held],
+            "held_leases": [held_lease(row, sign_on.instance_id) for row in sign_on.held],
         }
 
 
@@ -53,19 +54,24 @@ class MeHandler(RunnerHandler):
     async def get(self) -> None:
         """Who am I, what do I hold, am I paused?"""
         me = await self.services.registry.me(self.runner)
-        held = [held_lease(row) for row in me.pop("held_leases")]
+        held = [held_lease(row, self.runner.instance_id) for row in me.pop("held_leases")]
         self.answer(200, {**me, "held_leases": held})
 
     async def delete(self) -> None:
-        """Sign off: release every lease and revoke the token."""
-        self.services.liveness.forget(self.runner.runner_id)
+        """Sign off: release what this process holds and revoke its token."""
+        self.services.liveness.forget(self.runner.runner_id, self.runner.instance_id)
         released = await self.services.registry.sign_off(self.runner, self.client_address)
         self.answer(200, {"runner_id": self.runner.runner_id, "released": released})
 
 
-def held_lease(row: Any) -> dict[str, Any]:
-    """Return a live lease as its holder sees it."""
-    return {name: row[name] for name in ("run_id", "lease_id", "lease_expires_at")}
+def held_lease(row: Any, instance_id: UUID) -> dict[str, Any]:
+    """Return a live lease of a runner as its process `instance_id` sees it."""
+    lease = {name: row[name] for name in ("run_id", "lease_id", "lease_expires_at")}
+    return {
+        **lease,
+        "this_process": row["lease_instance"] == instance_id,
+        "resume": f"/api/queue/{row['run_id']}/resume",
+    }
 
 
 def routes(services: Services) -> list[URLSpec]:

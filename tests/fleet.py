@@ -177,6 +177,7 @@ class Runner:
     key: SigningKey = field(default_factory=SigningKey.generate)
     capabilities: dict[str, Any] = field(default_factory=lambda: dict(CAPABILITIES))
     token: str = ""
+    instance_id: uuid.UUID = field(default_factory=uuid.uuid4)
 
     @property
     def fingerprint(self) -> str:
@@ -190,7 +191,9 @@ class Runner:
 
     async def register(self, body: bytes | None = None) -> httpx.Response:
         """Register, and keep the token."""
-        identity = Identity(self.key, AUDIENCE, "gpu-1.example", self.capabilities)
+        identity = Identity(
+            self.key, AUDIENCE, "gpu-1.example", self.capabilities, str(self.instance_id)
+        )
         answer = await self.fleet.http.post(
             "/api/runners/register",
             content=body or identity.sign_registration(),
@@ -210,7 +213,9 @@ class Runner:
     ) -> Claimant:
         """Return what a claim of this runner is to the statement that serves it."""
         offer = Capabilities(vram_gb, quantizations)
-        return Claimant(self.runner_id, self.fingerprint, uuid.uuid4(), key, digest, offer)
+        return Claimant(
+            self.runner_id, self.fingerprint, self.instance_id, uuid.uuid4(), key, digest, offer
+        )
 
     def at(self, fleet: Fleet) -> "Runner":
         """Return the same runner, speaking to another server of the fleet."""

@@ -79,6 +79,7 @@ ROWS: dict[tuple[str, str], Row] = {
     ("POST", "/api/queue/{run_id}/fail"): Row(
         RUNNER, {**LEASE, "failure_code": "oom", "detail": "matrix"}, foreign=LEASE_LOST
     ),
+    ("POST", "/api/queue/{run_id}/resume"): Row(RUNNER, {}, foreign=LEASE_LOST),
     ("GET", "/api/admin/runner-keys"): Row("read"),
     ("POST", "/api/admin/runner-keys"): Row("admin", {"public_key": "KEY", "runner_id": "new"}),
     ("DELETE", "/api/admin/runner-keys/{fingerprint}"): Row("admin", WHY),
@@ -257,7 +258,7 @@ async def credentials(scene: Scene) -> list[Credential]:
 
     def minted(ring: dict[str, bytes], age: timedelta) -> str:
         at = datetime.now(UTC) - age
-        return Tokens(ring, life).mint(runner.runner_id, runner.fingerprint, uuid4(), at)
+        return Tokens(ring, life).mint(runner.runner_id, runner.fingerprint, uuid4(), uuid4(), at)
 
     other = await fleet.sign_on("other")
     return [

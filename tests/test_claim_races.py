@@ -397,7 +397,11 @@ async def test_a_claim_sent_again_beside_the_undo_of_the_first_gets_a_new_lease(
         job = (await runner.claim(key="k")).json()
         async with fleet.transaction() as connection:
             guard = LeaseGuard(
-                UUID(run_id), UUID(job["lease_id"]), runner.runner_id, runner.fingerprint
+                UUID(run_id),
+                UUID(job["lease_id"]),
+                runner.runner_id,
+                runner.fingerprint,
+                runner.instance_id,
             )
             assert await run_queue.release(connection, guard, "undelivered")
             claiming = asyncio.create_task(runner.claim(key="k"))

@@ -292,7 +292,7 @@ async def test_progress_that_does_not_fit_the_contract_is_refused(
 def beat_of(runner: Runner, job: dict[str, Any]) -> Beat:
     """Return a job's heartbeat as the broker takes it."""
     run_id, lease_id = uuid.UUID(job["run_id"]), uuid.UUID(job["lease_id"])
-    return Beat(run_id, lease_id, runner.runner_id, runner.fingerprint, None)
+    return Beat(run_id, lease_id, runner.runner_id, runner.fingerprint, runner.instance_id, None)
 
 
 async def gone(client: redis.asyncio.Redis, name: str) -> bool:

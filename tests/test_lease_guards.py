@@ -29,7 +29,9 @@ OFFER = Capabilities(24, ("q8_0",))
 
 
 async def beat(connection: Any, guard: LeaseGuard) -> list[asyncpg.Record]:
-    one = Beat(guard.run_id, guard.lease_id, guard.runner_id, guard.fingerprint, None)
+    one = Beat(
+        guard.run_id, guard.lease_id, guard.runner_id, guard.fingerprint, guard.instance_id, None
+    )
     return await run_queue.beat(connection, [one], ttl=TTL, max_runtime_s=86_400)
 
 
@@ -65,7 +67,7 @@ async def holding(
         await fleet.enqueue()
         job = await runner.take()
         ids = uuid.UUID(job["run_id"]), uuid.UUID(job["lease_id"])
-        yield fleet, LeaseGuard(*ids, runner.runner_id, runner.fingerprint)
+        yield fleet, LeaseGuard(*ids, runner.runner_id, runner.fingerprint, runner.instance_id)
 
 
 async def taking(fleet: Fleet, guard: LeaseGuard, change: str = "SELECT") -> set[str]:
@@ -191,7 +193,9 @@ async def claimed_again(fleet: Fleet, guard: LeaseGuard) -> LeaseGuard:
     """Claim the run once more for the same runner; return the new lease's guard."""
     await fleet.pool.execute("UPDATE run_queue SET retry_after = NULL")
     token, key = uuid.uuid4(), str(uuid.uuid4())
-    claimant = Claimant(guard.runner_id, guard.fingerprint, token, key, "digest", OFFER)
+    claimant = Claimant(
+        guard.runner_id, guard.fingerprint, guard.instance_id, token, key, "digest", OFFER
+    )
     (row,) = await run_queue.claim(
         fleet.pool, [claimant], ttl=TTL,
         max_leases=1, max_runtime_s=86_400,

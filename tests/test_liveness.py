@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from datetime import timedelta
+from uuid import UUID
 
 import asyncpg
 import pytest
@@ -90,7 +91,7 @@ async def test_all_that_were_heard_of_are_written_in_one_batch(
             await silent(fleet, name, 100)
         alive = Liveness(fleet.pool, fleet.services.settings)
         for name in names * 2:
-            alive.saw(name)
+            alive.saw(name, UUID(int=1))
         await fleet.pool.execute("CREATE TABLE batches (runners int)")
         await fleet.pool.execute(
             "CREATE FUNCTION count_batch() RETURNS trigger LANGUAGE plpgsql AS"

@@ -56,7 +56,7 @@ def claim(seeded: Seeded, claimants: int) -> list[Any]:
     return [
         [24], ["q4_k_m,q8_0"], [r.runner_id for r in some], [r.fingerprint for r in some],
         [f"key-{number}" for number in range(claimants)], ["digest"] * claimants,
-        [1] * claimants, TTL, 1, 86_400, True, [LEASE] * claimants,
+        [1] * claimants, TTL, 1, 86_400, True, [LEASE] * claimants, [LEASE] * claimants,
     ]  # fmt: skip
 
 
@@ -66,14 +66,17 @@ def beat(seeded: Seeded, beats: int) -> list[Any]:
     return [
         [lease.run_id for lease in some], [lease.lease_id for lease in some],
         [lease.runner.runner_id for lease in some], [lease.runner.fingerprint for lease in some],
-        [None] * beats, TTL, 86_400,
+        [None] * beats, TTL, 86_400, [LEASE] * beats,
     ]  # fmt: skip
 
 
 def refused(seeded: Seeded, leases: int) -> list[Any]:
     """Return the arguments of `why_refused` for so many leases."""
     some = seeded.leases[:leases]
-    return [[lease.run_id for lease in some], [lease.runner.fingerprint for lease in some]]
+    return [
+        [lease.run_id for lease in some], [lease.runner.fingerprint for lease in some],
+        [LEASE] * leases, [lease.runner.runner_id for lease in some],
+    ]  # fmt: skip
 
 
 # Statement, its arguments, and the most pages of 8 kB it may touch, as it is and with room to grow
@@ -129,11 +132,12 @@ RUN, LEASE = "00000000-0000-0000-0000-000000000001", "00000000-0000-0000-0000-00
 GUARD = [RUN, LEASE, "runner-a", "a-key"]
 OF_ONE_RUN = {
     "complete": [*GUARD, "0"],
-    "release": [*GUARD, "why", "2026-01-01", 100],
-    "fail": [*GUARD, "timeout", "why", 1, 1],
+    "release": [*GUARD, "why", "2026-01-01", 100, LEASE],
+    "fail": [*GUARD, "timeout", "why", 1, 1, LEASE],
     "cancel_live": [RUN, "why"],
-    "beat": [[RUN], [LEASE], ["runner-a"], ["a-key"], [None], TTL, 86_400],
-    "why_refused": [[RUN], ["a-key"]],
+    "beat": [[RUN], [LEASE], ["runner-a"], ["a-key"], [None], TTL, 86_400, [LEASE]],
+    "why_refused": [[RUN], ["a-key"], [LEASE], ["runner-a"]],
+    "take_over": [RUN, "runner-a", "a-key", LEASE, "key", TTL, 86_400, LEASE],
 }
 
 
@@ -162,7 +166,8 @@ def test_who_names_a_run_finds_it_by_its_name_when_nothing_was_leased_yet(
 def test_a_claim_asks_for_its_key_alone_whatever_the_planner_thinks_of_probes(idle: str) -> None:
     """As a join it becomes a merge with the keys of all leases, live and dead: 116 ms in a soak."""
     asked = [
-        [24], ['q8_0'], *[['runner-a']] * 2, *[['a-key']] * 2, [1], TTL, 1, 86_400, True, [LEASE],
+        [24], ['q8_0'], *[['runner-a']] * 2, *[['a-key']] * 2, [1], TTL, 1, 86_400, True,
+        *[[LEASE]] * 2,
     ]  # fmt: skip
     plan = asyncio.run(
         _explain(idle, SQL["claim"], asked, before="SET LOCAL enable_nestloop = off")
@@ -176,7 +181,8 @@ def test_a_claim_asks_for_its_key_alone_whatever_the_planner_thinks_of_probes(id
 def test_a_claim_enters_each_models_queue_at_its_head(idle: str) -> None:
     """What died before the head, while a session holds an old snapshot, is stepped over once."""
     asked = [
-        [24], ['q8_0'], *[['runner-a']] * 2, *[['a-key']] * 2, [1], TTL, 1, 86_400, True, [LEASE],
+        [24], ['q8_0'], *[['runner-a']] * 2, *[['a-key']] * 2, [1], TTL, 1, 86_400, True,
+        *[[LEASE]] * 2,
     ]  # fmt: skip
     plan = asyncio.run(_explain(idle, SQL["claim"], asked))
     conditions = [read.get("Index Cond", "") for read in _reads(plan, "run_queue")]

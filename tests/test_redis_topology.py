@@ -169,7 +169,7 @@ async def test_lease_keys_and_revocations_lie_on_all_nodes_of_a_cluster(
     monkeypatch.setattr(revocation, "LOOK_S", 10.0)
     revocations = Revocations(topology.client, NoAuthority())
     await topology.client.set("revoked:loaded", 1)
-    claims = RunnerClaims("a", "f" * 64, uuid4(), datetime.now(UTC))
+    claims = RunnerClaims("a", "f" * 64, uuid4(), uuid4(), datetime.now(UTC))
     assert await revocations.revoked_among([claims]) == [False]
     await revocations.write([Revoked(claims.fingerprint, None, timedelta(seconds=60))])
     assert await revocations.revoked_among([claims]) == [True]

@@ -33,7 +33,7 @@ def registration_of(runner: Runner, **changes: Any) -> dict[str, Any]:
         "audience": AUDIENCE,
         "public_key": public_key_text(runner.key),
         "hostname": "gpu-1.example",
-        "instance_id": str(uuid.uuid4()),
+        "instance_id": str(runner.instance_id),
         "capabilities": CAPABILITIES,
         "signed_at": datetime.now(UTC).isoformat(),
         "nonce": secrets.token_hex(16),
@@ -242,7 +242,13 @@ async def test_a_second_process_of_a_runner_hears_what_the_first_one_holds(
         job = await first.take()
         second = Runner(fleet, "runner-a", first.key)
         answer = await second.register(signed(second))
-        held = [{name: job[name] for name in ("run_id", "lease_id", "lease_expires_at")}]
+        held = [
+            {
+                **{name: job[name] for name in ("run_id", "lease_id", "lease_expires_at")},
+                "this_process": False,
+                "resume": f"/api/queue/{job['run_id']}/resume",
+            }
+        ]
         assert answer.json()["held_leases"] == held
         me = await fleet.http.get("/api/runners/me", headers=second.headers)
         assert me.json()["held_leases"] == held

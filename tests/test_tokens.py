@@ -25,6 +25,7 @@ from tests.fleet import Runner, code_of, open_fleet
 MakeSettings = Callable[..., Settings]
 SECRET, OLD_SECRET = b"k" * 32, b"o" * 32
 TTL = timedelta(seconds=900)
+INSTANCE = uuid4()
 TOKENS = Tokens({"test": SECRET, "old": OLD_SECRET}, TTL)
 ME = "/api/runners/me"
 
@@ -34,7 +35,8 @@ def claims_of(**changes: Any) -> dict[str, Any]:
     now = int(datetime.now(UTC).timestamp())
     claims = {
         "iss": "bakeoff-queue", "aud": "runner", "sub": "runner-a", "jti": str(uuid4()),
-        "iat": now, "nbf": now, "exp": now + 900, "key_fp": "f" * 64, **changes,
+        "iat": now, "nbf": now, "exp": now + 900, "key_fp": "f" * 64,
+        "ins": str(INSTANCE), **changes,
     }  # fmt: skip
     return {name: value for name, value in claims.items() if value is not None}
 
@@ -64,9 +66,9 @@ def in_s(seconds: int) -> int:
 
 def test_the_same_arguments_give_the_same_token_and_it_says_them() -> None:
     jti, now = uuid4(), datetime.now(UTC).replace(microsecond=0)
-    token = TOKENS.mint("runner-a", "f" * 64, jti, now)
-    assert token == TOKENS.mint("runner-a", "f" * 64, jti, now)
-    assert TOKENS.read(token) == RunnerClaims("runner-a", "f" * 64, jti, now + TTL)
+    token = TOKENS.mint("runner-a", "f" * 64, INSTANCE, jti, now)
+    assert token == TOKENS.mint("runner-a", "f" * 64, INSTANCE, jti, now)
+    assert TOKENS.read(token) == RunnerClaims("runner-a", "f" * 64, INSTANCE, jti, now + TTL)
     assert jwt.get_unverified_header(token)["kid"] == "test"
 
 
@@ -75,7 +77,9 @@ def test_the_first_key_of_the_ring_signs_and_the_others_still_verify() -> None:
     with pytest.raises(InvalidToken):
         TOKENS.read(signed(secret=OLD_SECRET, kid="test"))
     rotated = Tokens({"new": b"n" * 32, "test": SECRET}, TTL)
-    assert rotated.read(TOKENS.mint("a", "f", uuid4(), datetime.now(UTC))).runner_id == "a"
+    assert (
+        rotated.read(TOKENS.mint("a", "f", INSTANCE, uuid4(), datetime.now(UTC))).runner_id == "a"
+    )
 
 
 LEEWAY_S = int(LEEWAY.total_seconds())
@@ -84,8 +88,8 @@ LEEWAY_S = int(LEEWAY.total_seconds())
 @pytest.mark.parametrize("apart_s", [-LEEWAY_S + 1, -2, 0, 2, LEEWAY_S - 1])
 def test_a_token_of_a_machine_whose_clock_differs_is_taken_new_and_old(apart_s: int) -> None:
     now = datetime.now(UTC) + timedelta(seconds=apart_s)
-    TOKENS.read(TOKENS.mint("runner-a", "f", uuid4(), now))
-    TOKENS.read(TOKENS.mint("runner-a", "f", uuid4(), now - TTL + timedelta(seconds=1)))
+    TOKENS.read(TOKENS.mint("runner-a", "f", INSTANCE, uuid4(), now))
+    TOKENS.read(TOKENS.mint("runner-a", "f", INSTANCE, uuid4(), now - TTL + timedelta(seconds=1)))
 
 
 def test_a_token_lives_no_longer_than_promised_and_the_leeway() -> None:
@@ -123,6 +127,8 @@ def bad_claims() -> dict[str, dict[str, Any]]:
         "jti number": {"jti": 7},
         "sub number": {"sub": 7},
         "key_fp number": {"key_fp": 7},
+        "ins number": {"ins": 7},
+        "ins no uuid": {"ins": "a"},
         **{f"no {name}": {name: None} for name in claims_of()},
     }
 
@@ -221,7 +227,7 @@ async def test_an_expired_token_is_renewed_and_the_lease_goes_on(
         job = await runner.take()
         tokens = Tokens(settings.token_ring, timedelta(seconds=settings.token_ttl_s))
         past = datetime.now(UTC) - timedelta(seconds=settings.token_ttl_s) - LEEWAY
-        runner.token = tokens.mint("runner-a", runner.fingerprint, uuid4(), past)
+        runner.token = tokens.mint("runner-a", runner.fingerprint, INSTANCE, uuid4(), past)
         assert code_of(await runner.heartbeat(job)) == (401, "token_expired")
         assert (await runner.register()).status_code == 200
         assert (await runner.heartbeat(job)).status_code == 200
@@ -240,7 +246,9 @@ async def test_a_token_that_the_leeway_alone_keeps_alive_can_be_revoked_all_the_
         runner = await fleet.sign_on()
         tokens = Tokens(settings.token_ring, timedelta(seconds=settings.token_ttl_s))
         past = datetime.now(UTC) - timedelta(seconds=settings.token_ttl_s + 2)
-        old, other = (tokens.mint("runner-a", runner.fingerprint, uuid4(), past) for _ in "ab")
+        old, other = (
+            tokens.mint("runner-a", runner.fingerprint, INSTANCE, uuid4(), past) for _ in "ab"
+        )
         for token in (old, other):  # the second one's revocation forgets what is past
             assert (await me(runner, f"Bearer {token}")).status_code == 200
             gone = await fleet.http.delete(ME, headers={"Authorization": f"Bearer {token}"})
@@ -329,7 +337,7 @@ async def test_an_answer_is_remembered_for_a_second_at_most(
         async with redis.asyncio.from_url(server.url(2)) as client:
             server.kill()
             revocations = revocation.Revocations(client, Authority())
-            claims = RunnerClaims("a", "f" * 64, uuid4(), datetime.now(UTC))
+            claims = RunnerClaims("a", "f" * 64, INSTANCE, uuid4(), datetime.now(UTC))
             assert revocations.remembered(claims) is None
             assert await revocations.revoked_among([claims]) == [False]
             assert revocations.remembered(claims) is False
@@ -349,7 +357,7 @@ async def test_a_revocation_that_could_not_be_written_holds_when_redis_is_back(
     """Redis was away for a moment only, and still says that it holds every revocation."""
     monkeypatch.setattr(revocation, "AWAY_S", 0.01)
     back = asyncio.Event()
-    claims = RunnerClaims("a", "f" * 64, uuid4(), datetime.now(UTC))
+    claims = RunnerClaims("a", "f" * 64, INSTANCE, uuid4(), datetime.now(UTC))
     gone = [revocation.Revoked(None, claims.jti, timedelta(minutes=1))]
 
     class Lossy(revocation.Revocations):
@@ -410,7 +418,7 @@ async def test_a_redis_that_hangs_is_left_alone_until_it_answers_again(
         async def all_revocations(self) -> list[revocation.Revoked]:
             return []
 
-    claims = [RunnerClaims("a", "f" * 64, uuid4(), datetime.now(UTC)) for _ in range(3)]
+    claims = [RunnerClaims("a", "f" * 64, INSTANCE, uuid4(), datetime.now(UTC)) for _ in range(3)]
     with servers.redis() as server:
         async with redis.asyncio.from_url(server.url(2)) as client:
             await client.set("revoked:loaded", 1)

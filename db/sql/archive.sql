@@ -47,7 +47,7 @@ kept AS (
         created_at, updated_at, model_id, judge_model_id, job, config_hash, batch_id,
         max_runtime_s, lease_seq, lease_id, lease_key, lease_expires_at, lease_slot,
         last_heartbeat, claim_key, claim_digest, cancel_requested_at, cancel_reason,
-        requeued_at, progress, result_sha256
+        requeued_at, progress, result_sha256, lease_instance
     )
     SELECT
         queue_id, run_id, prompt_id, priority, status, attempt_count, max_attempts, claimed_by,
@@ -55,7 +55,7 @@ kept AS (
         created_at, updated_at, model_id, judge_model_id, job, config_hash, batch_id,
         max_runtime_s, lease_seq, lease_id, lease_key, lease_expires_at, lease_slot,
         last_heartbeat, claim_key, claim_digest, cancel_requested_at, cancel_reason,
-        requeued_at, progress, result_sha256
+        requeued_at, progress, result_sha256, lease_instance
     FROM gone
 ),
 
@@ -93,7 +93,7 @@ kept AS (
         created_at, updated_at, model_id, judge_model_id, job, config_hash, batch_id,
         max_runtime_s, lease_seq, lease_id, lease_key, lease_expires_at, lease_slot,
         last_heartbeat, claim_key, claim_digest, cancel_requested_at, cancel_reason,
-        requeued_at, progress, result_sha256
+        requeued_at, progress, result_sha256, lease_instance
     )
     SELECT
         queue_id, run_id, prompt_id, priority, status, attempt_count, max_attempts, claimed_by,
@@ -101,7 +101,7 @@ kept AS (
         created_at, updated_at, model_id, judge_model_id, job, config_hash, batch_id,
         max_runtime_s, lease_seq, lease_id, lease_key, lease_expires_at, lease_slot,
         last_heartbeat, claim_key, claim_digest, cancel_requested_at, cancel_reason,
-        requeued_at, progress, result_sha256
+        requeued_at, progress, result_sha256, lease_instance
     FROM gone
 ),
 

@@ -4,8 +4,12 @@
 -- names its kind ($7, from 1). Returns a row per request, in order, whether it got a run or not.
 WITH RECURSIVE requests AS (
     SELECT *
-    FROM unnest($3::text [], $4::text [], $5::text [], $6::text [], $7::int [], $12::uuid [])
-        WITH ORDINALITY AS r (runner_id, fingerprint, claim_key, claim_digest, kind, token, place)
+    FROM
+        unnest(
+            $3::text [], $4::text [], $5::text [], $6::text [], $7::int [], $12::uuid [],
+            $13::uuid []
+        ) WITH ORDINALITY
+        AS r (runner_id, fingerprint, claim_key, claim_digest, kind, token, instance_id, place)
 ),
 
 -- The key rows are locked so that no claim slips past a revocation that commits at the same time:
@@ -200,6 +204,7 @@ taken AS (
         lease_seq = q.lease_seq + 1,
         lease_id = gen_random_uuid(),
         lease_key = a.fingerprint,
+        lease_instance = a.instance_id,
         lease_expires_at = clock_timestamp()
             + least($8::interval, coalesce(q.max_runtime_s, $10) * interval '1 second'),
         lease_slot = a.slot,
@@ -222,7 +227,7 @@ ledger AS (
 -- Given again, the lease is marked as touched: the undo of an answer that was lost on the way (see
 -- `release`, $6) must not take it away from whoever just received it here.
 given_again AS (
-    UPDATE run_queue AS q SET updated_at = clock_timestamp()
+    UPDATE run_queue AS q SET lease_instance = s.instance_id, updated_at = clock_timestamp()
     FROM replayed AS r INNER JOIN requests AS s ON r.place = s.place
     WHERE q.queue_id = r.queue_id AND q.claimed_by = s.runner_id AND q.claim_key = s.claim_key
     RETURNING r.place, q.*
@@ -280,7 +285,7 @@ SELECT
     OR (SELECT count(*) FROM given_again) < (SELECT count(*) FROM replayed) AS contended,
     g.queue_id, g.run_id, g.lease_seq, g.lease_id, g.lease_expires_at, g.claim_digest,
     g.granted_at, -- null when the lease was given before
-    g.claimed_by AS holder, g.lease_key AS holder_key,
+    g.claimed_by AS holder, g.lease_key AS holder_key, g.lease_instance AS holder_instance,
     g.lease_expires_at - clock_timestamp() AS remaining,
     -- The rest of the answer as text: it is handed on, and nobody on the way reads it.
     CASE WHEN g.queue_id IS NOT NULL THEN (
@@ -364,9 +369,56 @@ FROM overtaken AS o
 WHERE q.queue_id = o.queue_id AND q.status = 'PENDING'
 RETURNING q.run_id, q.priority
 
+-- name: take_over
+-- A live lease of a runner ($2, $3) goes to its process $4, whichever had it, and lives on. Under
+-- another lease_id, so that two processes never work for one lease: what the old one sends from now on
+-- is refused. The claim key ($5) is that of the lease's next reading by `claim`. A process that has
+-- the lease keeps it: this request may be sent again.
+WITH held AS MATERIALIZED (
+    SELECT q.*, q.lease_instance IS DISTINCT FROM $4 AS other FROM run_queue AS q
+    INNER JOIN runner_keys AS k
+        ON
+            k.fingerprint = $3 AND k.revoked_at IS NULL AND $8 <> all(k.ended_tokens)
+            AND (k.not_after IS NULL OR k.not_after > clock_timestamp())
+    WHERE
+        q.run_id = $1 AND q.job IS NOT NULL AND q.claimed_by = $2
+        AND q.status IN ('CLAIMED', 'IN_PROGRESS')
+    FOR UPDATE OF q
+),
+
+given AS (
+    UPDATE run_queue AS q SET
+        lease_id = CASE WHEN h.other THEN gen_random_uuid() ELSE q.lease_id END,
+        lease_instance = $4,
+        lease_key = $3,
+        lease_expires_at = least(
+            clock_timestamp() + $6::interval,
+            q.claimed_at + coalesce(q.max_runtime_s, $7) * interval '1 second'
+        ),
+        claim_key = $5, claim_digest = '', updated_at = clock_timestamp()
+    FROM held AS h
+    WHERE q.queue_id = h.queue_id
+    RETURNING q.run_id, q.lease_seq, q.lease_id, h.other, h.lease_instance AS former
+),
+
+ledger AS (
+    UPDATE attempts AS a SET lease_id = g.lease_id FROM given AS g
+    WHERE a.run_id = g.run_id AND a.lease_seq = g.lease_seq AND g.other
+),
+
+audited AS (
+    INSERT INTO audit (actor, action, target, run_id, runner_id, detail)
+    SELECT
+        'runner:' || $2, 'lease.resume', 'run:' || run_id, run_id, $2,
+        jsonb_build_object('lease_seq', lease_seq, 'from', former, 'instance_id', $4::uuid)
+    FROM given WHERE other
+)
+
+SELECT true FROM given
+
 -- name: held_by
 -- The live leases of a runner.
-SELECT run_id, lease_id, lease_expires_at, lease_seq, queue_id, status
+SELECT run_id, lease_id, lease_expires_at, lease_seq, queue_id, status, lease_instance
 FROM run_queue
 WHERE claimed_by = $1 AND status IN ('CLAIMED', 'IN_PROGRESS') AND job IS NOT NULL
 ORDER BY claimed_at
@@ -446,9 +498,10 @@ UPDATE run_queue AS q SET
         q.claimed_at + coalesce(q.max_runtime_s, $7) * interval '1 second'
     ),
     progress = coalesce(b.progress, q.progress),
+    lease_instance = b.instance_id, -- who works on it holds it
     updated_at = clock_timestamp()
-FROM unnest($1::uuid [], $2::uuid [], $3::text [], $4::text [], $5::jsonb [])
-    WITH ORDINALITY AS b (run_id, lease_id, runner_id, fingerprint, progress, place)
+FROM unnest($1::uuid [], $2::uuid [], $3::text [], $4::text [], $5::jsonb [], $8::uuid [])
+    WITH ORDINALITY AS b (run_id, lease_id, runner_id, fingerprint, progress, instance_id, place)
 INNER JOIN runner_keys AS k
     ON
         b.fingerprint = k.fingerprint AND k.revoked_at IS NULL
@@ -476,13 +529,20 @@ RETURNING
 -- a lease that nobody has been given again, nor has beaten for, since that update of the row.
 -- A runner can claim and release for ever, so of a run's leases older than its newest $7 those that
 -- were released are forgotten: they changed nothing, and failures and lapses are few.
+-- By the process that holds the lease ($8), or by a newer one which nobody has beaten beside: what it
+-- finds may be left from before a restart.
 WITH held AS MATERIALIZED (
     SELECT q.* FROM run_queue AS q
     INNER JOIN runner_keys AS k ON k.fingerprint = $4 AND k.revoked_at IS NULL
+    INNER JOIN runners AS u ON q.claimed_by = u.runner_id
     WHERE
         q.run_id = $1 AND q.job IS NOT NULL AND q.lease_id = $2 AND q.claimed_by = $3
         AND q.status IN ('CLAIMED', 'IN_PROGRESS')
         AND ($6::timestamptz IS NULL OR q.updated_at = $6)
+        AND (
+            q.lease_instance = $8
+            OR u.instance_id = $8 AND coalesce(q.last_heartbeat, q.claimed_at) < u.started_at
+        )
     FOR UPDATE OF q
 ),
 
@@ -527,12 +587,18 @@ SELECT queue_id, lease_seq, status, pg_notify('bakeoff_queue', '') FROM freed
 -- name: fail
 -- End a lease by a failure the runner reports: the attempt counts, the run waits longer each time
 -- and goes further back in the queue (upstream's rule), and is FAILED when its attempts are used up.
+-- By the process that holds the lease ($9), as in `release`.
 WITH held AS MATERIALIZED (
     SELECT q.*, q.attempt_count + 1 AS failures FROM run_queue AS q
     INNER JOIN runner_keys AS k ON k.fingerprint = $4 AND k.revoked_at IS NULL
+    INNER JOIN runners AS u ON q.claimed_by = u.runner_id
     WHERE
         q.run_id = $1 AND q.job IS NOT NULL AND q.lease_id = $2 AND q.claimed_by = $3
         AND q.status IN ('CLAIMED', 'IN_PROGRESS')
+        AND (
+            q.lease_instance = $9
+            OR u.instance_id = $9 AND coalesce(q.last_heartbeat, q.claimed_at) < u.started_at
+        )
     FOR UPDATE OF q
 ),
 
@@ -850,15 +916,18 @@ WHERE q.run_id = $1 AND q.job IS NOT NULL
 -- 64 runs whose jobs have megabytes.
 SELECT
     q.status,
+    q.status IN ('CLAIMED', 'IN_PROGRESS')
+    AND q.lease_id = g.lease_id AND q.claimed_by = g.runner_id AS other_process,
     EXISTS (
         SELECT FROM runner_keys AS k
         WHERE
             k.fingerprint = g.fingerprint AND k.revoked_at IS NULL
             AND (k.not_after IS NULL OR k.not_after > clock_timestamp())
     ) AS key_good
-FROM unnest($1::uuid [], $2::text []) WITH ORDINALITY AS g (run_id, fingerprint, place)
+FROM unnest($1::uuid [], $2::text [], $3::uuid [], $4::text [])
+    WITH ORDINALITY AS g (run_id, fingerprint, lease_id, runner_id, place)
 LEFT JOIN LATERAL (
-    SELECT e.status FROM every_run AS e
+    SELECT e.status, e.lease_id, e.claimed_by FROM every_run AS e
     WHERE e.run_id = g.run_id AND e.job IS NOT NULL
     OFFSET 0 -- a probe each, and never a pass over the queue
 ) AS q ON true
@@ -991,12 +1060,11 @@ SELECT status, pg_notify('bakeoff_queue', '') FROM put_back
 -- name: end_leases_of_key
 -- End every lease of a key that was just revoked in this transaction ($6 = 'revoked'), and forget the
 -- secrets of its lapsed ones, so that nothing of this key can be submitted any more. Or hand back
--- what its runner holds, which signs off ('released'): no attempt is burnt, a late result may come,
--- and the released leases before the newest $7 of a run are forgotten, as by `release`.
+-- what a process of its runner ($8) holds, which signs off ('released'): no attempt is burnt, and the released leases before the newest $7 of a run are forgotten, as by `release`.
 WITH held AS MATERIALIZED (
     SELECT * FROM run_queue
     WHERE
-        lease_key = $1 AND lease_id IS NOT NULL
+        lease_key = $1 AND lease_id IS NOT NULL AND ($6 = 'revoked' OR lease_instance = $8)
         AND (status IN ('CLAIMED', 'IN_PROGRESS') OR status = 'PENDING' AND $6::text = 'revoked')
     ORDER BY queue_id FOR UPDATE
 ),

@@ -11,11 +11,20 @@ ON CONFLICT (runner_id) DO UPDATE SET
     public_key = excluded.public_key, hostname = excluded.hostname,
     process_id = excluded.process_id, effective_user = excluded.effective_user,
     instance_id = excluded.instance_id, capabilities = excluded.capabilities,
+    previous_instance_id = CASE WHEN r.instance_id IS DISTINCT FROM excluded.instance_id
+        THEN r.instance_id ELSE r.previous_instance_id
+    END,
+    previous_started_at = CASE WHEN r.instance_id IS DISTINCT FROM excluded.instance_id
+        THEN r.started_at ELSE r.previous_started_at
+    END,
     version = excluded.version, key_fingerprint = excluded.key_fingerprint,
     address = excluded.address,
-    -- A new process starts anew; a token that is renewed in mid-run does not.
-    started_at = CASE WHEN r.instance_id IS DISTINCT FROM excluded.instance_id
-        THEN excluded.started_at ELSE r.started_at
+    -- A new process starts anew; one that renews its token in mid-run does not, nor does the one
+    -- before it, which registers again while both of them live.
+    started_at = CASE
+        WHEN r.instance_id = excluded.instance_id THEN r.started_at
+        WHEN r.previous_instance_id = excluded.instance_id THEN r.previous_started_at
+        ELSE excluded.started_at
     END,
     registered_at = coalesce(r.registered_at, excluded.registered_at),
     last_heartbeat = excluded.last_heartbeat,
@@ -38,8 +47,9 @@ WHERE k.fingerprint = any($1::text []) AND r.capabilities IS NOT NULL
 SELECT drain_requested_at IS NOT NULL FROM runners WHERE runner_id = $1
 
 -- name: sign_off
--- No process of the runner is left, and it said so: one that fell silent keeps its instance_id.
-UPDATE runners SET status = 'DEAD', instance_id = NULL WHERE runner_id = $1
+-- No process of the runner is left, and the newest ($2) said so: one that fell silent keeps its
+-- instance_id.
+UPDATE runners SET status = 'DEAD', instance_id = NULL WHERE runner_id = $1 AND instance_id = $2
 
 -- name: remember_nonce
 -- Nothing is returned when this key has used the nonce before. Nonces whose signature would be
@@ -78,9 +88,26 @@ WHERE k.runner_id = $1 AND n.issued_at > clock_timestamp() - $2::interval
 ORDER BY n.issued_at DESC, n.jti
 
 -- name: seen
--- Runners that were heard of since the last batch: busy ones are ACTIVE, others IDLE.
+-- Runners that were heard of since the last batch: busy ones are ACTIVE, others IDLE. Of each process
+-- ($2) that was heard, so many seconds ago ($3): one that is not the newest, and was heard after that
+-- one had registered (with 5 s for a slow way here), is a second process of the same key.
+WITH heard AS (
+    SELECT
+        h.runner_id,
+        bool_or(
+            h.instance_id <> r.instance_id
+            AND clock_timestamp() - (h.age_s + 5) * interval '1 second' > r.started_at
+        ) AS second
+    FROM unnest($1::text [], $2::uuid [], $3::float8 []) AS h (runner_id, instance_id, age_s)
+    INNER JOIN runners AS r ON h.runner_id = r.runner_id
+    GROUP BY h.runner_id
+)
+
 UPDATE runners AS r SET
     last_heartbeat = clock_timestamp(),
+    second_process_seen_at = CASE
+        WHEN h.second THEN clock_timestamp() ELSE r.second_process_seen_at
+    END,
     status = CASE
         WHEN EXISTS (
             SELECT FROM run_queue AS q
@@ -88,7 +115,16 @@ UPDATE runners AS r SET
         ) THEN 'ACTIVE'
         ELSE 'IDLE'
     END
-WHERE r.runner_id = any($1)
+FROM heard AS h
+WHERE r.runner_id = h.runner_id
+RETURNING
+    r.runner_id,
+    h.second AND NOT EXISTS ( -- as it was before this statement
+        SELECT FROM runners AS o
+        WHERE
+            o.runner_id = r.runner_id
+            AND o.second_process_seen_at > clock_timestamp() - interval '1 hour'
+    ) AS second_process
 
 -- name: bury
 -- Runners of ours that nobody has heard of for $1 are DEAD; bakeoff's own rows are bakeoff's.
@@ -108,7 +144,7 @@ SELECT
     r.last_heartbeat, clock_timestamp() - r.last_heartbeat AS silent_for,
     r.status = 'DEAD' AND r.instance_id IS NULL AS signed_off,
     is_paused(r.paused_at, r.paused_until) AS paused, r.paused_at, r.paused_until, r.pause_reason,
-    r.drain_requested_at, k.fingerprint AS key_fingerprint,
+    r.drain_requested_at, r.second_process_seen_at, k.fingerprint AS key_fingerprint,
     k.revoked_at, k.capability_caps, k.max_leases,
     (
         SELECT coalesce(array_agg(q.run_id ORDER BY q.claimed_at), '{}')
