@@ -13,7 +13,6 @@ from typing import Any
 from uuid import UUID
 
 import asyncpg
-import structlog
 
 from broker.audit import record
 from broker.credentials import Admin
@@ -29,8 +28,6 @@ from db.run_queue import QueuedRun
 
 # Bodies that are read at once, each of up to 32 MiB. Two, so that a small one passes a large one.
 AT_ONCE = 2
-
-log = structlog.get_logger()
 
 
 class Enqueue:
@@ -59,11 +56,10 @@ class Enqueue:
             async with self._turns:
                 return await self._workers.call(prepare, body, lookups, self._settings.max_attempts)
         except WorkerLost as error:
-            log.error("enqueue.worker_lost", problem=str(error))
             raise Unavailable(
                 "The process that read this body was lost: send it again in a few seconds, or in"
                 " several requests."
-            ) from None
+            ) from error
 
     @retries
     async def _add(

@@ -183,7 +183,7 @@ class Submissions:
             log.error("verify.worker_lost", run_id=str(run_id), problem=str(error))
             raise Unavailable(
                 "The process that verified this bundle was lost: send it again in a few seconds."
-            ) from None
+            ) from error
         finally:
             self._room += 1
 

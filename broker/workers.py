@@ -77,7 +77,7 @@ class Workers:
         try:
             worker = self._take()
         except OSError as error:
-            raise WorkerLost(f"cannot start a worker: {error}") from None
+            raise WorkerLost(f"cannot start a worker: {error}") from error
         self._lent.add(worker)
         keep = False
         try:

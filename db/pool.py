@@ -171,6 +171,10 @@ class ReadOnly(asyncpg.InterfaceError):
     """Every server that the address names is read-only."""
 
 
+class Unreachable(asyncpg.InterfaceError):
+    """No connection to the server: an OSError of ours is then none of the database."""
+
+
 class Primary:
     """The one server of an address that takes changes, which may be another one tomorrow."""
 
@@ -184,7 +188,7 @@ class Primary:
         """Return a connection to the server that takes changes, the last known one asked first.
 
         Each host has its own time: asyncpg would let one that hangs use up that of all. Raises
-        ReadOnly, or what connecting to the first host raised.
+        ReadOnly, Unreachable, or the server's own refusal.
         """
         if self._hosts[1:]:
             options["timeout"] = min(HOST_S, options["timeout"])
@@ -202,6 +206,8 @@ class Primary:
                 self._hosts.sort(key=lambda known: known is not host)
                 return connection
         assert failed is not None
+        if isinstance(failed, OSError):
+            raise Unreachable(str(failed) or type(failed).__name__) from failed
         raise failed
 
 

@@ -38,7 +38,7 @@ from broker.strict_json import pointer, quote
 from broker.times import rfc3339
 from handlers.addresses import Proxies
 from handlers.connections import ClientStream
-from handlers.errors import RETRY_AFTER_S, STATUS, problem, refusal_of
+from handlers.errors import RETRY_AFTER_S, STATUS, describe_cause, problem, refusal_of
 
 UUID_PATH = r"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -265,9 +265,20 @@ class Handler(RequestHandler):
         self._leave()
 
     def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
-        """Log what we did not expect, with its traceback; refusals are in the access log."""
-        if value is not None and isinstance(told_as(value), Internal):
+        """Log the cause of a 5xx; of what we did not expect with its traceback."""
+        if value is None:
+            return
+        told = told_as(value)
+        if isinstance(told, Internal):
             log.error("http.failed", request_id=self.request_id, exc_info=(typ, value, tb))
+        elif STATUS[type(told)] >= 500:
+            log.warning(
+                "http.unavailable",
+                request_id=self.request_id,
+                route=type(self).__name__,
+                code=code_of(told),
+                cause=describe_cause(value),
+            )
 
     def count_answer(self) -> None:
         """Count this request and its time. A method that nobody knows is one label, not many."""

@@ -1,5 +1,6 @@
 """One table: what went wrong -> status. And the problem document (RFC 9457) that tells of it."""
 
+import errno
 from typing import Any
 
 import asyncpg
@@ -66,9 +67,24 @@ def refusal_of(error: BaseException) -> Exception:
         return error
     if isinstance(error, asyncpg.DataError):
         return broker.InvalidRequest("A value is outside of what the database can store.")
-    if _is_outage(error):
-        return broker.Unavailable()
-    return broker.Internal()
+    cause = _outage(error)
+    return (
+        broker.Unavailable(f"{cause}: send the same request again.")
+        if cause
+        else (broker.Internal())
+    )
+
+
+def describe_cause(error: BaseException) -> str:
+    """Return what an operator needs to know of a failure: type, SQLSTATE, message, and its cause.
+
+    PostgreSQL's details are not among them: they quote rows.
+    """
+    state = getattr(error, "sqlstate", None)
+    text = " ".join(str(error).split())
+    described = f"{type(error).__name__}{f' {state}' if state else ''}: {text}".removesuffix(": ")
+    cause = error.__cause__
+    return f"{described} <- {describe_cause(cause)}" if cause is not None else described
 
 
 def problem(error: Exception, request_id: str, public_url: str) -> dict[str, Any]:
@@ -93,14 +109,45 @@ def problem(error: Exception, request_id: str, public_url: str) -> dict[str, Any
     return document
 
 
-def _is_outage(error: BaseException) -> bool:
-    """Return whether the database, not the request, is at fault.
+# What PostgreSQL's condition codes mean for the client, the longest prefix first. Runners read it,
+# so it names no host, path or table: the log has the server's own words (`describe_cause`).
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_CONDITIONS = (
+    ("53100", "The database's disk is full, and its operator has to make room"),
+    ("53200", "The database is out of memory"),
+    ("53300", "The database takes no more connections"),
+    ("53", "The database has reached one of its limits"),
+    ("55P03", "Another session holds a lock that this needs (a migration or maintenance)"),
+    ("57014", "The database took too long over this"),
+    ("57P", "The database is starting or stopping"),
+    ("57", "The database's operator has interrupted this"),
+    ("58", "The database cannot read or write its files, and its operator has to look"),
+    ("40", "This met others in a deadlock, several times in a row"),
+    ("25006", "The database is read-only at this moment (a standby, or a failover)"),
+    ("08", "The database cannot be reached at this moment"),
+)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
-    Connection failures, 08 (connection), 53 (resources), 57 (operator intervention, time-outs),
-    55P03 (lock not available), 40 (deadlock, serialization) and 25006 (a read-only standby).
+
+def _outage(error: BaseException) -> str | None:
+    """Return what of the service, and not of the request, is at fault; None when nothing is known.
+
+    The database, or a file or process of this machine. asyncpg.InternalClientError is what asyncpg
+    says of a connection that the server has just cut off.
     """
-    # InternalClientError: what asyncpg says of a connection that the server has just cut off.
-    if isinstance(error, OSError | asyncpg.InterfaceError | asyncpg.InternalClientError):
-        return True
     state = getattr(error, "sqlstate", None) or ""
-    return state.startswith(("08", "53", "57", "40")) or state in ("55P03", "25006")
+    for prefix, words in _CONDITIONS:
+        if state.startswith(prefix):
+            return words
+    if isinstance(error, TimeoutError):
+        return "The database does not answer in time, or all connections to it are busy"
+    if isinstance(error, ConnectionError | asyncpg.InterfaceError | asyncpg.InternalClientError):
+        return "The database cannot be reached at this moment"
+    if isinstance(error, OSError):
+        if error.errno in _FULL:
+            return "A disk of this server is full, and its operator has to make room"
+        return (
+            "This server cannot use a file or process of its own"
+            f" ({error.strerror or type(error).__name__}), and its operator has to look"
+        )
+    return None
