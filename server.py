@@ -1,6 +1,7 @@
 """Composition root: open the services, make the app, serve, drain, close."""
 
 import asyncio
+import errno
 import signal
 import socket
 import sys
@@ -348,9 +349,13 @@ def _bind(settings: Settings) -> list[socket.socket]:
     try:
         return bind_sockets(settings.listen_port, settings.listen_address)
     except OSError as error:
+        fix = {
+            errno.EADDRINUSE: "set BAKEOFF_QUEUE_LISTEN_PORT to a free port",
+            errno.EACCES: "set BAKEOFF_QUEUE_LISTEN_PORT to a port above 1023, or allow this one",
+        }.get(error.errno or 0, "set BAKEOFF_QUEUE_LISTEN_ADDRESS to an address of this machine")
         raise ServerRefused(
-            f"cannot listen on {settings.listen_address}:{settings.listen_port}:"
-            f" {error.strerror}; set BAKEOFF_QUEUE_LISTEN_PORT to a free port"
+            f"cannot listen on {settings.listen_address} port {settings.listen_port}:"
+            f" {error.strerror}; {fix}"
         ) from None
 
 

@@ -58,6 +58,7 @@ class ExpiryNode:
         self._echo = asyncio.Event()
         self._test_key = b""
         self._complaint = ""
+        self._rang = False  # once, since this process began
         self.heard = False
 
     async def run(self) -> None:
@@ -135,6 +136,7 @@ class ExpiryNode:
     def _mark(self, *, heard: bool) -> None:
         if heard:
             self._complaint = ""
+            self._rang = True
         self.heard = heard
         self._changed()
 
@@ -148,8 +150,18 @@ class ExpiryNode:
     def _diagnose(self, error: Exception) -> tuple[str, dict[str, str]]:
         until = "until then the sweep runs more often"
         if isinstance(error, Deaf):
-            fix = "redis-cli CONFIG SET notify-keyspace-events Ex"
-            return "listener.deaf", {"fix": f"{fix} (managed Redis: its parameter group); {until}"}
+            # CONFIG SET alone is gone with the next restart of Redis.
+            fix = (
+                "redis-cli CONFIG SET notify-keyspace-events Ex, and the same line in redis.conf or"
+                " CONFIG REWRITE, so that a restart keeps it (managed Redis: its parameter group)"
+            )
+            facts = {"fix": f"{fix}; {until}"}
+            if self._rang:
+                facts["cause"] = (
+                    "it worked before: Redis was restarted without it in redis.conf, or somebody"
+                    " switched it off"
+                )
+            return "listener.deaf", facts
         if isinstance(error, redis.exceptions.NoPermissionError):
             fix = f"redis-cli ACL SETUSER <user> '&{self._channel}' '~{PREFIX}*' +subscribe +set"
             return "listener.denied", {"error": str(error), "fix": f"{fix}; {until}"}

@@ -29,10 +29,7 @@ def serve() -> None:
 
 def healthcheck() -> None:
     """Ask the process on this machine whether it answers; for Docker's HEALTHCHECK."""
-    settings = read_settings()
-    address = settings.listen_address
-    host = "127.0.0.1" if address in ("", "0.0.0.0", "::") else address  # noqa: S104 (compared)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.listen_port}/healthz"
+    url = f"{read_settings().local_url}/healthz"
     try:
         httpx.get(url, timeout=HEALTH_TIMEOUT_S, trust_env=False).raise_for_status()
     except httpx.HTTPError as error:

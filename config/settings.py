@@ -8,6 +8,7 @@ config.yaml. A mistyped name is an error in each of them.
 
 import difflib
 import os
+import re
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
@@ -27,6 +28,8 @@ CONFIG_VARIABLE = f"{PREFIX}CONFIG"
 # Read by the command line's admin commands (cli/), not part of the service's settings.
 CLIENT_VARIABLES = {f"{PREFIX}URL", f"{PREFIX}TOKEN"}
 DAY_S = 86_400
+# IPv4 or a name (no colon), or IPv6 (two colons or more), or nothing.
+_LISTEN_ADDRESS = re.compile(r"[A-Za-z0-9._-]*|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f.]*(%\w+)?")
 REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster")
 # PostgreSQL's intervals and Python's timedelta hold it; who wants to keep things for ever says so.
 MAX_RETENTION_S = 1000 * 365 * DAY_S
@@ -75,7 +78,11 @@ class Settings(BaseSettings):
         " Cluster has only database 0: both may be in it, in URLs that differ (the hosts in another"
         " order); the keys' prefixes keep them apart.",
     )
-    listen_address: str = Field("127.0.0.1", description="Address to listen on.")
+    listen_address: str = Field(
+        "127.0.0.1",
+        description="Address or host name to listen on: 0.0.0.0 is every address of IPv4, :: of"
+        " IPv6, and an empty one of both.",
+    )
     listen_port: int = Field(8400, ge=0, le=65535, description="Port to listen on; 0 picks one.")
     connections_per_address: int = Field(
         512,
@@ -229,6 +236,16 @@ class Settings(BaseSettings):
     def _no_trailing_slash(cls, value: str) -> str:
         return value.rstrip("/")
 
+    @field_validator("listen_address")
+    @classmethod
+    def _address_alone(cls, value: str) -> str:
+        if not _LISTEN_ADDRESS.fullmatch(value):
+            raise ValueError(
+                f"{value!r} is no address or host name: write ::1 without brackets, and the port"
+                f" into {PREFIX}LISTEN_PORT"
+            )
+        return value
+
     @field_validator("database_url", "database_listen_url")
     @classmethod
     def _database_address(cls, value: SecretStr | None) -> SecretStr | None:
@@ -271,6 +288,14 @@ class Settings(BaseSettings):
                 "redis_lease_url and redis_token_url must name different logical databases"
             )
         return self
+
+    @property
+    def local_url(self) -> str:
+        """Where a process on this machine answers, asked from this machine."""
+        host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(  # noqa: S104 (compared)
+            self.listen_address, self.listen_address
+        )
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.listen_port}"
 
     @property
     def proxy_networks(self) -> list[IPv4Network | IPv6Network]:

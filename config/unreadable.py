@@ -4,6 +4,8 @@ What the parsers say quotes the file, and a setting that names the wrong one may
 holds the secrets: it would be on a terminal, in a log and in a ticket.
 """
 
+import os
+
 import yaml
 from pydantic import ValidationError
 
@@ -12,6 +14,11 @@ NO_TEXT = "it is not UTF-8 text"
 
 def why_unreadable(error: Exception) -> str:
     """Return the reason and, where the parser tells it, the place; nothing that the file holds."""
+    if isinstance(error, PermissionError):
+        return (
+            f"{error.strerror} for uid {os.geteuid()}, as which this process runs: make it readable"
+            " for that user, or hand it over by systemd's LoadCredential="
+        )
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
     if isinstance(error, UnicodeDecodeError):

@@ -4,11 +4,15 @@ import asyncio
 import json
 import os
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Self
+from urllib.parse import parse_qs, unquote, urlsplit
 from uuid import uuid4
 
 import asyncpg
@@ -83,13 +87,98 @@ def test_a_process_serves_and_drains_on_sigterm(settings) -> None:
         assert process.wait(30) == 0
 
 
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [("::1", "[::1]"), ("::", "[::1]"), ("0.0.0.0", "127.0.0.1"), ("", "[::1]"),  # noqa: S104
+     ("", "127.0.0.1"), ("localhost", "localhost")],
+)  # fmt: skip
+def test_a_process_is_asked_where_it_listens(settings, address: str, host: str) -> None:
+    with serving({**settings, "listen_address": address}) as (_, port):
+        answer = httpx.get(f"http://{host}:{port}/healthz", trust_env=False)
+        assert answer.status_code == 200
+        asked = run("healthcheck", **{**settings, "listen_address": address, "listen_port": port})
+        assert (asked.returncode, asked.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("address", ["[::1]", "127.0.0.1:8400", "http://queue"])
+def test_an_address_with_brackets_or_a_port_is_refused_with_the_fix(settings, address: str) -> None:
+    for command in ("serve", "healthcheck"):
+        done = run(command, **{**settings, "listen_address": address})
+        (line,) = done.stderr.splitlines()
+        assert "BAKEOFF_QUEUE_LISTEN_ADDRESS" in line
+        assert "BAKEOFF_QUEUE_LISTEN_PORT" in line
+
+
+def test_an_address_of_another_machine_is_refused_with_the_fix(settings) -> None:
+    done = run("serve", **{**settings, "listen_address": "192.0.2.1"})
+    assert "set BAKEOFF_QUEUE_LISTEN_ADDRESS to an address of this machine" in done.stderr
+
+
+class Forward(socketserver.BaseRequestHandler):
+    """Carries the bytes of one connection to a Unix socket, and back."""
+
+    server: "Forwarder"
+
+    def handle(self) -> None:
+        """Carry until both sides have ended."""
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(self.server.path)
+            there = threading.Thread(target=self._carry, args=(self.request, peer))
+            there.start()
+            self._carry(peer, self.request)
+            there.join()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while chunk := source.recv(65536):
+                target.sendall(chunk)
+            target.shutdown(socket.SHUT_WR)
+
+
+class Forwarder(socketserver.ThreadingTCPServer):
+    """A port of ::1 for a Unix socket: the private servers have no other."""
+
+    address_family = socket.AF_INET6
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(("::1", 0), Forward)
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever).start()
+        return self
+
+    def server_close(self) -> None:
+        """Stop as well: the end of a `with` block closes."""
+        self.shutdown()
+        super().server_close()
+
+
+def test_database_and_redis_are_found_at_addresses_of_ipv6(settings) -> None:
+    dsn = urlsplit(str(settings["database_url"]))
+    folder = parse_qs(dsn.query)["host"][0]
+    redis_socket = unquote(urlsplit(settings["redis_lease_url"]).path)
+    with Forwarder(f"{folder}/.s.PGSQL.5432") as database, Forwarder(redis_socket) as keys:
+        changed = {
+            **settings,
+            "database_url": f"postgres://bakeoff@[::1]:{database.server_address[1]}{dsn.path}",
+            "redis_lease_url": f"redis://[::1]:{keys.server_address[1]}/1",
+            "redis_token_url": f"redis://[::1]:{keys.server_address[1]}/2",
+        }
+        assert run("db", "verify", **changed).returncode == 0
+        with serving(changed) as (_, port):
+            ready = httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False)
+    assert ready.status_code == 200
+    assert ready.json()["redis"] == "ok"
+
+
 def test_an_occupied_port_is_named_with_the_fix(settings) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = run("serve", **{**settings, "listen_port": port})
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        f"error: cannot listen on 127.0.0.1:{port}: Address already in use;"
+        f"error: cannot listen on 127.0.0.1 port {port}: Address already in use;"
         " set BAKEOFF_QUEUE_LISTEN_PORT to a free port"
     )
 

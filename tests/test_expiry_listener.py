@@ -179,8 +179,11 @@ async def test_a_restart_that_loses_the_notification_setting_is_noticed_when_we_
             await listener.healthy.wait()
             server.kill()
             server.restart()
-            while (await said.get())[0] != "listener.deaf":
-                continue
+            event, facts = await said.get()
+            while event != "listener.deaf":
+                event, facts = await said.get()
+            assert "Redis was restarted" in facts["cause"]
+            assert "redis.conf" in facts["fix"]
             assert listener.degraded.is_set()
 
 
@@ -193,6 +196,7 @@ async def test_a_redis_that_tells_of_nothing_is_named_with_the_fix(
             event, facts = await said.get()
             assert event == "listener.deaf"
             assert "CONFIG SET notify-keyspace-events Ex" in facts["fix"]
+            assert "cause" not in facts
             assert bell.degraded
 
 

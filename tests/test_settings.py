@@ -1,5 +1,7 @@
 """Settings: where they come from, which ones are refused, and that no secret is ever shown."""
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from config.settings import (
     SettingsRefused,
     load_settings,
 )
+from config.unreadable import why_unreadable
 from server import ServerRefused, open_services
 
 SECRET, OTHER = "s" * 32, "t" * 32
@@ -292,3 +295,9 @@ def test_no_secret_is_ever_shown() -> None:
     assert SECRET not in shown
     assert SEED not in shown
     assert "hunter2" not in shown
+
+
+def test_a_file_of_another_user_is_refused_with_the_uid_and_the_fix() -> None:
+    reason = why_unreadable(PermissionError(errno.EACCES, "Permission denied"))
+    assert f"Permission denied for uid {os.geteuid()}" in reason
+    assert "LoadCredential=" in reason
