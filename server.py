@@ -54,6 +54,7 @@ from broker.runner_breaker import RunnerBreaker
 from broker.runner_care import RunnerCare
 from broker.runner_tokens import RunnerTokens
 from broker.services import Services
+from broker.shares import RunnerShares
 from broker.submissions import Submissions
 from broker.supervision import Supervisor
 from broker.telemetry import LOOP_TICK_S, Telemetry
@@ -84,6 +85,7 @@ from handlers.addresses import Proxies
 from handlers.base import log_request
 from handlers.connections import PATROL_S, Limits, Server
 from handlers.no_such_path import NoSuchPath
+from handlers.rates import ClientRates
 
 CLOSE_S = 2
 
@@ -163,6 +165,7 @@ async def open_services(
         stack.push_async_callback(claims.close)
         stack.push_async_callback(revocations.close)
         breaker = RunnerBreaker(pool, settings)
+        shares = RunnerShares(settings.uploads_max, settings.verify_max)
         yield Services(
             settings=settings,
             credentials=Credentials(pool, tokens, revocations),
@@ -171,7 +174,7 @@ async def open_services(
             heartbeats=Heartbeats(pool, settings, keys, telemetry),
             handbacks=Handbacks(pool, settings, keys, breaker),
             submissions=Submissions(
-                pool, settings, keys, trusted, receipts, workers, telemetry, breaker
+                pool, settings, keys, trusted, receipts, workers, telemetry, breaker, shares
             ),
             allowlist=Allowlist(pool, tokens, revocations, keys),
             enqueue=Enqueue(pool, settings, workers),
@@ -183,6 +186,7 @@ async def open_services(
             liveness=liveness,
             runner_care=RunnerCare(pool, settings),
             runner_tokens=RunnerTokens(pool, tokens, revocations),
+            shares=shares,
             tokens=TokenAdmin(pool),
             audit=AuditLog(pool),
             health=Health(pool, leases.client, listener, trusted, newest_version(), supervisor),
@@ -207,6 +211,7 @@ def make_app(services: Services) -> Application:
         default_handler_args={"services": services},
         log_function=log_request,
         proxies=Proxies(services.settings.proxy_networks),
+        rates=ClientRates(services.settings.anonymous_rate, services.settings.runner_rate),
     )
 
 

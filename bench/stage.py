@@ -71,6 +71,8 @@ class Stage:
             "TOKEN_KEYS": f"bench:{'k' * 32}",
             "TOKEN_TTL_S": TOKEN_TTL_S,
             "CONNECTIONS_PER_ADDRESS": 0,  # thousands of runners live at this one
+            "ANONYMOUS_RATE": 0,
+            "RUNNER_RATE": 0,
             "RECEIPT_KEYS": f"bench:{'ab' * 32}",
             "PUBLIC_URL": PUBLIC_URL,
             **{name.upper(): value for name, value in settings.items()},

@@ -133,7 +133,9 @@ class Claims:
             # A draining runner gets nothing: in the room it would be woken before all others.
             if left_s <= 0 or row["draining"] or self._draining or self.room.is_full:
                 return None
-            woken = await self.room.wait(place, claimant.capabilities, heard, left_s)
+            woken = await self.room.wait(
+                place, claimant.runner_id, claimant.capabilities, heard, left_s
+            )
 
     async def resume(self, runner: RunnerClaims, run_id: UUID) -> asyncpg.Record:
         """Return a run that this runner holds as `claim` does, for a process that lost its job.
@@ -141,20 +143,18 @@ class Claims:
         The lease is from now on that of this process, under another lease_id. Raises LeaseLost,
         RunFinished, KeyRevoked or NotFound.
         """
-        # With a blank, which no Idempotency-Key of a runner has.
-        key = f"resume {run_id}"
-        taken = await run_queue.take_over(
+        key = await run_queue.take_over(
             self._pool,
             run_id,
             runner_id=runner.runner_id,
             fingerprint=runner.fingerprint,
             instance_id=runner.instance_id,
             token=runner.jti,
-            claim_key=key,
+            claim_key=f"resume {run_id}",  # with a blank: no Idempotency-Key has one
             ttl=timedelta(seconds=self._settings.lease_ttl_s),
             max_runtime_s=self._settings.max_runtime_s,
         )
-        if taken:
+        if key is not None:
             who = runner.runner_id, runner.fingerprint, runner.instance_id, runner.jti
             # Nothing fits it: when the lease ends between the statements, no other run is granted.
             row = await self._desk.ask(Claimant(*who, key, "", Capabilities(0, ())))

@@ -56,6 +56,7 @@ class Credentials:
         self._pool = pool
         self._tokens = tokens
         self._revocations = revocations
+        self._good_admins: set[bytes] = set()  # digests, of tokens that admins made: few
         # One look for all requests that wait together.
         self._desk: Coalescer[RunnerClaims, bool] = Coalescer(revocations.revoked_among)
 
@@ -79,15 +80,22 @@ class Credentials:
                 raise KeyRevoked
             raise InvalidToken(TOKEN_REVOKED)
 
+    def was_good(self, token: str) -> bool:
+        """Whether this admin token was good when it was last looked up here."""
+        return admin_tokens.digest(token) in self._good_admins
+
     async def settle(self) -> None:
         """Wait until Redis knows all revocations again, where it had forgotten them."""
         await self._revocations.settle()
 
     async def admin(self, token: str, scope: str, address: str | None = None) -> Admin:
         """Return the admin of a token. Raises InvalidToken, or ScopeRequired without `scope`."""
-        row = await admin.find_token(self._pool, admin_tokens.digest(token))
+        digest = admin_tokens.digest(token)
+        row = await admin.find_token(self._pool, digest)
         if row is None:
+            self._good_admins.discard(digest)
             raise InvalidToken("This admin token is unknown, expired or revoked.")
+        self._good_admins.add(digest)
         if scope not in row["scopes"]:
             raise ScopeRequired(f"The token lacks the scope {scope}, which this address needs.")
         actor = Actor(f"admin:{row['name']}", address, row["token_id"])

@@ -3,6 +3,7 @@
 An exception's docstring is its message; `handlers/errors.py` gives it a status.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -116,6 +117,14 @@ class AlreadyComplete(BrokerError):
 
 class Conflict(BrokerError):
     """The request contradicts what is there."""
+
+
+class RateLimited(BrokerError):
+    """Too many requests: send this one again after Retry-After."""
+
+    def __init__(self, detail: str, retry_after_s: float) -> None:
+        super().__init__(detail)
+        self.retry_after_s = max(1, math.ceil(retry_after_s))
 
 
 class Busy(BrokerError):

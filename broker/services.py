@@ -22,6 +22,7 @@ from broker.reload import Reload
 from broker.results import Results
 from broker.runner_care import RunnerCare
 from broker.runner_tokens import RunnerTokens
+from broker.shares import RunnerShares
 from broker.submissions import Submissions
 from broker.supervision import Supervisor
 from broker.telemetry import Telemetry
@@ -51,6 +52,7 @@ class Services:
     liveness: Liveness
     runner_care: RunnerCare
     runner_tokens: RunnerTokens
+    shares: RunnerShares
     tokens: TokenAdmin
     audit: AuditLog
     receipts: Receipts

@@ -32,6 +32,7 @@ from broker.errors import (
 from broker.lease_keys import LeaseKey, LeaseKeys
 from broker.receipts import Receipts
 from broker.runner_breaker import RunnerBreaker
+from broker.shares import RunnerShares
 from broker.signatures import Signature, signature_of
 from broker.telemetry import Telemetry, failures_counted, outcome_of
 from broker.trusted import Trusted
@@ -62,8 +63,10 @@ class Submissions:
         workers: Workers,
         telemetry: Telemetry,
         breaker: RunnerBreaker,
+        shares: RunnerShares,
     ) -> None:
         self._pool = pool
+        self._shares = shares
         self._keys = keys
         self._breaker = breaker
         self._trusted = trusted
@@ -99,16 +102,25 @@ class Submissions:
         """How many more uploads there is room for."""
         return self._uploads_free
 
-    def open_spool(self) -> Spool:
-        """Return where one upload may be stored. Raises Busy when as many as fit are coming in."""
+    def open_spool(self, runner_id: str) -> Spool:
+        """Return where one upload of a runner may be stored.
+
+        Raises Busy when as many as fit are coming in, or this runner's share of them.
+        """
         if self._uploads_free == 0:
             raise Busy("As many bundles as fit are being received: send this one again shortly.")
+        if not self._shares.uploads.take(runner_id):
+            raise Busy(
+                f"{self._shares.uploads.most} bundles of this runner are being received, which is"
+                " its share: finish one of them first."
+            )
         self._uploads_free -= 1
         return Spool()
 
-    def close_spool(self, spool: Spool) -> None:
+    def close_spool(self, runner_id: str, spool: Spool) -> None:
         """Forget an upload that `open_spool` made room for."""
         spool.close()
+        self._shares.uploads.give_back(runner_id)
         self._uploads_free += 1
 
     async def submit(
@@ -155,7 +167,7 @@ class Submissions:
         # Once: what has begun ends with this verifier, also after a reload.
         signature = signature_of(run, claims.runner_id, self._trusted.verifier)
         try:
-            return await self._in_worker(run["run_id"], signature, upload)
+            return await self._in_worker(claims.runner_id, run["run_id"], signature, upload)
         except Unverifiable as error:
             raise Unverifiable(
                 f"{error}: ask this server's operator to refresh it, and submit again"
@@ -169,9 +181,16 @@ class Submissions:
         """Have a worker ready, behind the start of the server."""
         self._workers.warm()
 
-    async def _in_worker(self, run_id: UUID, signature: Signature, upload: Upload) -> Verified:
+    async def _in_worker(
+        self, runner_id: str, run_id: UUID, signature: Signature, upload: Upload
+    ) -> Verified:
         if self._room == 0:
             raise Busy
+        if not self._shares.verifications.take(runner_id):
+            raise Busy(
+                "As many bundles of this runner as are its share are being verified: send this one"
+                " again in a few seconds."
+            )
         self._room -= 1
         try:
             async with self._turns:
@@ -186,6 +205,7 @@ class Submissions:
             ) from error
         finally:
             self._room += 1
+            self._shares.verifications.give_back(runner_id)
 
     async def _job(self, run_id: UUID) -> str:
         """Return a job as text, in the turn of its worker: so many are in memory, and no more."""

@@ -56,6 +56,7 @@ class Telemetry:
             "reason",
         )  # fmt: skip
         self.auth_failures = self._counter("auth_failures", "Answers 401 and 403.", "reason")
+        self.rate_limited = self._counter("rate_limited", "Answers 429, by route.", "route")
         self.claims = self._counter("claims", "Claims, by what came of them.", "outcome")
         self.claim_seconds = self._histogram(
             "claim_duration_seconds", "One claim statement, for all that waited together.", SECONDS

@@ -7,6 +7,7 @@ run comes due, and every few seconds, for what no ring told of.
 """
 
 import asyncio
+import itertools
 import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import structlog
 
 from broker.fitting import Capabilities, Offer, due_in
+from broker.shares import PARKED_MAX
 
 # Runs counted per model for one look. Whoever is left when so many were woken waits for the next
 # look, which comes when those have had the time to claim.
@@ -27,8 +29,9 @@ log = structlog.get_logger()
 
 @dataclass(eq=False, slots=True)
 class Waiter:
-    """A claim that waits."""
+    """A claim that waits, and the runner whose it is."""
 
+    runner_id: str
     capabilities: Capabilities
     woken: "asyncio.Future[bool]"
 
@@ -43,7 +46,10 @@ class WaitingRoom:
         self._most = most
         self._look = look
         self._recheck_s = recheck_s
-        self._waiters: dict[int, Waiter] = {}
+        self._waiters: dict[int, Waiter] = {}  # by place
+        self._places: dict[str, list[int]] = {}  # of each runner, in order
+        self._woken: dict[str, int] = {}  # of those runners: the number of its last wake
+        self._wakes = itertools.count(1)
         self._due = asyncio.Event()
         self.rings = 0
 
@@ -61,16 +67,23 @@ class WaitingRoom:
         self.rings += 1
         self._due.set()
 
-    async def wait(self, place: int, runner: Capabilities, heard: int, left_s: float) -> bool:
+    async def wait(
+        self, place: int, runner_id: str, capabilities: Capabilities, heard: int, left_s: float
+    ) -> bool:
         """Wait for a run that may fit; return whether there is one, False after `left_s` seconds.
 
         `place` says who came first. `heard` are the `rings` before the caller last looked for a
-        run itself: one that rang since is not lost.
+        run itself: one that rang since is not lost. Of a runner with more claims than `PARKED_MAX`
+        the oldest stops waiting.
         """
         if self.rings != heard:
             self._due.set()
-        waiter = Waiter(runner, asyncio.get_running_loop().create_future())
+        waiter = Waiter(runner_id, capabilities, asyncio.get_running_loop().create_future())
         self._waiters[place] = waiter
+        places = self._places.setdefault(runner_id, [])
+        places.append(place)
+        if len(places) > PARKED_MAX:
+            _tell(self._waiters[places[0]], False)
         try:
             async with asyncio.timeout(left_s):
                 return await waiter.woken
@@ -81,7 +94,11 @@ class WaitingRoom:
                 self.ring()  # it was woken, and is gone before its turn: the run is the next one's
             raise
         finally:
-            self._waiters.pop(place, None)
+            del self._waiters[place]
+            places.remove(place)
+            if not places:
+                del self._places[runner_id]
+                self._woken.pop(runner_id, None)
 
     def empty(self) -> None:
         """Tell everybody that there is nothing."""
@@ -119,13 +136,21 @@ class WaitingRoom:
     def _wake(self, offers: Sequence[Offer]) -> int:
         """Wake the longest waiting for whom there is a run, as many as there are runs.
 
-        Returns how many there were.
+        In the order of runners, not of requests: a runner's second claim comes behind the first
+        ones of all others, and its first behind those of others once it was woken. Returns how many
+        were woken.
         """
         woken = 0
         left = [offer.claimable for offer in offers]
         fitting: dict[Capabilities, Iterator[int]] = {}
         current: dict[Capabilities, int | None] = {}
-        for _, waiter in sorted(self._waiters.items()):
+        turns = sorted(
+            (turn, self._woken.get(runner_id, 0), place)
+            for runner_id, places in self._places.items()
+            for turn, place in enumerate(places)
+        )
+        for *_, place in turns:
+            waiter = self._waiters[place]
             runner = waiter.capabilities
             if runner not in fitting:
                 fitting[runner] = iter([i for i, o in enumerate(offers) if o.fits(runner)])
@@ -135,6 +160,7 @@ class WaitingRoom:
             if i is not None:
                 left[i] -= 1
                 woken += 1
+                self._woken[waiter.runner_id] = next(self._wakes)
                 _tell(waiter, True)
         return woken
 

@@ -90,6 +90,24 @@ class Settings(BaseSettings):
         description="Connections that one client's address (of IPv6: its /64) may have open at a"
         " process; one more is closed at once. 0: any number. Trusted proxies are not counted.",
     )
+    anonymous_rate: float = Field(
+        20,
+        ge=0,
+        description="Requests a second without a good token that one client's address (of IPv6: its"
+        " /64) may send to a process, registrations among them, and ten times as many at once; then"
+        " 429. 0: any number.",
+    )
+    runner_rate: float = Field(
+        50,
+        ge=0,
+        description="Requests a second that one runner may send to a process, and ten times as many"
+        " at once; then 429. 0: any number.",
+    )
+    metrics_token: SecretStr = Field(
+        SecretStr(""),
+        description="Bearer token that /metrics wants, which Prometheus sends (`authorization:"
+        " credentials_file`). None: anybody may read it who reaches this process.",
+    )
     trusted_proxies: str = Field(
         "",
         description="Addresses or networks, with commas between them, of the proxies in front of"

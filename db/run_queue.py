@@ -142,20 +142,21 @@ async def take_over(
     claim_key: str,
     ttl: timedelta,
     max_runtime_s: int,
-) -> bool:
-    """Give a live lease of a runner to another of its processes; False when it holds none."""
-    return bool(
-        await pool.fetchval(
-            SQL["take_over"],
-            run_id,
-            runner_id,
-            fingerprint,
-            instance_id,
-            claim_key,
-            ttl,
-            max_runtime_s,
-            token,
-        )
+) -> str | None:
+    """Give a live lease of a runner to another of its processes; None when it holds none.
+
+    Returns the key under which `claim` gives it again: `claim_key`, or its own if it had it.
+    """
+    return await pool.fetchval(
+        SQL["take_over"],
+        run_id,
+        runner_id,
+        fingerprint,
+        instance_id,
+        claim_key,
+        ttl,
+        max_runtime_s,
+        token,
     )
 
 

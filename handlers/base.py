@@ -5,6 +5,7 @@ state. Bodies are streamed into our own buffer, so that a cap is a real 413 and 
 parser never sees a byte.
 """
 
+import asyncio
 import json
 import re
 import time
@@ -19,14 +20,16 @@ import structlog
 from tornado.httputil import HTTPServerRequest
 from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
 
-from auth.errors import MissingToken
+from auth.errors import AuthError, MissingToken
 from broker.documents import load_schema
 from broker.errors import (
     Draining,
     EmptyBody,
     Internal,
     InvalidRequest,
+    KeyRevoked,
     MethodNotAllowed,
+    RateLimited,
     RequestTimeout,
     TooLarge,
     UnsupportedMediaType,
@@ -34,9 +37,11 @@ from broker.errors import (
     code_of,
 )
 from broker.services import Services
+from broker.shares import Shares
 from broker.strict_json import pointer, quote
 from broker.times import rfc3339
-from handlers.addresses import Proxies
+from handlers import rates
+from handlers.addresses import Proxies, client_of
 from handlers.connections import ClientStream
 from handlers.errors import RETRY_AFTER_S, STATUS, describe_cause, problem, refusal_of
 
@@ -77,6 +82,8 @@ class Handler(RequestHandler):
         self._connection = connection_of(request)
         if self._connection is not None:
             self._connection.request = self
+        self._held: list[tuple[Shares, str]] = []
+        self._standing: rates.Standing | None = None
         services.in_flight.enter()
         self._in_flight = True
         super().__init__(application, request)
@@ -109,15 +116,62 @@ class Handler(RequestHandler):
 
     async def check(self) -> None:
         """Check what can be told before the body: method, credential, media type, size."""
-        if not self._implements(self.request.method or ""):
-            raise MethodNotAllowed
-        await self.authenticate()
+        try:
+            if not self._implements(self.request.method or ""):
+                raise MethodNotAllowed
+            await self.authenticate()
+        except (MethodNotAllowed, AuthError, KeyRevoked):
+            await self.throttle()
+            raise
         if self.request.method in ("POST", "PUT", "PATCH"):
             self.check_media_type()
         self.check_length()
 
     async def authenticate(self) -> None:
         """Learn who sends this; handlers that anybody may use keep this one."""
+        await self.throttle()
+
+    async def throttle(self) -> None:
+        """Count a request without a good token against its client's address.
+
+        Raises RateLimited, after a delay, for one too many.
+        """
+        known: rates.ClientRates = self.settings["rates"]
+        client = client_of(self.client_address)
+        await self.limit(known.anonymous.take(client), "address")
+        if known.anonymous.is_limited and not self.hold(known.in_flight, client):
+            await self._delay("This address has too many requests in flight.", 1)
+
+    async def limit(self, standing: rates.Standing | None, whose: str) -> None:
+        """Tell the client where it stands. Raises RateLimited, after a delay, for one too many."""
+        if standing is None:
+            return
+        self._standing = standing
+        self._show_standing()
+        if standing.wait_s:
+            await self._delay(
+                f"This {whose} sends more requests than the service takes of one.", standing.wait_s
+            )
+
+    def _show_standing(self) -> None:
+        if self._standing is not None:
+            for name, value in self._standing.headers.items():
+                self.set_header(name, value)
+
+    async def _delay(self, detail: str, retry_after_s: float) -> None:
+        """Refuse, but not at once: the next request of a flood would come at once as well."""
+        self.services.telemetry.rate_limited.labels(type(self).__name__).inc()
+        await asyncio.sleep(rates.DELAY_S)
+        raise RateLimited(detail, retry_after_s)
+
+    def hold(self, shares: Shares, holder: str) -> bool:
+        """Take one of a holder's share until this request has been answered; False: none left."""
+        if not self._in_flight:  # the client is gone, and nothing would be given back
+            return True
+        if not shares.take(holder):
+            return False
+        self._held.append((shares, holder))
+        return True
 
     def check_media_type(self) -> None:
         """Raise UnsupportedMediaType unless the body is JSON in UTF-8, as it is."""
@@ -235,6 +289,9 @@ class Handler(RequestHandler):
             self.services.telemetry.auth_failures.labels(code_of(error)).inc()
         if status == 503:
             self.set_header("Retry-After", str(RETRY_AFTER_S))
+        self._show_standing()  # Tornado has dropped all headers
+        if isinstance(error, RateLimited):
+            self.set_header("Retry-After", str(error.retry_after_s))
         if self._unread:
             self.set_header("Connection", "close")
             if self._connection is not None:
@@ -318,6 +375,8 @@ class Handler(RequestHandler):
         if self._in_flight:
             self._in_flight = False
             self.services.in_flight.leave()
+            for shares, holder in self._held:
+                shares.give_back(holder)
 
     def _implements(self, method: str) -> bool:
         own = getattr(type(self), method.lower(), None)

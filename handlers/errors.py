@@ -45,6 +45,7 @@ STATUS: dict[type[Exception], int] = {
     auth.SignatureInvalid: 422,
     auth.SignerNotAllowed: 422,
     auth.Unverifiable: 422,
+    broker.RateLimited: 429,
     broker.Internal: 500,
     broker.Unavailable: 503,
     broker.Draining: 503,
@@ -53,6 +54,7 @@ STATUS: dict[type[Exception], int] = {
 # What the same request may meet with success later, as it is.
 RETRYABLE = (
     broker.RequestTimeout,
+    broker.RateLimited,
     broker.Unavailable,
     broker.Draining,
     broker.Busy,

@@ -33,12 +33,16 @@ class NoSuchPath(Handler):
 
     async def check(self) -> None:
         """Answer before anything is read."""
+        await self.throttle()
         raise NotFound(told_of(self.request.path))
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Answer 404 also to methods that Tornado refuses first: there is nothing to allow."""
-        error = NotFound(told_of(self.request.path))
-        super().write_error(404, exc_info=(NotFound, error, None))
+        if status_code == 405:
+            error = NotFound(told_of(self.request.path))
+            super().write_error(404, exc_info=(NotFound, error, None))
+        else:
+            super().write_error(status_code, **kwargs)
 
 
 def told_of(path: str) -> str:

@@ -1,8 +1,11 @@
 """What anybody may ask about this service: its version, its public keys, its metrics."""
 
+from secrets import compare_digest
+
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from tornado.web import URLSpec
 
+from auth.errors import InvalidToken
 from broker.services import Services
 from handlers.health import PlainHandler
 from handlers.runners import BUNDLE_SCHEMAS
@@ -33,6 +36,14 @@ class WellKnownHandler(PlainHandler):
 
 class MetricsHandler(PlainHandler):
     """/metrics: for Prometheus, which asks each process by itself."""
+
+    async def authenticate(self) -> None:
+        """Check the token of the settings, if there is one."""
+        wanted = self.services.settings.metrics_token.get_secret_value()
+        if not wanted:
+            await self.throttle()
+        elif not compare_digest(self.bearer_token().encode(), wanted.encode()):
+            raise InvalidToken("This address takes the metrics token of the settings.")
 
     async def get(self) -> None:
         """Answer every counter, in Prometheus' text format."""

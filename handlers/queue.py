@@ -73,6 +73,9 @@ class ClaimHandler(RunnerHandler):
         if isinstance(connection, HTTP1Connection) and connection.stream.closed():
             await self.services.claims.undo(row)
             return
+        # Given again, it may be asked for without end, and read by nobody.
+        if row["granted_at"] is None:
+            self.hold_replay()
         self.answer(200, handed_out(row, self.services), members=row["members"])
 
     async def _explain(self, offer: Capabilities) -> None:
@@ -146,6 +149,7 @@ class ResumeHandler(RunnerHandler):
         """Give a live lease, with its job, to the process that asks: 200 as a claim."""
         self.read_json("resume")
         row = await self.services.claims.resume(self.runner, UUID(run_id))
+        self.hold_replay()
         self.answer(200, handed_out(row, self.services), members=row["members"])
 
 

@@ -3,6 +3,7 @@
 from uuid import UUID
 
 from auth.tokens import RunnerClaims
+from broker.errors import RateLimited
 from db.run_queue import LeaseGuard
 from handlers.base import Handler
 
@@ -15,7 +16,16 @@ class RunnerHandler(Handler):
     async def authenticate(self) -> None:
         """Learn which runner sends this."""
         self.runner = await self.services.credentials.runner(self.bearer_token())
-        self.services.liveness.saw(self.runner.runner_id, self.runner.instance_id)
+        runner_id = self.runner.runner_id
+        self.services.liveness.saw(runner_id, self.runner.instance_id)
+        await self.limit(self.settings["rates"].runners.take(runner_id), "runner")
+        if not self.hold(self.services.shares.requests, runner_id):
+            await self._delay("This runner has too many requests in flight.", 1)
+
+    def hold_replay(self) -> None:
+        """Take of this runner's share of jobs that are given again. Raises RateLimited."""
+        if not self.hold(self.services.shares.replays, self.runner.runner_id):
+            raise RateLimited("Read the answers that this job was given in before.", 1)
 
     def guard(self, run_id: str, lease_id: str) -> LeaseGuard:
         """Return what this runner shows to touch a lease."""

@@ -94,7 +94,7 @@ class SubmitHandler(RunnerHandler):
         """Step 0, before the body is read: token and run known, and room for one more upload."""
         await super().check()
         self._run = await self.services.submissions.admit(self.runner, UUID(str(self.path_args[0])))
-        self._spool = self.services.submissions.open_spool()
+        self._spool = self.services.submissions.open_spool(self.runner.runner_id)
         self._parts = Parts(self._boundary(), self._spool)
 
     def check_media_type(self) -> None:
@@ -165,7 +165,7 @@ class SubmitHandler(RunnerHandler):
 
     def _forget(self) -> None:
         if self._spool is not None:
-            self.services.submissions.close_spool(self._spool)
+            self.services.submissions.close_spool(self.runner.runner_id, self._spool)
             self._spool = None
 
     def _boundary(self) -> bytes:

@@ -349,6 +349,9 @@ def settings_of(
         "trusted_root": sigstore.trusted_root,
         "signers_file": policy,
         "database_pool_max": 4,
+        # A test sends thousands of requests from one address, and as one runner.
+        "anonymous_rate": 0,
+        "runner_rate": 0,
     }
     return Settings(**{**given, **changes})
 

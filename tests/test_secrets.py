@@ -85,6 +85,7 @@ def planted(make_settings: Callable[..., Settings], tmp_path: Path) -> Iterator[
             "redis_token_url": f"{private.url(2)}&password={MARK}redis",
             "token_keys": RING,
             "receipt_keys": f"k1:{SEED}",
+            "metrics_token": f"{MARK}metrics",
         }
         for name, secret in secrets.items():
             (tmp_path / name).write_text(secret)

@@ -49,13 +49,16 @@ class Crowd:
     woken: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
     tasks: dict[int, asyncio.Task[bool]] = field(default_factory=dict)
 
-    async def enter(self, *places: int, runner: Capabilities = SMALL) -> None:
+    async def enter(
+        self, *places: int, runner: Capabilities = SMALL, runner_id: str | None = None
+    ) -> None:
         for place in places:
-            self.tasks[place] = asyncio.create_task(self._wait(place, runner))
+            waiting = self._wait(place, runner_id or f"runner-{place}", runner)
+            self.tasks[place] = asyncio.create_task(waiting)
         await asyncio.sleep(0)  # each of them has begun to wait
 
-    async def _wait(self, place: int, runner: Capabilities) -> bool:
-        woken = await self.room.wait(place, runner, self.room.rings, NEVER_S)
+    async def _wait(self, place: int, runner_id: str, runner: Capabilities) -> bool:
+        woken = await self.room.wait(place, runner_id, runner, self.room.rings, NEVER_S)
         if woken:
             self.woken.put_nowait(place)
         return woken
@@ -163,13 +166,13 @@ async def test_a_ring_between_a_claims_own_look_and_its_wait_is_not_lost() -> No
         heard = people.room.rings
         people.room.ring()
         await asyncio.sleep(0)  # the room has looked already: nobody was there
-        assert await people.room.wait(1, SMALL, heard, NEVER_S)
+        assert await people.room.wait(1, "runner-a", SMALL, heard, NEVER_S)
 
 
 @pytest.mark.gen_test
 async def test_the_room_looks_by_itself_now_and_then() -> None:
     async with crowd([], [], [offer(1)], recheck_s=0.001) as people:
-        assert await people.room.wait(1, SMALL, people.room.rings, NEVER_S)
+        assert await people.room.wait(1, "runner-a", SMALL, people.room.rings, NEVER_S)
 
 
 @pytest.mark.gen_test
@@ -216,7 +219,7 @@ async def test_the_run_of_one_that_is_woken_and_gone_before_its_turn_is_the_next
 @pytest.mark.gen_test
 async def test_time_is_up_and_the_room_is_emptied() -> None:
     async with crowd([]) as people:
-        assert not await people.room.wait(1, SMALL, people.room.rings, 0.001)
+        assert not await people.room.wait(1, "runner-a", SMALL, people.room.rings, 0.001)
         await people.enter(2, 3)
         people.room.empty()
         assert not await people.tasks[2]

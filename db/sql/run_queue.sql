@@ -372,8 +372,8 @@ RETURNING q.run_id, q.priority
 -- name: take_over
 -- A live lease of a runner ($2, $3) goes to its process $4, whichever had it, and lives on. Under
 -- another lease_id, so that two processes never work for one lease: what the old one sends from now on
--- is refused. The claim key ($5) is that of the lease's next reading by `claim`. A process that has
--- the lease keeps it: this request may be sent again.
+-- is refused. A process that has the lease keeps it: this request may be sent again. Returns the key
+-- under which `claim` gives the lease again, $5 for one that was taken over.
 WITH held AS MATERIALIZED (
     SELECT q.*, q.lease_instance IS DISTINCT FROM $4 AS other FROM run_queue AS q
     INNER JOIN runner_keys AS k
@@ -395,10 +395,13 @@ given AS (
             clock_timestamp() + $6::interval,
             q.claimed_at + coalesce(q.max_runtime_s, $7) * interval '1 second'
         ),
-        claim_key = $5, claim_digest = '', updated_at = clock_timestamp()
+        claim_key = CASE WHEN h.other THEN $5 ELSE q.claim_key END,
+        claim_digest = CASE WHEN h.other THEN '' ELSE q.claim_digest END,
+        updated_at = clock_timestamp()
     FROM held AS h
     WHERE q.queue_id = h.queue_id
-    RETURNING q.run_id, q.lease_seq, q.lease_id, h.other, h.lease_instance AS former
+    RETURNING
+        q.run_id, q.lease_seq, q.lease_id, q.claim_key, h.other, h.lease_instance AS former
 ),
 
 ledger AS (
@@ -414,7 +417,7 @@ audited AS (
     FROM given WHERE other
 )
 
-SELECT true FROM given
+SELECT claim_key FROM given
 
 -- name: held_by
 -- The live leases of a runner.

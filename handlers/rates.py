@@ -1,0 +1,87 @@
+"""Rates: a token bucket for each client, so that a flood is refused before it costs anything.
+
+A refusal is delayed (`DELAY_S`): a client that sends its next request after each answer would
+otherwise send thousands a second, and the refusals alone would keep the process busy.
+"""
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from broker.shares import Shares
+
+# A bucket holds what comes in so many seconds: a fleet behind one address may restart at once.
+BURST_S = 10.0
+DELAY_S = 1.0
+# Requests without a good token that one address may have in flight.
+ANONYMOUS_MAX = 64
+# The least recently seen is forgotten, and begins anew with a full bucket.
+CLIENTS_MAX = 10_000
+
+
+@dataclass(slots=True)
+class Bucket:
+    """What a client may still send, as of a time."""
+
+    left: float
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a client stands: what it may still send, and when there is more."""
+
+    limit: int
+    remaining: int
+    wait_s: float  # 0: this request is within the rate
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What tells a client of it (draft-ietf-httpapi-ratelimit-headers-10)."""
+        return {
+            "RateLimit-Policy": f'"client";q={self.limit};w={int(BURST_S)}',
+            "RateLimit": f'"client";r={self.remaining};t={max(1, round(self.wait_s))}',
+        }
+
+
+class ClientRates:
+    """What is counted of the clients of one process."""
+
+    def __init__(self, anonymous_per_s: float, runner_per_s: float) -> None:
+        self.anonymous = Rates(anonymous_per_s)  # by address
+        self.runners = Rates(runner_per_s)  # by runner_id
+        self.in_flight = Shares(ANONYMOUS_MAX)  # requests without a good token, by address
+
+
+class Rates:
+    """Buckets that fill by `per_s` tokens a second, up to `BURST_S` seconds' worth."""
+
+    def __init__(self, per_s: float) -> None:
+        """Let each client send `per_s` requests a second on average; 0: any number."""
+        self._per_s = per_s
+        self._most = per_s * BURST_S
+        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is a limit at all."""
+        return self._per_s > 0
+
+    def take(self, client: str) -> Standing | None:
+        """Count a request of the client; return where it stands, None without a limit."""
+        if not self._per_s:
+            return None
+        now = time.monotonic()
+        bucket = self._buckets.get(client)
+        if bucket is None:
+            bucket = self._buckets[client] = Bucket(self._most, now)
+            if len(self._buckets) > CLIENTS_MAX:
+                self._buckets.popitem(last=False)
+        else:
+            self._buckets.move_to_end(client)
+            bucket.left = min(self._most, bucket.left + (now - bucket.at) * self._per_s)
+            bucket.at = now
+        if bucket.left < 1:
+            return Standing(int(self._most), 0, (1 - bucket.left) / self._per_s)
+        bucket.left -= 1
+        return Standing(int(self._most), int(bucket.left), 0)
