@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev serve test lint history fuzz fuzz-parsers guards upstream bench bench-quick bench-claims bench-heartbeats bench-peers bench-depth bench-wakeup bench-parked bench-expiry bench-balanced bench-submits bench-finished bench-charts bench-page soak fleet rolling requirements clean
+.PHONY: help demo dev serve test lint history fuzz fuzz-parsers guards upstream bench bench-quick bench-claims bench-heartbeats bench-peers bench-depth bench-wakeup bench-parked bench-expiry bench-balanced bench-floods bench-submits bench-finished bench-charts bench-page soak fleet rolling requirements clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,7 +63,7 @@ guards: $(VENV)/.test  ## remove each guard in a copy and show the test that fai
 upstream: $(VENV)/.test  ## replay real files of bakeoff through real servers: DIR=... (harness/*/job.json)
 	@$(BIN)/python -m tests.upstream $(DIR)
 
-bench: $(VENV)/.bench  ## B1 to B9 of the performance page: the table, and bench/results/latest.json
+bench: $(VENV)/.bench  ## B1 to B10 of the performance page: the table, and bench/results/latest.json
 	@$(BIN)/python -m bench.all $(ARGS)
 
 bench-quick: $(VENV)/.bench  ## the same in small: shows that every benchmark works, never its timing
@@ -95,6 +95,9 @@ bench-submits: $(VENV)/.test  ## B8: what 2 MB results cost the heartbeats besid
 
 bench-balanced: $(VENV)/.test  ## B9: two processes behind nginx against one
 	@$(BIN)/python -m bench.balanced $(ARGS)
+
+bench-floods: $(VENV)/.test  ## B10: an honest heartbeat's p99 beside floods from another address
+	@$(BIN)/python -m bench.floods $(ARGS)
 
 bench-charts: $(VENV)/.bench  ## claims/s and latency against depth and parked runners: docs/performance-*
 	@$(BIN)/python -m bench.charts $(ARGS)

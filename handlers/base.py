@@ -7,6 +7,7 @@ parser never sees a byte.
 
 import asyncio
 import json
+import random
 import re
 import time
 from asyncio import Future
@@ -161,7 +162,7 @@ class Handler(RequestHandler):
     async def _delay(self, detail: str, retry_after_s: float) -> None:
         """Refuse, but not at once: the next request of a flood would come at once as well."""
         self.services.telemetry.rate_limited.labels(type(self).__name__).inc()
-        await asyncio.sleep(rates.DELAY_S)
+        await asyncio.sleep(rates.DELAY_S * random.uniform(1, 3))  # noqa: S311 (no secret)
         raise RateLimited(detail, retry_after_s)
 
     def hold(self, shares: Shares, holder: str) -> bool:

@@ -1,7 +1,8 @@
 """Rates: a token bucket for each client, so that a flood is refused before it costs anything.
 
-A refusal is delayed (`DELAY_S`): a client that sends its next request after each answer would
-otherwise send thousands a second, and the refusals alone would keep the process busy.
+A refusal is delayed, by one to three times `DELAY_S`: a client that sends its next request after
+each answer would otherwise send thousands a second, and the refusals alone would keep the process
+busy. By a time of its own each: hundreds of connections would else be answered in one moment.
 """
 
 import time

@@ -33,7 +33,8 @@ NAMES = {
     "http_connections", "http_connections_turned_away",
     "http_in_flight", "http_request_duration_seconds", "http_requests", "leases_lapsed",
     "log_lines_dropped", "loop_last_success_timestamp_seconds", "loop_restarts",
-    "listener_connected", "oldest_pending_age_seconds", "rate_limited", "runs", "submission_bytes", "submissions",
+    "listener_connected", "oldest_pending_age_seconds", "rate_limited", "runs", "submission_bytes",
+    "submissions",
     "sweep_last_success_timestamp_seconds", "trust_root_age_seconds", "verify_seconds",
     "verify_workers_lost", "waiters",
 }  # fmt: skip
