@@ -1,4 +1,5 @@
-"""A private nginx with the balancer's file of `deploy/`: only ports and TLS are put in its place.
+"""A private nginx with the balancer's file of `deploy/`: other ports, no TLS, and no limits per
+address, as all clients are at one.
 
 It runs on a leash, in a folder that goes with it, on the loopback interface only.
 """
@@ -19,6 +20,7 @@ DEPLOYED = Path(__file__).parents[1] / "deploy/nginx.conf"
 READY_S = 10.0
 SERVER = re.compile(r"^( *server 127\.0\.0\.1):\d+( .*;)\n", re.MULTILINE)
 LISTEN = "listen 443 ssl;"
+LIMITS = re.compile(r"^ *limit_(?:conn|req) .*;\n", re.MULTILINE)
 TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 MAIN = """\
 daemon off;
@@ -88,13 +90,14 @@ def _config(folder: Path, port: int, ports: Sequence[int]) -> str:
 
 
 def _deployed(port: int, ports: Sequence[int]) -> str:
-    """The file of `deploy/`, its options untouched, for our ports and without TLS."""
+    """The file of `deploy/`, its options untouched, for our ports and without TLS and limits."""
     text = DEPLOYED.read_text()
     first = SERVER.search(text)
     if first is None or text.count(LISTEN) != 1:
         raise ServerFailed(f"{DEPLOYED} has changed: its server or listen lines are not found")
     servers = "".join(f"{first[1]}:{each}{first[2]}\n" for each in ports)
     text = SERVER.sub("", text[: first.start()]) + servers + SERVER.sub("", text[first.end() :])
+    text = LIMITS.sub("", text)
     return text.replace(LISTEN, f"listen 127.0.0.1:{port};")
 
 

@@ -24,6 +24,7 @@ from tornado.web import Application, HTTPError, RequestHandler, stream_request_b
 from auth.errors import AuthError, MissingToken
 from broker.documents import load_schema
 from broker.errors import (
+    Busy,
     Draining,
     EmptyBody,
     Internal,
@@ -330,7 +331,8 @@ class Handler(RequestHandler):
         if isinstance(told, Internal):
             log.error("http.failed", request_id=self.request_id, exc_info=(typ, value, tb))
         elif STATUS[type(told)] >= 500:
-            log.warning(
+            planned = isinstance(told, Busy | Draining)
+            (log.info if planned else log.warning)(
                 "http.unavailable",
                 request_id=self.request_id,
                 route=type(self).__name__,
