@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -15,7 +16,9 @@ from broker.errors import Conflict, NotFound, RunFinished
 from broker.moderation import told_state
 from broker.paging import bad_query, check_limit, read_cursor, write_cursor
 from db import archive, attempts, run_queue, submissions
-from db.pool import retries
+from db.pool import Executor, retries
+
+REQUEUED_MAX = 1000  # runs in one call
 
 STATUSES = ("PENDING", "CLAIMED", "IN_PROGRESS", "COMPLETE", "FAILED", "CANCELLED")
 # What a run's page shows of its row; lease_id stays inside, and the job has a place of its own.
@@ -133,41 +136,78 @@ class QueueView:
         return await self.cancel(by, run_id, reason)
 
     @retries
-    async def requeue(self, by: Admin, run_id: UUID, reason: str) -> str:
-        """Put a FAILED or CANCELLED run back into the queue; return its state.
+    async def requeue(self, by: Admin, run_id: UUID, reason: str) -> dict[str, Any]:
+        """Put a run without a whole result back into the queue; return {run_id, status}.
 
-        Raises NotFound; RunFinished for a COMPLETE run; Conflict for one that somebody works on.
-        A run that is PENDING already stays as it is; an archived one comes back.
+        FAILED and CANCELLED runs are PENDING again, archived ones too, and one that is PENDING
+        stays as it is. Of a COMPLETE run whose result is incomplete or failed a new run is made
+        (`new_run_id`), and the result is superseded. Raises NotFound; RunFinished for a complete
+        result, Conflict for a run that somebody works on or whose result was decided about.
         """
         async with self._pool.acquire() as connection, connection.transaction():
             status = await run_queue.requeue(connection, run_id)
             if status is None and await archive.bring_back(connection, run_id):
                 status = await run_queue.requeue(connection, run_id)
             if status is not None:
-                await record(
-                    connection,
-                    by.actor,
-                    "queue.requeue",
-                    f"run:{run_id}",
-                    run_id=run_id,
-                    reason=reason,
+                await _record_requeue(connection, by, run_id, reason)
+                return {"run_id": run_id, "status": status}
+            new_run_id = await run_queue.again(connection, run_id)
+            if new_run_id is not None:
+                why = f"requeued as {new_run_id}: {reason}"
+                superseded = await submissions.moderate(
+                    connection, run_id, "accepted", "superseded", why, by.actor.name
                 )
-                return status
+                if superseded is None:
+                    raise Conflict("The result was decided about already: see `results show`.")
+                await _record_requeue(connection, by, run_id, reason, new_run_id=str(new_run_id))
+                return {"run_id": run_id, "status": "COMPLETE", "new_run_id": new_run_id}
         row = await self._find(run_id)
         if row["status"] == "COMPLETE":
             raise RunFinished("The run is COMPLETE: its result was accepted.")
         if row["status"] in ("CLAIMED", "IN_PROGRESS"):
             raise Conflict("A runner works on the run: cancel it, or wait for its lease to end.")
         if row["status"] == "PENDING":
-            return "PENDING"
+            return {"run_id": run_id, "status": "PENDING"}
         # It ended between the two statements: once more, from where it is now.
         return await self.requeue(by, run_id, reason)
+
+    @retries
+    async def requeue_failed_by(
+        self, by: Admin, runner_id: str, within_s: int, reason: str
+    ) -> list[UUID]:
+        """Undo what a runner's failures and lapses of the last seconds did to runs; return these.
+
+        They are PENDING, without failures, and wait for nothing: up to REQUEUED_MAX in one call.
+        """
+        async with self._pool.acquire() as connection, connection.transaction():
+            found = await run_queue.failed_by(
+                connection, runner_id, timedelta(seconds=within_s), REQUEUED_MAX
+            )
+            done = []
+            for run_id in found:
+                if await run_queue.requeue(connection, run_id, pending=True) is not None:
+                    await _record_requeue(connection, by, run_id, reason, failed_by=runner_id)
+                    done.append(run_id)
+            await record(
+                connection, by.actor, "queue.requeue_failed", f"runner:{runner_id}",
+                runner_id=runner_id, reason=reason, within_s=within_s, runs=len(done),
+            )  # fmt: skip
+        return done
 
     async def _find(self, run_id: UUID) -> asyncpg.Record:
         row = await run_queue.find(self._pool, run_id)
         if row is None:
             raise _no_run(run_id)
         return row
+
+
+async def _record_requeue(
+    connection: Executor, by: Admin, run_id: UUID, reason: str, **detail: str
+) -> None:
+    target = f"run:{run_id}"
+    await record(
+        connection, by.actor, "queue.requeue", target, run_id=run_id, reason=reason, **detail
+    )
 
 
 def _shown(row: asyncpg.Record, names: Sequence[str]) -> dict[str, Any]:

@@ -154,7 +154,10 @@ class Submissions:
         except (AuthError, InvalidBundle, DigestMismatch, RunMismatch) as error:
             await self._record_refusal(claims, run["run_id"], error)
             raise
-        return await self._accept(_guard(claims, run, upload), verified, upload)
+        accepted = await self._accept(_guard(claims, run, upload), verified, upload)
+        if not any(cells.rows for cells in verified.cells):
+            await self._breaker.check(claims.runner_id)  # a result, and nothing measured
+        return accepted
 
     async def verify(self, claims: RunnerClaims, run: asyncpg.Record, upload: Upload) -> Verified:
         """The lease, and steps 1 to 5 in a worker. Changes nothing.

@@ -147,8 +147,33 @@ def requeue(
     token: Token = "",
     as_json: AsJson = False,
 ) -> None:
-    """Put a FAILED or CANCELLED run back, as if it had never been tried."""
+    """Put a FAILED or CANCELLED run back, as if it had never been tried.
+
+    Of a COMPLETE one whose result is incomplete or failed, add a new run like it.
+    """
     _change(run_id, "requeue", reason, yes, url, token, as_json)
+
+
+@app.command()
+def requeue_failed(
+    failed_by: Annotated[str, typer.Option(help="The runner that failed them.")],
+    reason: Annotated[str, typer.Option(help="Why; it goes into the audit.")],
+    hours: Annotated[float, typer.Option(min=0.01, max=8760, help="Of so many last hours.")] = 24,
+    yes: Yes = False,
+    url: Url = DEFAULT_URL,
+    token: Token = "",
+    as_json: AsJson = False,
+) -> None:
+    """Undo what a runner's failures did: the runs wait for nothing, as if never tried."""
+    if not yes:
+        raise needs_yes(f"requeue the runs that {failed_by} failed within {hours:g} h")
+    body = {"failed_by": failed_by, "within_s": round(hours * 3600), "reason": reason}
+    with connect(url, token) as admin:
+        answer = admin.post(f"{QUEUE}/requeue", body).body
+    if as_json:
+        return print_json(answer)
+    print_table(("run_id",), ([run_id] for run_id in answer["requeued"]))
+    return note(f"{len(answer['requeued'])} run(s) are PENDING again")
 
 
 def _change(

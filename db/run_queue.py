@@ -372,9 +372,25 @@ async def cancel(connection: Executor, run_id: UUID, reason: str) -> str | None:
     return None
 
 
-async def requeue(connection: Executor, run_id: UUID) -> str | None:
-    """Put a FAILED or CANCELLED run back; return its state, None when it is in another."""
-    return await connection.fetchval(SQL["requeue"], run_id)
+async def requeue(connection: Executor, run_id: UUID, *, pending: bool = False) -> str | None:
+    """Put a FAILED or CANCELLED run back; return its state, None when it is in another.
+
+    With `pending`, also one that waits: without its failures, and for nothing.
+    """
+    return await connection.fetchval(SQL["requeue"], run_id, pending)
+
+
+async def again(connection: Executor, run_id: UUID) -> UUID | None:
+    """Add a run like a COMPLETE one whose result is not complete; return it, None for others."""
+    return await connection.fetchval(SQL["again"], run_id)
+
+
+async def failed_by(
+    connection: Executor, runner_id: str, within: timedelta, limit: int
+) -> list[UUID]:
+    """Return the runs that a runner failed so recently, and that wait or have failed since."""
+    rows = await connection.fetch(SQL["failed_by"], runner_id, within, limit)
+    return [row["run_id"] for row in rows]
 
 
 async def end_leases_of_key(

@@ -144,10 +144,23 @@ class RequeueHandler(AdminHandler):
     scopes: ClassVar[dict[str, str]] = {"POST": "operate"}
 
     async def post(self, run_id: str) -> None:
-        """Put a FAILED or CANCELLED run back into the queue."""
+        """Put a run that has no whole result back into the queue."""
         reason = self.read_json("requeue")["reason"]
-        status = await self.services.queue.requeue(self.admin, UUID(run_id), reason)
-        self.answer(200, {"run_id": run_id, "status": status})
+        self.answer(200, await self.services.queue.requeue(self.admin, UUID(run_id), reason))
+
+
+class RequeueFailedHandler(AdminHandler):
+    """POST /api/admin/queue/requeue."""
+
+    scopes: ClassVar[dict[str, str]] = {"POST": "operate"}
+
+    async def post(self) -> None:
+        """Undo what the failures of one runner did to runs."""
+        body = self.read_json("requeue_failed")
+        done = await self.services.queue.requeue_failed_by(
+            self.admin, body["failed_by"], int(body["within_s"]), body["reason"]
+        )
+        self.answer(200, {"requeued": done})
 
 
 def shown_key(row: asyncpg.Record) -> dict[str, Any]:
@@ -172,6 +185,7 @@ def routes(services: Services) -> list[URLSpec]:
         URLSpec(r"/api/admin/runner-keys", RunnerKeysHandler, given),
         URLSpec(rf"/api/admin/runner-keys/{FINGERPRINT_PATH}", RunnerKeyHandler, given),
         URLSpec(r"/api/admin/queue", QueueHandler, given),
+        URLSpec(r"/api/admin/queue/requeue", RequeueFailedHandler, given),
         URLSpec(rf"/api/admin/queue/{UUID_PATH}", RunHandler, given),
         URLSpec(rf"/api/admin/queue/{UUID_PATH}/cancel", CancelHandler, given),
         URLSpec(rf"/api/admin/queue/{UUID_PATH}/requeue", RequeueHandler, given),

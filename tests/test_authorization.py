@@ -100,6 +100,9 @@ ROWS: dict[tuple[str, str], Row] = {
     ("GET", "/api/admin/queue/{run_id}"): Row("read"),
     ("POST", "/api/admin/queue/{run_id}/cancel"): Row("operate", WHY, on="pending"),
     ("POST", "/api/admin/queue/{run_id}/requeue"): Row("operate", WHY, on="cancelled"),
+    ("POST", "/api/admin/queue/requeue"): Row(
+        "operate", {"failed_by": "nobody", "within_s": 1, **WHY}
+    ),
     ("GET", "/api/admin/model-needs"): Row("read"),
     ("DELETE", "/api/admin/model-needs/{model_id}"): Row("operate", WHY),
     ("GET", "/api/admin/results"): Row("read"),

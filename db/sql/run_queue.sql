@@ -1046,7 +1046,10 @@ WITH put_back AS (
         error_detail = NULL, cancel_requested_at = NULL, cancel_reason = NULL, lease_id = NULL,
         claimed_by = NULL, claimed_at = NULL, started_at = NULL,
         requeued_at = clock_timestamp(), updated_at = clock_timestamp()
-    WHERE run_id = $1 AND job IS NOT NULL AND status IN ('FAILED', 'CANCELLED')
+    WHERE
+        run_id = $1 AND job IS NOT NULL
+        -- one that waits as well, when it shall not wait for its failures any more
+        AND (status IN ('FAILED', 'CANCELLED') OR status = 'PENDING' AND $2::boolean)
     RETURNING run_id, status
 ),
 
@@ -1059,6 +1062,53 @@ forgotten AS (
 )
 
 SELECT status, pg_notify('bakeoff_queue', '') FROM put_back
+
+-- name: again
+-- Add a run with the job of a COMPLETE one ($1), archived or not, whose result is not complete. A run
+-- of its own: what was accepted, its rows and its bytes stay as they are.
+WITH source AS (
+    SELECT q.* FROM every_run AS q
+    INNER JOIN runs AS r ON q.run_id = r.run_id
+    WHERE
+        q.run_id = $1 AND q.job IS NOT NULL AND q.status = 'COMPLETE'
+        AND r.run_status IN ('incomplete', 'failed')
+),
+
+named AS (
+    INSERT INTO runs (run_id, submitted_at, publisher_id, run_status)
+    SELECT gen_random_uuid(), now(), 'bakeoff-queue', 'incomplete' FROM source
+    RETURNING run_id
+)
+
+INSERT INTO run_queue (
+    queue_id, run_id, model_id, judge_model_id, job, config_hash, priority, max_attempts,
+    max_runtime_s, batch_id
+)
+SELECT
+    gen_random_uuid(), n.run_id, s.model_id, s.judge_model_id,
+    jsonb_set(s.job, '{config,run,name}', to_jsonb(n.run_id::text)), -- as every enqueue names it
+    s.config_hash, s.priority, s.max_attempts, s.max_runtime_s, s.batch_id
+FROM source AS s CROSS JOIN named AS n
+RETURNING run_id, pg_notify('bakeoff_queue', '')
+
+-- name: failed_by
+-- The runs that wait, or have ended without a result, since a runner ($1) failed them or fell silent on
+-- them within $2: at most $3, those that failed first.
+SELECT q.run_id
+FROM (
+    SELECT run_id, max(ended_at) AS ended_at FROM attempts
+    WHERE runner_id = $1 AND how IN ('failed', 'lapsed') AND ended_at > clock_timestamp() - $2::interval
+    GROUP BY run_id
+) AS a
+CROSS JOIN LATERAL (
+    SELECT * FROM run_queue WHERE run_id = a.run_id AND job IS NOT NULL
+    OFFSET 0 -- a probe each, and no scan of the queue
+) AS q
+WHERE
+    (q.status = 'FAILED' OR q.status = 'PENDING' AND q.attempt_count > 0)
+    AND a.ended_at > coalesce(q.requeued_at, '-infinity')
+ORDER BY a.ended_at
+LIMIT $3
 
 -- name: end_leases_of_key
 -- End every lease of a key that was just revoked in this transaction ($6 = 'revoked'), and forget the

@@ -188,16 +188,20 @@ RETURNING runner_id
 
 -- name: pause_failing
 -- Pause a runner ($1) for $2 seconds when, since an admin last resumed it, its last three leases failed
--- on three different runs, or it handed its last ten back, or ten of its bundles were refused since its
--- last accepted one: the fault is its own, and every run it takes waits or loses an attempt. The pause
+-- on three different runs, or brought results without any measurement, or it handed its last ten back,
+-- or ten of its bundles were refused since its last accepted one: the fault is its own, and every run it takes waits or loses an attempt. The pause
 -- ends by itself; what came before it still counts, so the next failure pauses the runner again.
 WITH last_leases AS (
     SELECT
         a.run_id, a.how, a.failure_code, a.ended_at,
+        a.how = 'completed' AND EXISTS (
+            SELECT FROM submissions AS s
+            WHERE s.run_id = a.run_id AND s.lease_seq = a.lease_seq AND s.model_metrics = 0
+        ) AS empty,
         row_number() OVER (ORDER BY a.claimed_at DESC) AS age
     FROM runners AS r
     CROSS JOIN LATERAL (
-        SELECT run_id, how, failure_code, claimed_at, ended_at FROM attempts
+        SELECT run_id, lease_seq, how, failure_code, claimed_at, ended_at FROM attempts
         WHERE
             runner_id = r.runner_id AND ended_at IS NOT NULL
             AND claimed_at > coalesce(r.resumed_at, '-infinity')
@@ -214,6 +218,8 @@ found AS (
             ) = 3
                 THEN 'three leases in a row failed, the last one with '
                     || (SELECT failure_code FROM last_leases WHERE age = 1)
+            WHEN (SELECT count(DISTINCT run_id) FROM last_leases WHERE age <= 3 AND empty) = 3
+                THEN 'three results in a row had no measurement'
             WHEN (SELECT count(*) FROM last_leases WHERE how = 'released') = 10
                 THEN 'ten leases in a row were handed back'
             WHEN (

@@ -1039,8 +1039,8 @@ SWEEP = (
     Guard(
         "breaker: on three different runs",
         "db/sql/runners.sql:pause_failing",
-        "count(DISTINCT run_id) FROM last_leases WHERE age <= 3",
-        "count(run_id) FROM last_leases WHERE age <= 3",
+        "count(DISTINCT run_id) FROM last_leases WHERE age <= 3 AND how",
+        "count(run_id) FROM last_leases WHERE age <= 3 AND how",
         f"{STEERING}::test_failures_of_one_run_are_not_three_different_ones",
     ),
     Guard(
@@ -1400,9 +1400,37 @@ ADMIN = (
     Guard(
         "requeue: only what ended without a result",
         f"{QUEUE}:requeue",
-        " AND status IN ('FAILED', 'CANCELLED')",
+        "status IN ('FAILED', 'CANCELLED') OR",
+        "status IN ('FAILED', 'CANCELLED', 'COMPLETE', 'CLAIMED') OR",
+        "tests/test_requeue.py",
+    ),
+    Guard(
+        "requeue: one that waits only when its failures are undone",
+        f"{QUEUE}:requeue",
+        "status = 'PENDING' AND $2::boolean",
+        "status = 'PENDING'",
+        "tests/test_requeue.py::test_a_requeue_leaves_a_pending_run_and_its_history_as_they_are",
+    ),
+    Guard(
+        "requeue: again only of a result that is not complete",
+        f"{QUEUE}:again",
+        "        AND r.run_status IN ('incomplete', 'failed')\n",
         "",
         "tests/test_requeue.py",
+    ),
+    Guard(
+        "requeue: again only once",
+        "broker/queue_view.py",
+        "                if superseded is None:\n",
+        "                if False:\n",
+        "tests/test_requeue.py::test_a_run_whose_result_is_not_whole_is_run_again_under_another_id",
+    ),
+    Guard(
+        "breaker: results without a measurement",
+        "db/sql/runners.sql:pause_failing",
+        " AND s.model_metrics = 0",
+        " AND s.model_metrics < 0",
+        "tests/test_requeue.py::test_three_results_without_a_measurement_pause_the_runner",
     ),
     Guard(
         "requeue: the lease of before cannot submit",
