@@ -100,13 +100,17 @@ class _Borrowed(asyncpg.pool.PoolAcquireContext):
     ) -> None:
         """Give it back, unless its server was the primary once, or does not answer any more.
 
-        PostgreSQL's details are not told: they quote whole rows, leases and tokens among them.
+        Nor with a transaction that could not be rolled back (the server stalled, or was cut off):
+        asyncpg would complain to the loop, and wait for the rollback once more. PostgreSQL's
+        details are not told: they quote whole rows, leases and tokens among them.
         """
         if isinstance(exc_val, asyncpg.PostgresError):
             vars(exc_val)["detail"] = None
         if isinstance(exc_val, asyncpg.ReadOnlySQLTransactionError):
             await self.pool.expire_connections()
-        if self.connection and isinstance(exc_val, FORSAKEN):
+        if self.connection and (
+            isinstance(exc_val, FORSAKEN) or self.connection.is_in_transaction()
+        ):
             self.connection.terminate()
         await super().__aexit__(exc_type, exc_val, exc_tb)
 

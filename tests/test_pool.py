@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import asyncpg
 import httpx
@@ -254,3 +255,18 @@ async def test_a_database_that_is_lost_during_the_start_is_told_in_one_line(
         monkeypatch.setattr(pools, "missing_migration", lost)
         with pytest.raises(DatabaseUnready, match=r"^PostgreSQL cannot be used: cut off; check"):
             await check_migrated(pool, "20261123000002")
+
+
+@pytest.mark.gen_test
+async def test_a_connection_with_an_open_transaction_is_closed_and_nobody_complains(
+    database: str,
+) -> None:
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: complaints.append(what))
+    async with open_pool(database, 1) as pool:
+        async with pool.acquire() as connection:
+            before = connection.get_server_pid()
+            await connection.execute("BEGIN")  # and its rollback never gets through
+        async with pool.acquire() as connection:
+            assert connection.get_server_pid() != before
+    assert complaints == []

@@ -1405,6 +1405,13 @@ ADMIN = (
         "tests/test_requeue.py",
     ),
     Guard(
+        "pool: no connection with an open transaction is given back",
+        "db/pool.py",
+        " or self.connection.is_in_transaction()",
+        "",
+        "tests/test_pool.py::test_a_connection_with_an_open_transaction_is_closed_and_nobody_complains",
+    ),
+    Guard(
         "requeue: one that waits only when its failures are undone",
         f"{QUEUE}:requeue",
         "status = 'PENDING' AND $2::boolean",
