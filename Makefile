@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev serve test lint history fuzz fuzz-parsers guards upstream bench bench-quick bench-claims bench-heartbeats bench-peers bench-depth bench-wakeup bench-parked bench-expiry bench-balanced bench-floods bench-submits bench-finished bench-charts bench-page soak fleet rolling requirements clean
+.PHONY: help demo dev serve test lint history fuzz fuzz-parsers guards upstream bench bench-quick bench-claims bench-heartbeats bench-peers bench-depth bench-wakeup bench-parked bench-expiry bench-balanced bench-floods bench-submits bench-finished bench-charts bench-page soak fleet rolling requirements audit sbom pinned clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -120,6 +120,23 @@ rolling: $(VENV)/.test  ## replace three servers behind nginx, twice, with runne
 requirements: $(VENV)/.test  ## resolve setup.cfg into the pinned, hashed requirements.txt
 	@$(PIP) install pip-tools
 	@CUSTOM_COMPILE_COMMAND='make requirements' $(BIN)/pip-compile -q --generate-hashes --no-strip-extras --no-emit-find-links --no-emit-index-url --output-file requirements.txt setup.cfg
+
+audit: $(VENV)/.test  ## look the pinned versions up in the advisories' database, where it can be reached
+	@$(PIP) install pip-audit
+	@code=0; found=$$($(BIN)/pip-audit --require-hashes --disable-pip -r requirements.txt 2>&1) || code=$$?; echo "$$found"; \
+	missed=$$(echo "$$found" | grep -c 'could not be audited'); \
+	[ $$missed = 0 ] || { echo "make audit: $$missed packages were NOT looked up: the advisories (pypi.org) cannot be reached"; exit 1; }; exit $$code
+
+sbom: $(VENV)/.test  ## write the bill of materials (CycloneDX) of the pinned versions: sbom.cdx.json
+	@$(PIP) install cyclonedx-bom
+	@$(BIN)/cyclonedx-py requirements requirements.txt --of JSON -o sbom.cdx.json
+	@echo "wrote sbom.cdx.json"
+
+pinned:  ## install requirements.txt by its hashes into an empty environment, as README.md says, and start it
+	@rm -rf build/pinned && $(PYTHON) -m venv build/pinned
+	@build/pinned/bin/python -m pip --disable-pip-version-check -q install --require-hashes -r requirements.txt
+	@build/pinned/bin/python -m pip --disable-pip-version-check -q install --no-deps .
+	@build/pinned/bin/bakeoff-queue version && rm -rf build/pinned
 
 clean:  ## remove the virtual environment and caches
 	@rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
