@@ -9,7 +9,7 @@ What a Fulcio certificate says is in https://github.com/sigstore/fulcio/blob/mai
 """
 
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from auth.errors import PolicyRefused
+from config import strict_yaml
 from config.unreadable import why_unreadable
 
 SCHEMA_VERSION = "bakeoff-results-signers/v1"
@@ -299,26 +300,9 @@ def _is_github_url(identity: str) -> bool:
     return identity.casefold().startswith((GITHUB, "http://github.com/"))
 
 
-class _KeyTwice(yaml.YAMLError):
-    """A mapping names a member twice; the message says which."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice: YAML keeps the last, a reviewer reads the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise _KeyTwice(f"{_shown(key)} is there twice")
-        return super().construct_mapping(node, deep)
-
-
 def _document(path: Path) -> Mapping[str, Any]:
     try:
-        document = yaml.load(path.read_text("utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
-    except _KeyTwice as error:
-        raise PolicyRefused(f"The signer policy {path} cannot be read: {error}") from error
+        document = strict_yaml.load(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise PolicyRefused(
             f"The signer policy {path} cannot be read: {why_unreadable(error)}"

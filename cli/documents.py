@@ -1,8 +1,7 @@
 """YAML, JSON and JSON Lines files, read so that nothing in them is silently lost.
 
-YAML keeps the last of two equal keys, reads `on:` as the key True and a date as an object; each
-would change a job without a word, so the first two are refused with their line and dates stay
-text. Every value that comes out can be said in JSON.
+Doubled keys, and values of YAML where text is meant (`expected: no`), are refused with their line;
+see config/strict_yaml.py. Every value that comes out can be said in JSON.
 """
 
 import json
@@ -14,9 +13,18 @@ import yaml
 from broker import strict_json
 from broker.errors import InvalidJson
 from cli.output import CommandFailed
+from config import strict_yaml
 
 JSON_LINES = {".jsonl", ".ndjson"}
-_TEXT, _MERGE, _DATE = (f"tag:yaml.org,2002:{name}" for name in ("str", "merge", "timestamp"))
+# The members that are text, of the harness's config, of tasks and prompts, of model descriptors
+# and of runs in the admin API's form. All else means what the harness reads.
+TEXT_MEMBERS = frozenset({
+    "alias", "architecture", "batch_id", "cache_type_k", "cache_type_v", "description", "dir",
+    "display_name", "domain", "domains", "expected", "file_format", "gguf", "homepage", "id",
+    "image", "key_path", "mode", "model_hash", "model_id", "models_dir", "name",
+    "predecessor_model_id", "quantization", "run_id", "runner_id", "scorer", "source_type",
+    "system", "tier", "url", "user_prompt", "uuid", "version",
+})  # fmt: skip
 
 
 def read_document(path: Path) -> Any:
@@ -49,7 +57,7 @@ def _json(text: bytes, place: str) -> Any:
 
 def _yaml(text: bytes, path: Path) -> Any:
     try:
-        document = yaml.load(text.decode(), _Loader)  # noqa: S506 - a subclass of SafeLoader
+        document = strict_yaml.load(text.decode(), TEXT_MEMBERS)
         return json.loads(json.dumps(document, allow_nan=False))
     except UnicodeDecodeError as error:
         raise CommandFailed(f"{path}: not UTF-8 at byte {error.start}") from None
@@ -65,29 +73,3 @@ def _place(error: yaml.YAMLError, path: Path) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"{path}, line {error.problem_mark.line + 1}: {error.problem}"
     return f"{path}: {error}"
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader without dates and without the mappings that JSON would read otherwise."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - the class attribute PyYAML looks for
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != _DATE]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    # Checked here and not in construct_mapping: by then `<<` has been merged, and a key that
-    # overrides a merged one looks like a duplicate.
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if key.tag not in (_TEXT, _MERGE):
-                raise _refused(f"the key {key.value!s} is not text: put it in quotes", key)
-            if key.value in seen:
-                raise _refused(f"the key {key.value} appears twice", key)
-            seen.add(key.value)
-        return node
-
-
-def _refused(problem: str, key: yaml.Node) -> yaml.YAMLError:
-    return yaml.constructor.ConstructorError(None, None, problem, key.start_mark)

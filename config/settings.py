@@ -19,6 +19,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from config import strict_yaml
 from config.key_rings import parse_key_ring, parse_seed_ring
 from config.unreadable import why_unreadable
 from config.urls import check_url
@@ -454,8 +455,8 @@ def _fields(source: PydanticBaseSettingsSource) -> dict[str, FieldInfo]:
 
 def _read_queue_section(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        document = strict_yaml.load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise SettingsRefused(
             f"{CONFIG_VARIABLE}: cannot read {path}: {why_unreadable(error)}"
         ) from None

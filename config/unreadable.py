@@ -9,6 +9,8 @@ import os
 import yaml
 from pydantic import ValidationError
 
+from config.strict_yaml import YamlRefused
+
 NO_TEXT = "it is not UTF-8 text"
 
 
@@ -23,6 +25,8 @@ def why_unreadable(error: Exception) -> str:
         return error.strerror or type(error).__name__
     if isinstance(error, UnicodeDecodeError):
         return NO_TEXT
+    if isinstance(error, YamlRefused) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.reason}"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"it is not YAML, from line {error.problem_mark.line + 1} on"
     if isinstance(error, ValidationError):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import yaml
 from broker.documents import load_schema
 from broker.quantizations import KNOWN, find, in_file_name
 from cli.descriptors import Undescribed, describe, read_folder
-from cli.documents import read_document
+from cli.documents import TEXT_MEMBERS, read_document
 from cli.harness_config import Beside, JudgeMode, read_runs
 from cli.output import CommandFailed
 from sandbox.stack import CATALOGUE, CATALOGUE_FILES
 
 BATCH = "3f1a7ad2-9f0e-4b0a-8a52-0d6ad8a3c001"
 MODEL = {"id": "m-q4_0", "alias": "M", "gguf": "o/r/M-Q4_0.gguf", "ctx": 4096, "num_params": 7.6}
-TASK = {"id": "t", "domain": "qa", "user_prompt": "?", "expected": 4, "scorer": "exact"}
+TASK = {"id": "t", "domain": "qa", "user_prompt": "?", "expected": "4", "scorer": "exact"}
 FLOOR = TASK | {"id": "f", "tier": "dumb_model"}
 CONFIG = {
     "run": {"name": "grid", "seed": 1},
@@ -365,7 +366,7 @@ def test_a_file_that_is_neither_form_is_refused(tmp_path: Path, document: str) -
 @pytest.mark.parametrize("prompt", [{"id": 1, "system": "x"}, {"id": "x"}, "x"])
 def test_a_prompt_needs_text(tmp_path: Path, prompt: Any) -> None:
     failure = refused(tmp_path, None, prompts=[{"id": "ok", "system": ""}, prompt])
-    assert "prompts[1]." in failure.line
+    assert "must be text" in failure.line
 
 
 # The tasks
@@ -609,9 +610,9 @@ def test_what_belongs_to_a_config_is_refused_beside_runs(tmp_path: Path, beside:
         ("a.yaml", "x: 1\n? [a]\n: 2\n", r"a\.yaml, line 2: the key .* is not text"),
         ("a.yaml", "x: 1\ny: [\n", r"a\.yaml, line 3: "),
         ("a.yaml", "x: !!python/name:os.system\n", r"a\.yaml, line 1: could not determine"),
-        ("a.yaml", "x: .nan\n", r"a\.yaml: holds what JSON cannot say"),
+        ("a.yaml", "x: .nan\n", r"a\.yaml, line 1: holds what JSON cannot say: \.nan"),
         ("a.yaml", "x: &a [*a]\n", r"a\.yaml: holds what JSON cannot say"),
-        ("a.yaml", "x: !!set {a}\n", r"a\.yaml: holds what JSON cannot say"),
+        ("a.yaml", "x: !!set {a}\n", r"a\.yaml, line 1: holds what JSON cannot say"),
         ("a.yaml", "[" * 5000, r"a\.yaml: nested too deeply"),
         ("a.yaml", "x: '\x01'", r"a\.yaml: .*special characters"),
         ("a.json", '{"x": 1, "x": 2}', r'a\.json: .*"x" twice'),
@@ -636,6 +637,84 @@ def test_yaml_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
 def test_a_date_in_yaml_stays_text(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yaml", "released: 2024-07-23\n")
     assert read_document(path) == {"released": "2024-07-23"}
+
+
+# What YAML 1.1 makes something else of, one of each kind
+TURNED = ("12:30", "12:30:45.5", "no", "Off", "yes", "3.10", "007", "0x1F", "0b1", "1_000", "4",
+          "1.5e+3", ".nan", "NULL", "!!int 5", "!!bool maybe", "=")  # fmt: skip
+
+
+@pytest.mark.parametrize("written", TURNED)
+def test_text_that_yaml_reads_as_something_else_is_refused_with_its_line(
+    tmp_path: Path, written: str
+) -> None:
+    path = write(tmp_path, "tasks.yaml", f"- id: a\n  expected: {written}\n")
+    plain = written.rpartition(" ")[2]
+    fix = re.escape(f"{plain} as ") + r"\w+" + re.escape(f': put it in quotes ("{plain}")')
+    with pytest.raises(CommandFailed, match=rf"tasks\.yaml, line 2: expected .* reads {fix}"):
+        read_document(path)
+    for quoted in (f'"{plain}"', f"'{plain}'", f"!!str {plain}", f"|-\n    {plain}"):
+        path = write(tmp_path, "tasks.yaml", f"- id: a\n  expected: {quoted}\n")
+        assert read_document(path)[0]["expected"] == plain
+
+
+@pytest.mark.parametrize("member", sorted(TEXT_MEMBERS))
+def test_every_member_that_is_text_must_be_text(tmp_path: Path, member: str) -> None:
+    for text in (
+        f"a:\n  {member}: 12:30\n",
+        f"a:\n  {member}: [x, 12:30]\n",
+        f"a:\n  {member}: {{x: 12:30}}\n",
+        f"base: &b\n  {member}: 12:30\nmine: {{<<: *b}}\n",
+    ):
+        with pytest.raises(CommandFailed, match=rf"line 2: {member} must be text"):
+            read_document(write(tmp_path, "a.yaml", text))
+
+
+def test_the_members_of_the_services_schema_and_of_the_real_config_are_known() -> None:
+    """Each member that must be text by the enqueue's schema, but times and hashes of their own."""
+    config = yaml.safe_load(AB_CONFIG)
+    texts = {name for name, value in _members(config) if isinstance(value, str)}
+    texts |= {
+        name
+        for name, kind in _members(load_schema("enqueue").definition)
+        if isinstance(kind, dict) and "string" in (kind.get("type"), *_of(kind.get("type")))
+    }
+    times = {"not_before", "release_date", "model_source_mtime", "created_at", "updated_at"}
+    assert texts - times - {"updated", "additionalProperties", "items"} <= TEXT_MEMBERS
+
+
+def _of(kinds: Any) -> list[Any]:
+    return kinds if isinstance(kinds, list) else []
+
+
+def _members(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        yield from value.items()
+    for child in value.values() if isinstance(value, dict) else _of(value):
+        yield from _members(child)
+
+
+@pytest.mark.parametrize("text", ["expected: null", "expected: ~", "expected:"])
+def test_an_expectation_may_be_absent(tmp_path: Path, text: str) -> None:
+    assert read_document(write(tmp_path, "a.yaml", text)) == {"expected": None}
+
+
+def test_a_text_that_holds_itself_ends(tmp_path: Path) -> None:
+    with pytest.raises(CommandFailed, match="JSON cannot say"):
+        read_document(write(tmp_path, "a.yaml", "expected: &a [*a]"))
+
+
+def test_what_is_no_text_means_what_the_harness_reads(tmp_path: Path) -> None:
+    text = "timeout_s: 3:00\nflash_attn: on\nseed: 0x10\nn: 1_000\nkwh_rate_usd: 3.10\nm: 1e3\n"
+    assert read_document(write(tmp_path, "a.yaml", text)) == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("written", [".inf", "!!binary aGk=", "!!timestamp 2024-01-01", "0x_",
+                                     "!!bool maybe", "!!set {a}", "9" * 5000])  # fmt: skip
+def test_a_value_that_json_cannot_say_is_refused_with_its_line(tmp_path: Path, written) -> None:
+    path = write(tmp_path, "a.yaml", f"a: 1\nb: {written}\n")
+    with pytest.raises(CommandFailed, match=r"a\.yaml, line 2: holds what JSON cannot say: "):
+        read_document(path)
 
 
 def test_a_merged_key_may_be_overridden(tmp_path: Path) -> None:

@@ -170,6 +170,9 @@ def test_a_setting_whose_own_name_ends_in_file_is_no_file_of_another(
         ("- queue", "must hold the settings by name"),
         ("queue: {a: ", "not YAML"),
         ("queue: {listen_port: many}", f"{PREFIX}LISTEN_PORT: "),
+        ("queue:\n  drain_s: 1\n  drain_s: 2", "line 3: a key appears twice"),
+        ("queue:\n  drain_s: .inf", "line 2: a value that JSON cannot say"),
+        ("[" * 5000, "config.yaml: "),
     ],
 )
 def test_a_yaml_section_that_does_not_fit_is_refused(

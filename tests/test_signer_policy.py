@@ -133,7 +133,7 @@ BAD_FILES = [
     (HEAD + REPOSITORY.replace("repositories", "repos"), "unknown member 'trusted_repos'"),
     (HEAD + REPOSITORY + "trusted_identities: {}", "trusted_identities is not a list"),
     (HEAD + REPOSITORY + "trusted_identities: [x]", r"identities\[0\]: is not a mapping"),
-    (HEAD + HEAD + REPOSITORY, "'schema_version' is there twice"),
+    (HEAD + HEAD + REPOSITORY, "line 2: a key appears twice"),
 ]
 
 BAD_REPOSITORIES = [
