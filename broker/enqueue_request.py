@@ -15,6 +15,7 @@ from broker import model_descriptors, task_rows
 from broker.documents import load_schema
 from broker.errors import InvalidRequest, UnknownQuantization, Violation
 from broker.jobs import MAX_CELLS, as_stored, comparable_hash
+from broker.measurements import check_peak_tflops
 from broker.model_descriptors import Lookups, ModelRows
 from broker.strict_json import MAX_VIOLATIONS
 from broker.times import parse_time
@@ -115,6 +116,7 @@ def _check(run: Mapping[str, Any], lookups: Lookups, at: str) -> list[Violation]
     wrong += _twice([task["id"] for task in run.get("floor_tasks", ())], f"{at}/floor_tasks")
     wrong += _twice([prompt["id"] for prompt in run["prompts"]], f"{at}/prompts")
     # What no result can hold is refused before a runner computes it.
+    wrong += check_peak_tflops(run["config"], f"{at}/config")
     if _count(run) > MAX_CELLS:
         wrong.append(Violation(f"{at}/tasks", f"a run has at most {MAX_CELLS} cells"))
     return wrong

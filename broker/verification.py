@@ -18,6 +18,7 @@ from auth.signers import SignerEvidence
 from broker import bundles, cells, task_rows
 from broker.archive_rules import check_archivable
 from broker.jobs import Job
+from broker.measurements import check_measurements
 from broker.signatures import Signature
 from broker.uploads import Upload
 from db.metrics import HardwareMetrics, MetricsText
@@ -70,8 +71,9 @@ def verify(handed: Handed, upload: Upload) -> Verified:
     # 3. The signature holds over result.json, by the signer of this runner.
     text = upload.read(bundles.RESULT)
     signer = signature.verify(text, upload.read(signature.file))
-    # 4. Strict JSON of the result's schema.
+    # 4. Strict JSON of the result's schema, and numbers that can be.
     result = bundles.parse_result(text, job.cell_count)
+    check_measurements(result)
     # 5. The result belongs to the job that was handed out, and the manifest to the result.
     bundles.check_binding(result, job)
     bundles.check_agreement(manifest, result)

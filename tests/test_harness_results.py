@@ -171,6 +171,15 @@ REFUSED: dict[str, tuple[str, str, Callable[[Json], None]]] = {
     "a judge's score beyond its scale": (
         "invalid_bundle", "/records/2/judge_score", put(6, "records", 2, "judge_score")
     ),
+    "a quality on another scale": (
+        "invalid_bundle", "/records/2/quality_heuristic", put(5, "records", 2, "quality_heuristic")
+    ),
+    "a judgement beyond its scale": (
+        "invalid_bundle", "/judgements/0/score", put(9, "judgements", 0, "score")
+    ),
+    "a peak below 0": (
+        "invalid_bundle", "/config/hardware/peak_tflops", of_config(-1, "hardware", "peak_tflops")
+    ),
     "no text without a failure": (
         "invalid_bundle", "/records/2/text", put(None, "records", 2, "text")
     ),

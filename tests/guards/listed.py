@@ -1726,6 +1726,13 @@ SERVER = (
         "test_a_bundle_that_contradicts_its_job_or_itself_is_refused_and_says_which_file",
     ),
     Guard(
+        "result: numbers that cannot be are refused",
+        "broker/verification.py",
+        "    check_measurements(result)\n",
+        "",
+        "tests/test_harness_results.py",
+    ),
+    Guard(
         "manifest: what it repeats of the result is what that says",
         "broker/verification.py",
         "    bundles.check_agreement(manifest, result)\n",
