@@ -8,7 +8,7 @@ what was accepted earlier is read as it was then.
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from math import isfinite
-from typing import Any
+from typing import Any, TypeGuard
 
 from broker.cells import HAIR, failed
 from broker.errors import InvalidBundle, Violation
@@ -81,5 +81,5 @@ def check_peak_tflops(config: Mapping[str, Any], at: str) -> Iterator[Violation]
         yield Violation(f"{at}/hardware/peak_tflops", "is not a number from 0 on, or null")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
