@@ -6,7 +6,6 @@ pickled it is what it was made of, so that a worker process verifies by exactly 
 """
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -31,6 +30,7 @@ from auth.signer_policy import (
     source_of,
 )
 from auth.trust_root import RootFile, TrustRoot, printable, read_root
+from config.json_text import misfits
 
 __all__ = [
     "BundleVerifier",
@@ -45,6 +45,7 @@ __all__ = [
 _OTHER_BYTES = ("Bundle message digest mismatch", "Signature is invalid for input")
 # Real bundles have 9 KiB. The upload's own cap is a setting; this one holds whatever it is set to.
 MAX_BUNDLE_BYTES = 1024 * 1024
+MAX_DEPTH = 64  # of arrays and objects; real bundles have 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +234,15 @@ def _require_one_reading(raw: bytes, model: BundleModel) -> None:
     The library passes over letters that are no base64 and over zeros before a number, and takes
     the last member of a name. Written again, what it read must be what was sent.
     """
+    try:
+        misfit = next(misfits(raw.decode(), MAX_DEPTH), None)
+    except (ValueError, RecursionError):
+        raise SignatureInvalid(f"The Sigstore bundle is nested deeper than {MAX_DEPTH}") from None
+    if misfit:
+        place, why = misfit
+        raise SignatureInvalid(
+            f"In the Sigstore bundle, {printable(place)} {why}: send the file as cosign wrote it"
+        )
     if json.loads(raw, object_pairs_hook=_members) != json.loads(model.to_json()):
         raise SignatureInvalid(
             "The Sigstore bundle can be read in more than one way (base64 that is not canonical, "
@@ -241,15 +251,8 @@ def _require_one_reading(raw: bytes, model: BundleModel) -> None:
 
 
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A member that is null is one that is not there; one that is there twice is refused."""
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise SignatureInvalid(
-            f"The Sigstore bundle names the member {printable(twice)} twice: send the file as "
-            "cosign wrote it"
-        )
-    return {name: value for name, value in members.items() if value is not None}
+    """A member that is null is one that is not there."""
+    return {name: value for name, value in pairs if value is not None}
 
 
 def _in_words(error: VerificationError, model: BundleModel, cert: Certificate) -> str | None:

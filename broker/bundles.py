@@ -159,7 +159,7 @@ def _told_of(name: str) -> Iterator[None]:
     try:
         yield
     except InvalidJson as error:  # 400 is for the request's own body; this is one of its files
-        raise InvalidBundle(f"{name}: {error}") from None
+        raise InvalidBundle(f"{name}: {error}", error.violations) from None
     except InvalidBundle as error:
         raise InvalidBundle(f"{name} does not fit its schema.", error.violations) from None
 

@@ -10,13 +10,14 @@ import re
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 from broker.errors import DuplicateKey, InvalidJson, Violation
+from config.json_text import MAX_DIGITS, is_long, misfits, pointer
 
 MAX_VIOLATIONS = 50
-MAX_DIGITS = 308  # every such integer is also a finite double, and int() stays cheap
 
 _SUSPICIOUS = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
@@ -26,24 +27,54 @@ def parse(text: bytes, *, max_depth: int = 64) -> Any:
     """The value of a JSON text; `max_depth` counts nested arrays and objects.
 
     Raises DuplicateKey for a member named twice, InvalidJson for everything else that is not
-    strict JSON. The messages hold a position or a member's name, never a value.
+    strict JSON. The messages hold a position or a member's name, never a value; a value that two
+    parsers would read differently is told by its pointer.
     """
+    decoded = _decode(text)
     try:
-        value = json.loads(
-            _decode(text),
+        value = _load(decoded, max_depth)
+    except _Misread as misread:
+        raise _misfit(decoded, max_depth, misread.refusal) from None
+    if text.count(b"[") + text.count(b"{") > max_depth:
+        _check_depth(value, max_depth)
+    return value
+
+
+class _Misread(Exception):
+    """JSON that two parsers read differently; `refusal` does not say where yet."""
+
+    def __init__(self, refusal: InvalidJson) -> None:
+        super().__init__()
+        self.refusal = refusal
+
+
+def _load(text: str, max_depth: int) -> Any:
+    with _told(max_depth):
+        return json.loads(
+            text,
             object_pairs_hook=_object,
             parse_constant=_constant,
             parse_float=_float,
             parse_int=_int,
         )
+
+
+def _misfit(text: str, max_depth: int, refusal: InvalidJson) -> InvalidJson:
+    """Return the refusal with a pointer to each place; the text is read again for it."""
+    with _told(max_depth):
+        found = list(islice(misfits(text, max_depth), MAX_VIOLATIONS))
+    return type(refusal)(str(refusal), tuple(Violation(*each) for each in found))
+
+
+@contextmanager
+def _told(max_depth: int) -> Iterator[None]:
+    try:
+        yield
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise InvalidJson(f"Not JSON at {where}: {error.msg}.") from None
     except RecursionError:  # the C scanner counts its own depth, so this cannot overrun the stack
         raise _too_deep(max_depth) from None
-    if text.count(b"[") + text.count(b"{") > max_depth:
-        _check_depth(value, max_depth)
-    return value
 
 
 def _decode(text: bytes) -> str:
@@ -84,24 +115,24 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise DuplicateKey(f"An object names the member {quote(twice)} twice.")
+        raise _Misread(DuplicateKey(f"An object names the member {quote(twice)} twice."))
     return members
 
 
 def _constant(name: str) -> float:
-    raise InvalidJson(f"{name} is not a JSON number.")
+    raise _Misread(InvalidJson(f"{name} is not a JSON number."))
 
 
 def _float(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise InvalidJson("A number is too large for a double.")
+        raise _Misread(InvalidJson("A number is too large for a double."))
     return value
 
 
 def _int(digits: str) -> int:
-    if len(digits.removeprefix("-")) > MAX_DIGITS:
-        raise InvalidJson(f"An integer has more than {MAX_DIGITS} digits.")
+    if is_long(digits):
+        raise _Misread(InvalidJson(f"An integer has more than {MAX_DIGITS} digits."))
     return int(digits)
 
 
@@ -143,16 +174,6 @@ def _unstorable(value: Any) -> Iterator[Violation]:
             stack += [((*path, i), item[i]) for i in range(len(item) - 1, -1, -1)]
 
 
-def pointer(path: Iterable[str | int]) -> str:
-    """An RFC 6901 pointer that can always be sent: long or unstorable names are abridged."""
-    return "".join("/" + _token(str(name)) for name in path)
-
-
 def quote(name: str) -> str:
     """A name from outside for a message: ASCII only, quoted, at most some 80 characters."""
     return json.dumps(name if len(name) <= 60 else name[:60] + "…")[:80]
-
-
-def _token(name: str) -> str:
-    short = name if len(name) <= 100 else name[:100] + "…"
-    return _UNSTORABLE.sub("\ufffd", short).replace("~", "~0").replace("/", "~1")

@@ -12,7 +12,7 @@ import yaml
 
 from broker import strict_json
 from broker.errors import InvalidJson
-from cli.output import CommandFailed
+from cli.output import CommandFailed, ExitCode
 from config import strict_yaml
 
 JSON_LINES = {".jsonl", ".ndjson"}
@@ -34,10 +34,12 @@ def read_document(path: Path) -> Any:
     """
     text = _bytes(path)
     if path.suffix == ".json":
-        return _json(text, str(path))
+        return parse_json(text, str(path))
     if path.suffix in JSON_LINES:
         lines = enumerate(text.splitlines(), start=1)
-        return [_json(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+        return [
+            parse_json(line, f"{path}, line {number}") for number, line in lines if line.strip()
+        ]
     return _yaml(text, path)
 
 
@@ -48,11 +50,13 @@ def _bytes(path: Path) -> bytes:
         raise CommandFailed(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _json(text: bytes, place: str) -> Any:
+def parse_json(text: bytes, place: str, code: ExitCode = ExitCode.FAILURE) -> Any:
+    """Return what strict JSON says. Raises CommandFailed, whose details are pointers into it."""
     try:
         return strict_json.parse(text)
     except InvalidJson as error:
-        raise CommandFailed(f"{place}: {error}") from None
+        details = [f"{v.pointer or '(whole document)'}: {v.detail}" for v in error.violations]
+        raise CommandFailed(f"{place}: {error}", code=code, details=details) from None
 
 
 def _yaml(text: bytes, path: Path) -> Any:

@@ -1,7 +1,6 @@
 """`bakeoff-queue receipts`: verify what a server gave for an accepted result; needs no token."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from cli.client import DEFAULT_URL, Url, connect_openly
-from cli.output import AsJson, CommandFailed, note, print_json, print_members, usage_error
+from cli.documents import parse_json
+from cli.output import AsJson, CommandFailed, ExitCode, note, print_json, print_members, usage_error
 
 WELL_KNOWN = "/.well-known/bakeoff-queue.json"
 
@@ -55,11 +55,6 @@ def _fetch(url: str) -> dict[str, Any]:
         return api.get(WELL_KNOWN)
 
 
-def _fetch(url: str) -> dict[str, Any]:
-    with connect_openly(url) as api:
-        return api.get(WELL_KNOWN)
-
-
 def public_keys(published: Mapping[str, Any]) -> dict[str, str]:
     """Return the keys that a well-known document lists, by kid. Raises CommandFailed."""
     try:
@@ -78,11 +73,10 @@ def _digest(path: Path) -> str:
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object of a file. Raises CommandFailed (exit 2)."""
     try:
-        document = json.loads(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         raise usage_error(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise usage_error(f"{path} is not JSON") from None
+    document = parse_json(text, str(path), ExitCode.USAGE)
     if not isinstance(document, dict):
         raise usage_error(f"{path} is not a JSON object")
     return document

@@ -15,6 +15,7 @@ from cli.descriptors import Undescribed, describe, read_folder
 from cli.documents import TEXT_MEMBERS, read_document
 from cli.harness_config import Beside, JudgeMode, read_runs
 from cli.output import CommandFailed
+from cli.receipts import read_object
 from sandbox.stack import CATALOGUE, CATALOGUE_FILES
 
 BATCH = "3f1a7ad2-9f0e-4b0a-8a52-0d6ad8a3c001"
@@ -625,6 +626,21 @@ def test_a_file_that_two_readers_would_read_differently_is_refused_by_line(
 ) -> None:
     with pytest.raises(CommandFailed, match=message):
         read_document(write(tmp_path, name, text))
+
+
+def test_json_that_two_readers_would_read_differently_is_told_by_pointer(tmp_path: Path) -> None:
+    for read in (read_document, read_object):
+        for text, place in (
+            ('{"x": [NaN]}', "/x/0: is not"),
+            ('{"x": {"a": 1, "a": 1}}', "/x/a: "),
+        ):
+            with pytest.raises(CommandFailed) as failure:
+                read(write(tmp_path, "a.json", text))
+            assert failure.value.details[0].startswith(place)
+    with pytest.raises(CommandFailed) as failure:
+        read_document(write(tmp_path, "a.jsonl", '{}\n{"y": Infinity}\n'))
+    assert "a.jsonl, line 2: " in failure.value.line
+    assert failure.value.details == ("/y: is not a JSON number",)
 
 
 def test_yaml_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import json
 import random
+import re
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -374,6 +375,14 @@ TWICE = {
 }
 
 
+def placed(answer: httpx.Response) -> bool:
+    """Whether a refusal says where: by pointers, by line and column, or of the whole text."""
+    told = answer.json()
+    if "not a JSON number" in told["detail"] or re.search("too large|digits", told["detail"]):
+        return [error["pointer"] for error in told["errors"]] == ["/a"]
+    return bool(re.search(r"line \d+, column \d+|at byte|begins with|deeper than", told["detail"]))
+
+
 @pytest.mark.gen_test
 async def test_a_text_that_is_not_strict_json_is_400(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
@@ -383,9 +392,11 @@ async def test_a_text_that_is_not_strict_json_is_400(
             for name, text in NOT_JSON.items():
                 answer = await send(runner, path, text)
                 assert code_of(answer) == (400, "invalid_json"), (path, name)
+                assert placed(answer), (path, name)
             for name, text in TWICE.items():
                 answer = await send(runner, path, text)
                 assert code_of(answer) == (400, "duplicate_key"), (path, name)
+                assert answer.json()["errors"], (path, name)
         deep = await send(runner, "/api/admin/queue", b"[" * 100_000)
         assert code_of(deep) == (400, "invalid_json")
 

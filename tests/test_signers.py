@@ -335,7 +335,7 @@ def test_other_bytes_than_the_signed_ones_are_told_so(verifier, good):
 
 def test_a_member_that_a_bundle_names_twice_is_told(verifier, good):
     twice = good.replace(b'{"mediaType":', b'{"mediaType": 1, "mediaType":', 1)
-    told = "names the member mediaType twice: send the file as cosign wrote it"
+    told = "/mediaType is named twice: send the file as cosign wrote it"
     with pytest.raises(SignatureInvalid, match=told):
         verifier.verify(RESULT, twice, EMAIL_SIGNER)
 

@@ -157,6 +157,47 @@ def test_a_refusal_never_holds_a_value_and_abridges_a_name() -> None:
     assert len(str(twice.value)) < 200
 
 
+# Each kind of value that is refused for how it could be read, and each with its place.
+MISFITS = {
+    "NaN": "is not a JSON number",
+    "-Infinity": "is not a JSON number",
+    "1e999": "is too large for a double",
+    "9" * 309: "has more than 308 digits",
+    '{"a": 1, "b": 2, "a": 3}': "is named twice",
+}
+
+
+@pytest.mark.parametrize(("written", "detail"), MISFITS.items())
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [("{}", ""), ('{{"x": [1, {{"y": {}}}]}}', "/x/1/y"), ('[[], {{"a/b": {}}}]', "/1/a~1b")],
+)
+def test_what_two_parsers_read_differently_is_told_by_pointer(
+    text: str, place: str, written: str, detail: str
+) -> None:
+    with pytest.raises(InvalidJson) as refused:
+        parse(text.format(written).encode())
+    told = place + ("/a" if "twice" in detail else "")
+    assert refused.value.violations == (Violation(told, detail),)
+
+
+def test_every_place_is_told_in_order_and_the_first_50() -> None:
+    with pytest.raises(InvalidJson) as refused:
+        parse(b'{"a": {"b": 1, "b": [NaN, 2, 1e999]}, "c": NaN}')
+    assert [v.pointer for v in refused.value.violations] == ["/a/b", "/a/b/0", "/a/b/2", "/c"]
+    with pytest.raises(InvalidJson) as refused:
+        parse(b"[" + b"NaN," * 80 + b"1]")
+    assert [v.pointer for v in refused.value.violations] == [f"/{i}" for i in range(50)]
+
+
+def test_a_place_is_looked_for_within_the_depth_that_is_read() -> None:
+    for text in (b"[NaN," + b"[" * 70 + b"NaN" + b"]" * 71, b"[NaN," + b"[" * 100_000):
+        with pytest.raises(InvalidJson, match="deeper than 64"):
+            parse(text)
+    with pytest.raises(InvalidJson, match="Not JSON at line 1, column 7"):
+        parse(b"[NaN, oops]")
+
+
 @pytest.mark.parametrize("sign", ["", "-"])
 def test_308_digits_are_read_with_either_sign_and_309_are_not(sign: str) -> None:
     assert parse(f"{sign}{'9' * 308}".encode()) == int(f"{sign}{'9' * 308}")

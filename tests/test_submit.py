@@ -90,6 +90,9 @@ def without(files: dict[str, bytes], name: str) -> dict[str, bytes]:
 # Refusals: the code, the lease kept, nothing written, and the refusal on record
 
 
+MISREAD = {"a score that is NaN": "/records/0/quality_heuristic", "a member named twice": "/run_id"}
+
+
 def broken_bundles(fleet: Fleet, job: Job) -> dict[str, tuple[str, dict[str, bytes]]]:
     """Every way in which a bundle is refused after it arrived: name -> code, files."""
     result = result_for(job["run_id"], job)
@@ -150,7 +153,10 @@ async def test_a_bad_bundle_is_refused_by_its_code_and_costs_nothing_but_a_recor
     async with claimed(make_settings(), sigstore) as (fleet, runner, job):
         recorded = []
         for name, (code, files) in broken_bundles(fleet, job).items():
-            assert code_of(await runner.submit(job, files)) == (422, code), name
+            answer = await runner.submit(job, files)
+            assert code_of(answer) == (422, code), name
+            if name in MISREAD:
+                assert [error["pointer"] for error in answer.json()["errors"]] == [MISREAD[name]]
             recorded.append(code)
             assert await refusals(fleet) == recorded, name
         await assert_still_mine(fleet, runner, job)
