@@ -44,8 +44,11 @@ _CODES = {404: ExitCode.NOT_FOUND, 409: ExitCode.CONFLICT} | dict.fromkeys(
     _GATEWAY, ExitCode.UNREACHABLE
 )
 _FIXES = {
-    401: f"get a new token with `bakeoff-queue tokens mint` and set {TOKEN_VARIABLE}",
-    403: "use a token with that scope (`bakeoff-queue tokens mint`)",
+    401: (
+        f"unset {TOKEN_VARIABLE}, get a new token with `bakeoff-queue tokens mint --name NAME` on a"
+        f" host that has the database's settings, and set {TOKEN_VARIABLE} to it"
+    ),
+    403: "use a token with that scope (`bakeoff-queue tokens mint --name NAME --scope SCOPE`)",
 }
 
 
@@ -66,7 +69,8 @@ def connect(url: str, token: str) -> Iterator["AdminClient"]:
     token = token.strip()
     if not token:
         raise usage_error(
-            f"no admin token: get one with `bakeoff-queue tokens mint` and set {TOKEN_VARIABLE}"
+            "no admin token: get one with `bakeoff-queue tokens mint --name NAME` and set"
+            f" {TOKEN_VARIABLE}"
             " (or use --token)"
         )
     if not (token.isascii() and token.isprintable()):
