@@ -28,6 +28,12 @@ HELD = ("CLAIMED", "IN_PROGRESS")  # the states in which a run has a lease
 SHOWN = 16  # hex digits of a fingerprint in a table; `keys rm` takes them
 MIN_PREFIX = 8
 EVERYTHING = 1_000_000
+NO_SIGNER = (
+    "this key has no signer of its own: only those whom the server's signer policy names can sign"
+    " its results, which is bakeoff's own workflow unless the server's signers_file says otherwise."
+    " For a machine of yours, add the key with --signer-identity and --signer-issuer, or with"
+    " --signature-policy runner-key"
+)
 
 
 class SignaturePolicy(StrEnum):
@@ -81,6 +87,9 @@ def add(
     if answer.status == 200:
         note("this very key is on the allowlist already; nothing was changed")
     print_json(answer.body) if as_json else print_members(answer.body)
+    by_sigstore = answer.body.get("signature_policy") == SignaturePolicy.SIGSTORE
+    if by_sigstore and not answer.body.get("signer"):
+        note(NO_SIGNER)
 
 
 @app.command()

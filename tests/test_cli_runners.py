@@ -1,10 +1,12 @@
 """`runners` and `queue requeue` against a real server."""
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from nacl.signing import SigningKey
 from structlog.testing import capture_logs
 
 from cli import client
@@ -204,3 +206,26 @@ async def test_requeue_asks_for_yes_and_puts_a_run_back(
         busy = await desk(*command, "--yes")
         assert busy.code == 4
         assert "[conflict, 409" in busy.err[0]
+
+
+@pytest.mark.gen_test
+async def test_keys_add_says_who_may_sign_for_a_key_without_a_signer(
+    make_settings: MakeSettings,
+    sigstore: ThrowawaySigstore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    signer = ("--signer-identity", "a@b.test", "--signer-issuer", "https://issuer.test")
+    async with operating(make_settings(), sigstore, monkeypatch, capsys) as (_, desk):
+        for options, told in (
+            ((), True),
+            (("--json",), True),
+            (signer, False),
+            (("--signature-policy", "runner-key"), False),
+        ):
+            key = base64.b64encode(bytes(SigningKey.generate().verify_key)).decode()
+            name = f"gpu-{len(options)}-{told}"
+            done = await desk("keys", "add", key, "--runner-id", name, *options)
+            assert done.code == 0
+            assert ("no signer of its own" in " ".join(done.err)) is told, options
+            assert not told or "--signature-policy runner-key" in done.err[0]
