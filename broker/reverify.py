@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from auth.errors import AuthError, Unverifiable
+from auth.errors import AuthError, SignerNotAllowed, Unverifiable
 from auth.signers import SignerEvidence
 from broker import archived_bundles, bundles
 from broker.documents import load_schema
@@ -187,7 +187,7 @@ def _check_signature(
     report: Report, signature: Signature | None, result: bytes, signed: bytes
 ) -> SignerEvidence | None:
     if signature is None:
-        report.skip("signature", "nobody said whose key must have signed")
+        report.skip("signature", "nobody said whose key must have signed (--public-key)")
         return None
     return report.check("signature", lambda: signature.verify(result, signed), _told_evidence)
 
@@ -214,7 +214,12 @@ def _check_stored(
     else:
         _check_binding(report, stored, result, Job.from_payload(record["run_id"], {**stored.job}))
     if "sig" in record["receipt"]:
-        report.check("receipt", lambda: check_receipt(stored), lambda kid: f"signed with key {kid}")
+        whose = "" if stored.kept_keys else ", by the server's own word for its keys (see --keys)"
+        report.check(
+            "receipt",
+            lambda: check_receipt(stored),
+            lambda kid: f"signed with key {kid}{whose}",
+        )
     else:
         report.skip("receipt", "it was given before receipts were signed")
 
@@ -250,6 +255,8 @@ def _told_evidence(evidence: SignerEvidence) -> str:
 def _reason(error: Exception) -> str:
     violations = getattr(error, "violations", ())
     told = [f"{v.pointer or '(whole file)'} {v.detail}" for v in violations[:TOLD]]
+    if isinstance(error, SignerNotAllowed):
+        told.append("name who must have signed: --identity and --issuer, or --signers FILE")
     if isinstance(error, Unverifiable):
         told.append("name the trust root of its time with --trusted-root")
     return "; ".join([str(error), *told])

@@ -35,6 +35,7 @@ class Stored:
     rows: Mapping[str, Any]
     public_url: str | None
     receipt_keys: Mapping[str, str]
+    kept_keys: bool = False  # a copy of the reader's, and not the server's own word
 
 
 def check_digests(digests: Mapping[str, str], record: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ import typer
 from auth.audit_chain import HEAD_PURPOSE, ChainCheck, Witness
 from auth.errors import AuthError
 from auth.receipts import PURPOSE, verify_receipt
-from cli.client import DEFAULT_URL, AdminClient, Token, Url, connect
+from cli.client import DEFAULT_URL, AdminClient, Token, Url, connect, next_cursor
 from cli.output import (
     AsJson,
     CommandFailed,
@@ -120,9 +120,9 @@ def _follow(admin: AdminClient, check: ChainCheck, known: Mapping[str, str]) -> 
                 heads, newest = heads + 1, datetime.fromisoformat(signed["at"])
         for row in page["unchained"]:
             check.unchained(row, now)
-        if not page["next_cursor"]:
+        if not (cursor := next_cursor(page, asked.get("cursor"))):
             break
-        asked = {"cursor": page["next_cursor"], "limit": PAGE}
+        asked = {"cursor": cursor, "limit": PAGE}
     if check.seq and (newest is None or now - newest > HEAD_WITHIN):
         check.problems.append("no head of the last two hours is signed: heads were removed")
     return heads

@@ -1,4 +1,7 @@
-"""Whose signatures a verification believes: by the record, or by what the command says instead."""
+"""Whose signatures a verification accepts: by the command's options, and else by the settings.
+
+Nothing that a server says is accepted instead: it could name the signer of what it made up.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +13,12 @@ from auth.keys import RunnerKey
 from auth.signers import BundleVerifier, Signer, SignerPolicy, load_policy
 from broker import bundles
 from broker.errors import InvalidBundle
-from broker.signatures import RunnerKeySignature, Signature, SigstoreSignature
+from broker.signatures import (
+    AnyRunnerKeySignature,
+    RunnerKeySignature,
+    Signature,
+    SigstoreSignature,
+)
 from cli.output import CommandFailed, note, usage_error
 from cli.settings import read_settings
 
@@ -23,23 +31,24 @@ class Believed:
     identity: str | None
     issuer: str | None
     signers: Path | None
-    public_key: str | None
+    public_keys: tuple[str, ...]
     _verifiers: dict[Signer | None, BundleVerifier] = field(default_factory=dict)
 
-    def recorded(self, record: Mapping[str, Any]) -> Signature:
-        """Return how a stored result must be signed: as was recorded of it, or by --identity."""
+    def of_stored(self, record: Mapping[str, Any]) -> Signature | None:
+        """Return how a stored result must be signed; None when no key was given for it."""
         if record["trust"] == "runner-key":
-            return RunnerKeySignature(_key(record["public_key"]), record["runner_id"])
-        signer = record["signer"]
-        return self._sigstore(self._named() or Signer(signer["identity"], signer["issuer"]))
+            return self._by_key(str(record["runner_id"]))
+        return self._sigstore(self._named())
 
     def of_folder(self, files: Mapping[str, bytes]) -> Signature | None:
         """Return how an exported result must be signed; None when no key was given for it."""
         if bundles.ENVELOPE not in files:
             return self._sigstore(self._named())
-        if self.public_key is None:
-            return None
-        return RunnerKeySignature(_key(self.public_key), _runner_id(files[bundles.ENVELOPE]))
+        return self._by_key(_runner_id(files[bundles.ENVELOPE]))
+
+    def _by_key(self, runner_id: str) -> Signature | None:
+        ways = tuple(RunnerKeySignature(_key(text), runner_id) for text in self.public_keys)
+        return AnyRunnerKeySignature(ways) if ways else None
 
     def _named(self) -> Signer | None:
         return Signer(self.identity, self.issuer) if self.identity and self.issuer else None

@@ -9,12 +9,15 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import httpx
 import typer
 
+from broker import strict_json
+from broker.errors import InvalidJson
 from cli.output import CommandFailed, ExitCode, usage_error
 
 URL_VARIABLE = "BAKEOFF_QUEUE_URL"
@@ -22,6 +25,7 @@ TOKEN_VARIABLE = "BAKEOFF_QUEUE_TOKEN"  # noqa: S105 - the variable's name, not 
 TIMEOUT = httpx.Timeout(60, connect=5)  # s; a full batch of 1000 runs is one long transaction
 RETRY_PAUSES_S = (0.5, 1.0)
 PAGE = 100
+ANSWER_DEPTH = 80  # a job as deep as an enqueue takes it, within an answer
 BYTES = "application/octet-stream"
 
 Url = Annotated[
@@ -39,6 +43,7 @@ Token = Annotated[
 ]
 DEFAULT_URL = "http://127.0.0.1:8400"
 
+_answered: ContextVar[list[str] | None] = ContextVar("answered", default=None)
 _GATEWAY = {502, 503, 504}
 _CODES = {404: ExitCode.NOT_FOUND, 409: ExitCode.CONFLICT} | dict.fromkeys(
     _GATEWAY, ExitCode.UNREACHABLE
@@ -122,7 +127,7 @@ class AdminClient:
             size = min(left, PAGE)
             page = self.get(path, **query, limit=size, cursor=cursor)
             yield page
-            cursor, left = page.get("next_cursor"), left - size
+            cursor, left = next_cursor(page, cursor), left - size
             if not cursor:
                 return
 
@@ -187,6 +192,37 @@ class AdminClient:
             ) from None
 
 
+@contextmanager
+def refusing_unreadable() -> Iterator[None]:
+    """Tell in one line of an answer that a command could not use: its members are another's.
+
+    A command reads what our service answers, whose members it does not check one by one. An error
+    before any answer is a fault of ours, and keeps its traceback.
+    """
+    last: list[str] = []
+    reset = _answered.set(last)
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        if not last:
+            raise
+        what = f"{type(error).__name__}: {error}"[:200]
+        raise CommandFailed(
+            f"{last[-1]} was answered with JSON that is not bakeoff-queue's ({what}): is --url (or"
+            f" {URL_VARIABLE}) right, and the service of this version?"
+        ) from error
+    finally:
+        _answered.reset(reset)
+
+
+def next_cursor(page: Mapping[str, Any], last: str | None) -> str | None:
+    """Return where a listing goes on. Raises ValueError for a page that leads to itself."""
+    cursor = page.get("next_cursor")
+    if cursor is not None and (not isinstance(cursor, str) or cursor == last):
+        raise ValueError("next_cursor leads nowhere")
+    return cursor
+
+
 def _read(response: httpx.Response) -> Answer:
     body = _object(response)
     if response.is_success and body is not None:
@@ -198,9 +234,12 @@ def _read(response: httpx.Response) -> Answer:
 
 
 def _object(response: httpx.Response) -> dict[str, Any] | None:
+    if (answered := _answered.get()) is not None:
+        request = response.request
+        answered.append(f"{request.method} {request.url.copy_with(query=None)}")
     try:
-        body = response.json()
-    except ValueError:
+        body = strict_json.parse(response.content, max_depth=ANSWER_DEPTH)
+    except InvalidJson:
         return None
     return body if isinstance(body, dict) else None
 

@@ -42,6 +42,8 @@ def read_folder(folder: Path) -> tuple[DescriptorFile, ...]:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():  # a pipe would be waited for
+        raise CommandFailed(f"{path}: is not a file")
     body = read_document(path)
     if not isinstance(body, dict):
         raise CommandFailed(f"{path}: a model descriptor is a JSON object")

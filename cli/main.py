@@ -28,6 +28,7 @@ from cli import (
     serve,
     tokens,
 )
+from cli.client import refusing_unreadable
 from cli.output import CommandFailed, ExitCode, note, print_failure
 
 PROGRAM = "bakeoff-queue"
@@ -66,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Expected errors end as a line on stderr. What is left to raise is a bug, with its traceback.
     """
     try:
-        code = get_command(app).main(arguments, prog_name=PROGRAM, standalone_mode=False)
+        with refusing_unreadable():
+            code = get_command(app).main(arguments, prog_name=PROGRAM, standalone_mode=False)
     except CommandFailed as failure:
         print_failure(failure)
         return failure.code

@@ -130,7 +130,8 @@ def _compare(place: Path, record: Mapping[str, Any]) -> None:
         odd = ", ".join(sorted(there.keys() ^ wanted.keys()))
         raise _Refused(f"{place} is there with other files ({odd}): nothing was overwritten")
     for name, path in there.items():
-        if path.is_symlink() or hashlib.sha256(path.read_bytes()).hexdigest() != wanted[name]:
+        odd = path.is_symlink() or not path.is_file()  # a pipe would be waited for
+        if odd or hashlib.sha256(path.read_bytes()).hexdigest() != wanted[name]:
             raise _Refused(f"{path} is there with other bytes: nothing was overwritten")
 
 

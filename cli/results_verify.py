@@ -1,6 +1,7 @@
 """`bakeoff-queue results verify`: what is stored, or was exported, verified again from its bytes.
 
-With a server, all it says is fetched and judged here: it is asked for bytes, not for a verdict.
+With a server, all it says is fetched and judged here: it is asked for bytes, not for a verdict, and
+who must have signed is what the options or the settings say, never the server's record.
 `--dir` needs no server and no token: a folder, a trust root, and who should have signed.
 """
 
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.client import DEFAULT_URL, AdminClient, Token, Url, connect
+from cli.files import NotAFile, read_file
 from cli.output import (
     AsJson,
     CommandFailed,
@@ -51,14 +53,15 @@ def verify(
         typer.Option(help="trusted_root.json; without it, the settings' (Sigstore's production)."),
     ] = None,
     identity: Annotated[
-        str | None, typer.Option(help="Who must have signed, rather than the recorded signer.")
+        str | None, typer.Option(help="Who must have signed, rather than a signer of --signers.")
     ] = None,
     issuer: Annotated[str | None, typer.Option(help="The issuer of --identity.")] = None,
     signers: Annotated[
-        Path | None, typer.Option(help="With --dir: signer policy; else the settings'.")
+        Path | None, typer.Option(help="Signer policy; without it, the settings'.")
     ] = None,
     public_key: Annotated[
-        str | None, typer.Option(help="With --dir: runner key of an Ed25519 envelope (base64).")
+        list[str] | None,
+        typer.Option(help="Runner key of Ed25519 envelopes (base64); repeatable."),
     ] = None,
     keys: Annotated[
         Path | None, typer.Option(help=f"A kept copy of {WELL_KNOWN}, for the receipts.")
@@ -72,15 +75,17 @@ def verify(
 
     if bool(identity) != bool(issuer):
         raise usage_error("--identity and --issuer go together: an identity counts as its issuer's")
+    if identity and signers:
+        raise usage_error("say who must have signed: --identity and --issuer, or --signers")
     if sum(map(bool, (run_ids, since, folder))) != 1:
         raise usage_error("say what to verify: RUN_IDs, --since, or --dir")
-    who = Believed(trusted_root, identity, issuer, signers, public_key)
+    who = Believed(trusted_root, identity, issuer, signers, tuple(public_key or ()))
     if folder:
         return _show(list(_offline(folder, who)), as_json)
     with connect(url, token) as admin:
         wanted = list(map(str, run_ids or accepted_since(admin, str(since))))
         published = read_object(keys) if keys else admin.get(WELL_KNOWN)
-        return _show(list(_online(admin, wanted, who, published)), as_json)
+        return _show(list(_online(admin, wanted, who, published, bool(keys))), as_json)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +98,11 @@ class _Verified:
 
 
 def _online(
-    admin: AdminClient, run_ids: Sequence[str], who: "Believed", published: Mapping[str, Any]
+    admin: AdminClient,
+    run_ids: Sequence[str],
+    who: "Believed",
+    published: Mapping[str, Any],
+    kept_keys: bool,
 ) -> Iterator[_Verified]:
     from broker.reverify import reverify
     from broker.stored_result import Stored
@@ -102,10 +111,10 @@ def _online(
     for run_id in tracked(run_ids, "verifying"):
         record = admin.get(f"{RESULTS}/{run_id}")
         stored = Stored(
-            record, _job(admin, run_id), _rows(admin, run_id), public_url, receipt_keys,
+            record, _job(admin, run_id), _rows(admin, run_id), public_url, receipt_keys, kept_keys,
         )  # fmt: skip
         files = dict(download(admin, record))
-        report = reverify(files, run_id, who.recorded(record), stored)
+        report = reverify(files, run_id, who.of_stored(record), stored)
         yield _Verified(run_id, record["state"], report)
 
 
@@ -125,7 +134,7 @@ def _job(admin: AdminClient, run_id: str) -> dict[str, Any] | None:
 
 def _offline(folder: Path, who: "Believed") -> Iterator[_Verified]:
     """Verify the bundle in `folder`, or all bundles below it."""
-    from broker.reverify import reverify
+    from broker.reverify import FAILED, Finding, Report, reverify
 
     own = folder.joinpath("result.json").exists()
     found = [folder] if own else sorted(path.parent for path in folder.rglob("result.json"))
@@ -134,26 +143,30 @@ def _offline(folder: Path, who: "Believed") -> Iterator[_Verified]:
             f"{folder} holds no bundle: no result.json in it or below", code=ExitCode.NOT_FOUND
         )
     for bundle in tracked(found, "verifying"):
-        files = _read_bundle(bundle)
+        try:
+            files = _read_bundle(bundle, folder)
+        except NotAFile as odd:
+            yield _Verified(str(bundle), None, Report([Finding("files", FAILED, str(odd))]))
+            continue
         report = reverify(files, _run_id(bundle, files), who.of_folder(files), None)
         yield _Verified(str(bundle), None, report)
 
 
-def _read_bundle(folder: Path) -> dict[str, bytes]:
-    """Return the files of a folder by name; what a bundle does not have is left for the checks."""
+def _read_bundle(folder: Path, root: Path) -> dict[str, bytes]:
+    """Return the files of a folder by name; what a bundle does not have is left for the checks.
+
+    Raises NotAFile for what is named like a file of a bundle and is none below `root`.
+    """
     from broker.bundles import CAPS
 
     files = {}
     for path in sorted(folder.iterdir()):
-        cap = CAPS.get(path.name, 0)  # of an unknown file, the name is all that is needed
-        try:
-            with path.open("rb") as file:
-                files[path.name] = file.read(cap + 1)
-        except IsADirectoryError:
-            files[path.name] = b""
+        cap = CAPS.get(path.name, 0)
+        try:  # of an unknown file, the name is all that is needed
+            files[path.name] = read_file(path, cap + 1, root) if cap else b""
         except OSError as error:
             raise usage_error(f"cannot read {path}: {error.strerror}") from None
-        if cap and len(files[path.name]) > cap:
+        if len(files[path.name]) > cap:
             raise CommandFailed(f"{path} has more than the {cap} bytes of such a file")
     return files
 

@@ -39,6 +39,7 @@ class Admin:
     url: str
     seen: list[Seen] = field(default_factory=list)
     answers: dict[tuple[str, str], deque[Any]] = field(default_factory=lambda: defaultdict(deque))
+    other: str | bytes | None = None  # what is answered, with 200, where there is no script
 
     def answer(self, method: str, path: str, status: int, body: Any, **headers: str) -> None:
         """Script the next answer to `method path`."""
@@ -75,6 +76,8 @@ class Play(tornado.web.RequestHandler):
         method, path = str(request.method), request.path
         self.admin.seen.append(Seen(method, path, query, dict(request.headers.get_all()), body))
         script = self.admin.answers[method, path] or deque([(500, f"no {method} {path}", {})])
+        if self.admin.other is not None and not self.admin.answers[method, path]:
+            script = deque([(200, self.admin.other, {})])
         answer = script.popleft() if len(script) > 1 else script[0]
         if answer == LOST:
             self.detach().close()
@@ -84,7 +87,7 @@ class Play(tornado.web.RequestHandler):
         self.set_header("Content-Type", f"application/{'json' if status < 300 else 'problem+json'}")
         for name, value in headers.items():
             self.set_header(name.replace("_", "-"), value)
-        self.finish(text if isinstance(text, str) else json.dumps(text))
+        self.finish(text if isinstance(text, str | bytes) else json.dumps(text))
 
     get = post = delete = play  # pyrefly: ignore
 

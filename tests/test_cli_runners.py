@@ -42,6 +42,7 @@ async def operating(
         async with open_fleet(settings, sigstore) as fleet:
             monkeypatch.setenv("BAKEOFF_QUEUE_URL", fleet.url)
             monkeypatch.setenv("BAKEOFF_QUEUE_TOKEN", fleet.admin_token)
+            monkeypatch.setenv("BAKEOFF_QUEUE_SIGNERS_FILE", str(settings.signers_file))
             yield fleet, Desk(Shell(capsys))
 
 

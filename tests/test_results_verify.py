@@ -1,7 +1,11 @@
 """`results verify`: what is stored, or was exported, is verified again; what is not, is named."""
 
 import json
+import os
 import shutil
+import socket
+import tempfile
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,7 +14,10 @@ from typing import Any
 import pytest
 
 from cli import client
+from cli.descriptors import read_folder
+from cli.files import NotAFile, read_file
 from cli.main import main
+from cli.output import CommandFailed
 from config.settings import Settings
 from sandbox.runner_identity import public_key_text
 from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
@@ -168,7 +175,7 @@ CHANGES = {
     "the publisher": ("UPDATE runs SET publisher_id = 'other' WHERE {}", {"rows"}),
     "the signer": (
         "UPDATE submissions SET signer_identity = 'other@bakeoff.test' WHERE {}",
-        {"signature", "receipt"},
+        {"record", "receipt"},
     ),
     "the log index": ("UPDATE submissions SET log_index = 7 WHERE {}", {"record", "receipt"}),
     "the time of signing": ("UPDATE submissions SET logged_at = now() WHERE {}", {"record"}),
@@ -243,8 +250,14 @@ async def test_a_result_of_a_runner_key_verifies_under_that_key_only(
         other = await fleet.sign_on("runner-b")
         run_id = await hand_in_enveloped(fleet, runner)
         await fleet.revoke(runner)
-        verified = await desk("results", "verify", run_id, "--json")
+        mine, theirs = (("--public-key", public_key_text(one.key)) for one in (runner, other))
+        verified = await desk("results", "verify", run_id, *theirs, *mine, "--json")
         assert (verified.code, outcomes(verified)) == (0, [dict.fromkeys(CHECKS, "ok")])
+        # The record has the key; but whoever made the record up could name theirs.
+        nobodys = await desk("results", "verify", run_id, "--json")
+        assert (nobodys.code, outcomes(nobodys)[0]["signature"]) == (7, "not checked")
+        others = await desk("results", "verify", run_id, *theirs, "--json")
+        assert (others.code, outcomes(others)[0]["signature"]) == (1, "failed")
 
         skipped = await desk("results", "export", run_id, tmp_path)
         assert (skipped.code, skipped.err) == (0, ["0 written, 0 there, 1 skipped, 0 refused"])
@@ -265,7 +278,106 @@ async def test_a_result_of_a_runner_key_verifies_under_that_key_only(
         assert (await desk("results", "verify", run_id)).code != 0
 
 
+@pytest.mark.gen_test
+async def test_what_the_reader_gives_decides_and_not_the_servers_record(
+    make_settings: MakeSettings,
+    sigstore: ThrowawaySigstore,
+    signers_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A server could have made the result up, and have it signed by whomever its record names."""
+    async with operating(make_settings(), sigstore, monkeypatch, capsys) as (fleet, desk):
+        of_record = {"identity": "made@up.test", "issuer": SIGNER.issuer}
+        runner = await fleet.sign_on(signer=of_record)
+        await fleet.enqueue()
+        job = await runner.take()
+        result = result_for(job["run_id"], job)
+        text = json.dumps(result).encode()
+        signature = fleet.sigstore.sign(text, EmailSubject("made@up.test", SIGNER.issuer))
+        files = {"result.json": text, "summary.md": b"#", "signature.sigstore.json": signature}
+        answer = await runner.submit(job, listed(result, files))
+        assert answer.status_code == 201, answer.text
+        verify = ("results", "verify", job["run_id"], "--trusted-root", sigstore.trusted_root)
+        for who in ((), ("--signers", signers_file), WHO):
+            refused = await desk(*verify, *who, "--json")
+            assert (refused.code, outcomes(refused)[0]["signature"]) == (1, "failed"), who
+            assert "--identity and --issuer, or --signers" in refused.err[1]
+        named = ("--identity", of_record["identity"], "--issuer", of_record["issuer"])
+        assert (await desk(*verify, *named)).code == 0
+        assert (await desk(*verify, *named, "--signers", signers_file)).code == 2
+        # Nor are a server's own keys more than its word.
+        told = await desk(*verify, *named, "--json")
+        receipt = told.json["results"][0]["checks"][-1]
+        assert "the server's own word for its keys" in receipt["detail"]
+
+
 # Without a server
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(path))
+
+
+ODD: dict[str, Callable[[Path], Any]] = {
+    "is a pipe": _pipe,
+    "is a socket": _socket,
+    "is a device": lambda path: path.symlink_to("/dev/zero"),
+    "is a link out of the folder": lambda path: path.symlink_to("/etc/hostname"),
+}
+
+
+@pytest.mark.parametrize("told", ODD)
+@pytest.mark.parametrize("name", ["result.json", "manifest.json", "summary.md"])
+def test_what_is_no_file_is_told_and_neither_read_nor_waited_for(
+    told: str, name: str, capsys: pytest.CaptureFixture[str], sigstore: ThrowawaySigstore
+) -> None:
+    # A short name: a socket's address has 108 bytes at most.
+    with tempfile.TemporaryDirectory() as short:
+        bundle, good = Path(short, "odd"), Path(short, "good")
+        for folder in (bundle, good):
+            folder.mkdir()
+            for each in ("result.json", "manifest.json", "summary.md"):
+                (folder / each).write_text("{}")
+        (bundle / name).unlink()
+        ODD[told](bundle / name)
+        outcome: list[Outcome] = []
+        command = ("results", "verify", "--dir", short, "--trusted-root", sigstore.trusted_root)
+        reading = threading.Thread(
+            target=lambda: outcome.append(Shell(capsys)(*command, *WHO, "--json")), daemon=True
+        )
+        reading.start()
+        reading.join(30)
+        assert outcome, "it waits"
+        findings = {Path(of["result"]).name: of["checks"] for of in outcome[0].json["results"]}
+        why = "is a link out of the folder" if "device" in told else told
+        assert [(of["check"], of["outcome"]) for of in findings["odd"]] == [("files", "failed")]
+        assert findings["odd"][0]["detail"].startswith(f"{name} {why}")
+        assert len(findings["good"]) > 3, "the others are verified all the same"
+
+
+def test_a_link_within_the_folder_and_a_folder_among_the_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "b").symlink_to("a")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "d").symlink_to("d")
+    assert read_file(tmp_path / "b", 2, tmp_path) == b"ab"
+    assert read_file(tmp_path / "c", 2, tmp_path) == b""
+    with pytest.raises(NotAFile, match="d is a link out"):
+        read_file(tmp_path / "d", 2, tmp_path)
+    with pytest.raises(NotAFile, match="null is a device"):
+        read_file(Path("/dev/null"), 2, tmp_path)
+
+
+def test_a_pipe_among_the_descriptors_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(CommandFailed, match=r"a\.json: is not a file"):
+        read_folder(tmp_path)
 
 
 @pytest.mark.gen_test
