@@ -24,6 +24,15 @@ SCHEMA_VERSION = "bakeoff-results-signers/v1"
 GITHUB = "https://github.com/"
 GITHUB_ISSUER = "https://token.actions.githubusercontent.com"
 
+# How a workflow may have run, where an entry has to allow it. By these events anybody may start it
+# on our branch, without a change of ours, and put text or artifacts of theirs before it.
+OUTSIDERS = frozenset({
+    "discussion", "discussion_comment", "fork", "gollum", "issue_comment", "issues",
+    "pull_request_target", "watch", "workflow_run",
+})  # fmt: skip
+SELF_HOSTED = "self-hosted"  # a machine of the repository's; certificates say so of its runner
+ALLOWABLE = OUTSIDERS | {SELF_HOSTED}
+
 _FORM = f"{GITHUB}ORG/NAME/.github/workflows/FILE.yml@refs/heads/BRANCH"
 
 _OWNER, _NAME = r"[\w-]+", r"[\w.-]+"
@@ -54,13 +63,15 @@ class Signer:
     """A certificate's identity (e-mail address or URI) and the OIDC issuer that vouched for it.
 
     With GitHub's ids of the owner and the repository, a certificate must have these as well: names
-    can be had by others, once their owner gives them up; ids cannot.
+    can be had by others, once their owner gives them up; ids cannot. Of a GitHub workflow, `allow`
+    names the ways to run it that are refused otherwise: some of ALLOWABLE.
     """
 
     identity: str
     issuer: str
     owner_id: str | None = None
     repository_id: str | None = None
+    allow: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +155,12 @@ def load_policy(path: Path) -> SignerPolicy:
 def _of_identity(
     where: str, entry: Any, problems: list[str], ignored: list[IgnoredEntry]
 ) -> list[Signer]:
-    wrong = _member_problems(entry, {"identity", "issuer"}) or _text_problems(
+    wrong = _member_problems(entry, {"identity", "issuer"}, {"allow"}) or _text_problems(
         entry, ("identity", "issuer")
     )
+    allow = [] if wrong else _allowed(entry, wrong)
     if not wrong:
-        signer = Signer(entry["identity"], entry["issuer"])
+        signer = Signer(entry["identity"], entry["issuer"], allow=frozenset(allow))
         wrong = _dangers(signer)
         if not wrong and not (never := _never_matches(signer)):
             return [signer]
@@ -162,7 +174,7 @@ def _of_repository(where: str, entry: Any, problems: list[str]) -> list[Signer]:
 
     An OIDC `sub` is in no certificate; the ref and the ids that it names are.
     """
-    wrong = _member_problems(entry, {"repository", "issuer", "subjects", "workflows"})
+    wrong = _member_problems(entry, {"repository", "issuer", "subjects", "workflows"}, {"allow"})
     wrong = wrong or _text_problems(entry, ("repository", "issuer"))
     if wrong:
         problems += (f"{where}: {problem}" for problem in wrong)
@@ -178,14 +190,28 @@ def _of_repository(where: str, entry: Any, problems: list[str]) -> list[Signer]:
             wrong.append(
                 f"workflow {_shown(workflow)} is not .github/workflows/FILE.yml, spelled out"
             )
+    allow = frozenset(_allowed(entry, wrong))
     problems += (f"{where}: {problem}" for problem in wrong)
     if wrong:
         return []
     return [
-        Signer(f"{GITHUB}{repository}/{workflow}@{subject.ref}", issuer, *(subject.ids or ()))
+        Signer(
+            f"{GITHUB}{repository}/{workflow}@{subject.ref}",
+            issuer,
+            *(subject.ids or (None, None)),
+            allow=allow,
+        )
         for workflow in workflows
         for subject in _with_ids(subjects)
     ]
+
+
+def _allowed(entry: Mapping[str, Any], wrong: list[str]) -> list[str]:
+    """The ways to run a workflow that an entry allows; of no `allow`, none."""
+    allow = _texts(entry, "allow", wrong) if "allow" in entry else []
+    known = ", ".join(sorted(ALLOWABLE))
+    wrong += (f"allow {_shown(way)} is not one of {known}" for way in allow if way not in ALLOWABLE)
+    return allow
 
 
 class _Subject(NamedTuple):
@@ -233,6 +259,8 @@ def _signer_problems(signer: Signer) -> list[str]:
 def _dangers(signer: Signer) -> list[str]:
     """What no file may say: a pattern, an issuer that vouches for nobody, what is not clear."""
     problems = _identity_problems(signer) + _issuer_problems(signer.issuer)
+    if signer.allow and not source_of(signer.identity):
+        problems.append(f"allow means nothing for {_shown(signer.identity)}, which is no workflow")
     if not problems and source_of(signer.identity):
         return _github_issuer_problems(signer.issuer)
     return problems

@@ -6,14 +6,15 @@ pickled it is what it was made of, so that a worker process verifies by exactly 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from cryptography.x509 import Certificate
+from cryptography.hazmat import asn1
+from cryptography.x509 import Certificate, ExtensionNotFound, ObjectIdentifier
 from pydantic import ValidationError
 from sigstore.errors import VerificationError
 from sigstore.models import Bundle
@@ -22,6 +23,8 @@ from sigstore_models.bundle.v1 import Bundle as BundleModel
 
 from auth.errors import AuthError, PolicyRefused, SignatureInvalid, SignerNotAllowed
 from auth.signer_policy import (
+    OUTSIDERS,
+    SELF_HOSTED,
     IgnoredEntry,
     Signer,
     SignerPolicy,
@@ -43,6 +46,7 @@ __all__ = [
 
 # sigstore's words for it, which a test of ours would see change.
 _OTHER_BYTES = ("Bundle message digest mismatch", "Signature is invalid for input")
+GITHUB_HOSTED = "github-hosted"
 # Real bundles have 9 KiB. The upload's own cap is a setting; this one holds whatever it is set to.
 MAX_BUNDLE_BYTES = 1024 * 1024
 MAX_DEPTH = 64  # of arrays and objects; real bundles have 7
@@ -117,7 +121,10 @@ class BundleVerifier:
             check_signer(expected)
         except PolicyRefused as error:
             raise SignerNotAllowed(f"No bundle can match this runner key. {error}") from error
-        return (expected,)
+        # A key names its signer; how a workflow may have run is said by the policy's entry of it.
+        named = (s for s in self._policy.signers if s.identity == expected.identity)
+        allow = frozenset(way for s in named if s.issuer == expected.issuer for way in s.allow)
+        return (replace(expected, allow=expected.allow | allow),)
 
     def _verify(self, result: bytes, raw: bytes, allowed: "_AnyOf") -> SignerEvidence:
         # 1. Read the bundle, within a size that no honest one reaches.
@@ -189,12 +196,47 @@ def _rule(signer: Signer) -> certificate_policy.VerificationPolicy:
         # A fork that calls our reusable workflow gets our identity and issuer; only these differ.
         children.append(certificate_policy.OIDCSourceRepositoryURI(source.repository_uri))
         children.append(certificate_policy.OIDCSourceRepositoryRef(source.ref))
+        children.append(_RunAs(signer.allow))
     # A name that its owner gave up may be somebody else's by now; GitHub's ids are used once.
     if signer.owner_id is not None:
         children.append(certificate_policy.OIDCSourceRepositoryOwnerIdentifier(signer.owner_id))
     if signer.repository_id is not None:
         children.append(certificate_policy.OIDCSourceRepositoryIdentifier(signer.repository_id))
     return certificate_policy.AllOf(children)
+
+
+class _RunAs:
+    """Refuses a workflow that outsiders may start, or that a machine of somebody's own ran.
+
+    GitHub writes both into every certificate; of one that does not say them, nothing is known.
+    """
+
+    def __init__(self, allow: frozenset[str]) -> None:
+        self._allow = allow
+
+    def verify(self, cert: Certificate) -> None:
+        trigger = _extension(cert, certificate_policy.OIDCBuildTrigger.oid, "trigger")
+        if trigger in OUTSIDERS - self._allow:
+            raise VerificationError(
+                f"the workflow was started by {trigger}, as anybody may: start it in another way,"
+                f" or let its entry of the signer policy say `allow: [{trigger}]`"
+            )
+        machine = _extension(cert, certificate_policy.OIDCRunnerEnvironment.oid, "machine")
+        if machine not in {GITHUB_HOSTED} | (self._allow & {SELF_HOSTED}):
+            raise VerificationError(
+                f"the workflow ran on a machine that is {machine}, not on one of GitHub's: run it"
+                f" there, or let its entry of the signer policy say `allow: [{SELF_HOSTED}]`"
+            )
+
+
+def _extension(cert: Certificate, oid: ObjectIdentifier, what: str) -> str:
+    try:
+        extension = cert.extensions.get_extension_for_oid(oid).value
+    except ExtensionNotFound:
+        raise VerificationError(
+            f"the certificate does not say the workflow's {what} ({oid.dotted_string})"
+        ) from None
+    return asn1.decode_der(str, extension.public_bytes())
 
 
 def _read(raw: bytes) -> BundleModel:

@@ -19,8 +19,11 @@ LEAF_LIFE = timedelta(minutes=10)
 GITHUB_ISSUER = "https://token.actions.githubusercontent.com"
 
 _FULCIO = "1.3.6.1.4.1.57264.1."
-_ISSUER, _ISSUER_V2, _SOURCE_REPOSITORY, _SOURCE_REF, _REPOSITORY_ID, _OWNER_ID = (
-    x509.ObjectIdentifier(_FULCIO + leaf) for leaf in ("1", "8", "12", "14", "15", "17")
+_ISSUER, _ISSUER_V2, _MACHINE, _SOURCE_REPOSITORY = (
+    x509.ObjectIdentifier(_FULCIO + leaf) for leaf in ("1", "8", "11", "12")
+)
+_SOURCE_REF, _REPOSITORY_ID, _OWNER_ID, _TRIGGER = (
+    x509.ObjectIdentifier(_FULCIO + leaf) for leaf in ("14", "15", "17", "20")
 )
 # TLS registry numbers (RFC 5246 7.4.1.4.1), as an SCT names its algorithm.
 _SHA256_ECDSA = bytes((4, 3))
@@ -46,7 +49,11 @@ class EmailSubject:
 
 @dataclass(frozen=True, slots=True)
 class WorkflowSubject:
-    """A GitHub workflow; a fork that calls it shares its identity, not the source repository."""
+    """A GitHub workflow; a fork that calls it shares its identity, not the source repository.
+
+    `trigger` is the event that started it, `machine` the environment of its runner (github-hosted
+    or self-hosted); a certificate that lacks one of them has None.
+    """
 
     repository: str
     workflow: str = ".github/workflows/package-results.yml"
@@ -56,6 +63,8 @@ class WorkflowSubject:
     source_ref: str | None = None
     owner_id: str | None = None
     repository_id: str | None = None
+    trigger: str | None = "push"
+    machine: str | None = "github-hosted"
 
     @property
     def identity(self) -> str:
@@ -72,7 +81,12 @@ class WorkflowSubject:
             x509.UnrecognizedExtension(_SOURCE_REF, asn1.encode_der(self.source_ref or self.ref)),
             *(
                 x509.UnrecognizedExtension(oid, asn1.encode_der(value))
-                for oid, value in ((_REPOSITORY_ID, self.repository_id), (_OWNER_ID, self.owner_id))
+                for oid, value in (
+                    (_REPOSITORY_ID, self.repository_id),
+                    (_OWNER_ID, self.owner_id),
+                    (_TRIGGER, self.trigger),
+                    (_MACHINE, self.machine),
+                )
                 if value is not None
             ),
         ]

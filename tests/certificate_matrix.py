@@ -55,6 +55,12 @@ CERTIFICATES: dict[str, Subject] = {
     "our workflow, called from a branch": WorkflowSubject(HOME, source_ref="refs/heads/dev"),
     "our workflow, another issuer": WorkflowSubject(HOME, issuer="https://ci.mallory.example"),
     "our workflow's name, no repository": UriSubject(MAIN.identity, MAIN.issuer),
+    "our workflow, pull_request_target": WorkflowSubject(HOME, trigger="pull_request_target"),
+    "our workflow, a comment": WorkflowSubject(HOME, trigger="issue_comment"),
+    "our workflow, self-hosted": WorkflowSubject(HOME, machine="self-hosted"),
+    "our workflow, by hand": WorkflowSubject(HOME, trigger="workflow_dispatch"),
+    "our workflow, no trigger": WorkflowSubject(HOME, trigger=None),
+    "our workflow, no machine": WorkflowSubject(HOME, machine=None),
     "e-mail by Google": MAIL,
     "e-mail in other letters": EmailSubject("Runner@example.org"),
     "e-mail by GitHub": MAIL_OF_GITHUB,
@@ -69,6 +75,7 @@ class Policy(NamedTuple):
 
     file: tuple[Subject, ...]
     key: Subject | None = None
+    allow: frozenset[str] = frozenset()
 
 
 POLICIES: dict[str, Policy] = {
@@ -81,25 +88,34 @@ POLICIES: dict[str, Policy] = {
     "SPIFFE": Policy((SPIFFE,)),
     "key: main": Policy((MAIL, STRANGER), MAIN),
     "key: e-mail": Policy((MAIN, STRANGER), MAIL),
+    "target": Policy((MAIN,), allow=frozenset({"pull_request_target"})),
+    "self-hosted": Policy((MAIN,), allow=frozenset({"self-hosted"})),
+    "key: main, self-hosted": Policy((MAIN,), MAIN, frozenset({"self-hosted"})),
 }
 # In the order of POLICIES: + passes, - signer_not_allowed, x signature_invalid.
 EXPECTED = {
-    "our workflow, main": "+++----+-",
-    "our workflow, a tag": "-+-------",
-    "our workflow, another branch": "---------",
-    "our workflow, a pull request": "---------",
-    "another workflow of ours": "--+------",
-    "another repository of ours": "---------",
-    "another organisation": "---+-----",
-    "a fork that calls our workflow": "---------",
-    "our workflow, called from a branch": "---------",
-    "our workflow, another issuer": "---------",
-    "our workflow's name, no repository": "---------",
-    "e-mail by Google": "----+---+",
-    "e-mail in other letters": "---------",
-    "e-mail by GitHub": "-----+---",
-    "SPIFFE": "------+--",
-    "our workflow, certificate expired": "xxxxxxxxx",
+    "our workflow, main": "+++----+-+++",
+    "our workflow, a tag": "-+----------",
+    "our workflow, another branch": "------------",
+    "our workflow, a pull request": "------------",
+    "another workflow of ours": "--+---------",
+    "another repository of ours": "------------",
+    "another organisation": "---+--------",
+    "a fork that calls our workflow": "------------",
+    "our workflow, called from a branch": "------------",
+    "our workflow, another issuer": "------------",
+    "our workflow's name, no repository": "------------",
+    "our workflow, pull_request_target": "---------+--",
+    "our workflow, a comment": "------------",
+    "our workflow, self-hosted": "----------++",
+    "our workflow, by hand": "+++----+-+++",
+    "our workflow, no trigger": "------------",
+    "our workflow, no machine": "------------",
+    "e-mail by Google": "----+---+---",
+    "e-mail in other letters": "------------",
+    "e-mail by GitHub": "-----+------",
+    "SPIFFE": "------+-----",
+    "our workflow, certificate expired": "xxxxxxxxxxxx",
 }
 
 
@@ -107,7 +123,7 @@ def verdicts(folder: Path) -> Iterator[tuple[str, str]]:
     """Yield each certificate and what the verifier says of it under each policy."""
     instance = ThrowawaySigstore.create(folder)
     verifiers = [
-        (BundleVerifier(instance.trusted_root, _policy(policy.file)), policy.key)
+        (BundleVerifier(instance.trusted_root, _policy(policy)), policy.key)
         for policy in POLICIES.values()
     ]
     for name, subject in CERTIFICATES.items():
@@ -118,12 +134,12 @@ def verdicts(folder: Path) -> Iterator[tuple[str, str]]:
         yield name, "".join(_verdict(verifier, bundle, key) for verifier, key in verifiers)
 
 
-def _policy(subjects: tuple[Subject, ...]) -> SignerPolicy:
-    return SignerPolicy(tuple(_signer(subject) for subject in subjects))
+def _policy(policy: Policy) -> SignerPolicy:
+    return SignerPolicy(tuple(_signer(subject, policy.allow) for subject in policy.file))
 
 
-def _signer(subject: Subject) -> Signer:
-    return Signer(subject.identity, subject.issuer)
+def _signer(subject: Subject, allow: frozenset[str] = frozenset()) -> Signer:
+    return Signer(subject.identity, subject.issuer, allow=allow)
 
 
 def _verdict(verifier: BundleVerifier, bundle: bytes, key: Subject | None) -> str:

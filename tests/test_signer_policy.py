@@ -63,6 +63,39 @@ def test_identities_and_notes_are_read(load):
     assert load(HEAD + text).signers == (Signer("a+b@example.org", GOOGLE),)
 
 
+def test_an_entry_may_allow_how_its_workflow_runs(load):
+    allowed = "    allow: [self-hosted, pull_request_target]\n"
+    identity = f"trusted_identities: [{{identity: {WORKFLOW}, issuer: {GITHUB}, allow: [watch]}}]\n"
+    by_repository, by_identity = load(HEAD + REPOSITORY + allowed + identity).signers
+    assert by_repository.allow == {"self-hosted", "pull_request_target"}
+    assert by_identity.allow == {"watch"}
+    (plain,) = load(HEAD + REPOSITORY).signers
+    assert plain.allow == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("allow", "message"),
+    [
+        ("[push]", "allow 'push' is not one of discussion, "),
+        ("[]", "allow is not a list of at least one text"),
+        ("self-hosted", "allow is not a list"),
+        ("[~]", "allow is not a list"),
+    ],
+)
+def test_an_entry_allows_nothing_else(load, allow: str, message: str):
+    with pytest.raises(PolicyRefused, match=message):
+        load(f"{HEAD}{REPOSITORY}    allow: {allow}\n")
+    entry = f"{{identity: {WORKFLOW}, issuer: {GITHUB}, allow: {allow}}}"
+    with pytest.raises(PolicyRefused, match=message):
+        load(f"{HEAD}trusted_identities: [{entry}]\n")
+
+
+def test_an_identity_that_is_no_workflow_has_nothing_to_allow(load):
+    entry = f"{{identity: a@example.org, issuer: {GOOGLE}, allow: [self-hosted]}}"
+    with pytest.raises(PolicyRefused, match="allow means nothing for 'a@"):
+        load(f"{HEAD}trusted_identities: [{entry}]\n")
+
+
 GOOD_SIGNERS = [
     Signer("someone@example.org", GOOGLE),
     Signer("someone+tag@example.org", "https://github.com/login/oauth"),

@@ -187,7 +187,8 @@ def test_a_repository_of_the_same_name_with_other_ids_is_not_allowed(
 @pytest.mark.parametrize("name", ["owner_id", "repository_id"])
 def test_an_id_that_is_empty_is_still_compared(instance, name: str):
     subject = replace(WORKFLOW, owner_id="7", repository_id="42")
-    signer = replace(WORKFLOW_SIGNER, **{"owner_id": "7", "repository_id": "42", name: ""})
+    ids: dict[str, Any] = {"owner_id": "7", "repository_id": "42", name: ""}
+    signer = replace(WORKFLOW_SIGNER, **ids)
     verifier = BundleVerifier(instance.trusted_root, SignerPolicy((signer,)))
     with pytest.raises(SignerNotAllowed):
         verifier.verify(RESULT, instance.sign(RESULT, subject), None)

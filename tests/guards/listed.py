@@ -1704,6 +1704,13 @@ SERVER = (
         "tests/test_runner_key_policy.py",
     ),
     Guard(
+        "signer: a workflow that outsiders start, or that ran elsewhere",
+        "auth/signers.py",
+        "        children.append(_RunAs(signer.allow))\n",
+        "",
+        "tests/test_certificate_matrix.py",
+    ),
+    Guard(
         "envelope: verifies under the runner key",
         "auth/envelopes.py",
         '        key.verify(result, sig["sha256"], sig["signature"])\n',
