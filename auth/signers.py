@@ -46,6 +46,7 @@ __all__ = [
 
 # sigstore's words for it, which a test of ours would see change.
 _OTHER_BYTES = ("Bundle message digest mismatch", "Signature is invalid for input")
+MAX_CHECKPOINT_SIGNATURES = 512  # public logs have one, and with witnesses some ten
 GITHUB_HOSTED = "github-hosted"
 # Real bundles have 9 KiB. The upload's own cap is a setting; this one holds whatever it is set to.
 MAX_BUNDLE_BYTES = 1024 * 1024
@@ -132,6 +133,7 @@ class BundleVerifier:
         _require_one_reading(raw, model)
         # 2. It is what `cosign sign-blob` writes: a signature of a message, by a certificate.
         _require_message_signature(model)
+        _require_few_signatures(model)
         bundle = Bundle.from_json(raw)
         # 3. Our trust root knows the log, the CT log and the CA; otherwise nothing can be said
         #    about the signature, and the runner is told to try again rather than that it is bad.
@@ -330,6 +332,18 @@ def _require_message_signature(model: BundleModel) -> None:
             "The Sigstore bundle holds a DSSE envelope (an attestation); expected messageSignature "
             "over result.json: sign with `cosign sign-blob`"
         )
+
+
+def _require_few_signatures(model: BundleModel) -> None:
+    """The library reads each; a log signs its checkpoint once, and a few witnesses beside it."""
+    for entry in model.verification_material.tlog_entries:
+        proof = entry.inclusion_proof
+        note = proof.checkpoint.envelope if proof and proof.checkpoint else ""
+        if (count := note.count("\n\u2014 ")) > MAX_CHECKPOINT_SIGNATURES:
+            raise SignatureInvalid(
+                f"The checkpoint of the log entry has {count} signatures, "
+                f"{MAX_CHECKPOINT_SIGNATURES} is the most: send the file as cosign wrote it"
+            )
 
 
 def _logged(model: BundleModel, bundle: Bundle) -> tuple[int, datetime]:

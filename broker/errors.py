@@ -147,6 +147,10 @@ class UnsupportedMediaType(BrokerError):
     """The body is not of the media type that this address takes."""
 
 
+class MalformedRequest(BrokerError):
+    """The request does not say where its body ends: send one Content-Length, of digits alone."""
+
+
 class EmptyBody(BrokerError):
     """The request has no body: this address takes a JSON object."""
 

@@ -53,7 +53,6 @@ class RunnerKeysHandler(AdminHandler):
 
     async def get(self) -> None:
         """List the allowlist, revoked keys included."""
-        self.query()
         keys = await self.services.allowlist.list_all()
         self.answer(200, {"keys": [shown_key(row) for row in keys]})
 
@@ -93,10 +92,11 @@ class QueueHandler(AdminHandler):
 
     max_body_bytes = 32 * MIB
     scopes: ClassVar[dict[str, str]] = {"GET": "read", "POST": "operate"}
+    parameters: ClassVar[dict[str, tuple[str, ...]]] = {"GET": ("status", "cursor", "limit")}
 
     async def get(self) -> None:
         """List runs, oldest first, a page at a time."""
-        asked = self.query("status", "cursor", "limit")
+        asked = self.asked
         limit = self.page_size(asked)
         page = await self.services.queue.page(asked.get("status"), asked.get("cursor"), limit)
         self.link_next(asked, page.next_cursor)
@@ -116,7 +116,6 @@ class RunHandler(AdminHandler):
 
     async def get(self, run_id: str) -> None:
         """Show a run with its job, its ledger and its receipt."""
-        self.query()
         run = await self.services.queue.run(UUID(run_id))
         job = await self.services.queue.job(UUID(run_id))
         self.answer(200, run, members=f'{{"job": {job}}}')

@@ -13,10 +13,11 @@ class AuditHandler(AdminHandler):
     """GET /api/admin/audit."""
 
     scopes: ClassVar[dict[str, str]] = {"GET": "read"}
+    parameters: ClassVar[dict[str, tuple[str, ...]]] = {"GET": (*FILTERS, "cursor", "limit")}
 
     async def get(self) -> None:
         """List the trail, newest first, a page at a time."""
-        asked = self.query(*FILTERS, "cursor", "limit")
+        asked = self.asked
         page = await self.services.audit.page(asked, asked.get("cursor"), self.page_size(asked))
         self.link_next(asked, page.next_cursor)
         self.answer(200, {"rows": page.rows, "next_cursor": page.next_cursor})
@@ -26,10 +27,11 @@ class AuditChainHandler(AdminHandler):
     """GET /api/admin/audit/chain."""
 
     scopes: ClassVar[dict[str, str]] = {"GET": "read"}
+    parameters: ClassVar[dict[str, tuple[str, ...]]] = {"GET": ("after", "cursor", "limit")}
 
     async def get(self) -> None:
         """List the entries of the chain in their order, a page at a time: what to verify it by."""
-        asked = self.query("after", "cursor", "limit")
+        asked = self.asked
         page = await self.services.audit.chain(
             asked.get("after"), asked.get("cursor"), self.page_size(asked)
         )

@@ -17,7 +17,6 @@ class NeedsHandler(AdminHandler):
 
     async def get(self) -> None:
         """List the models whose need was learned from failures."""
-        self.query()
         self.answer(200, {"models": await self.services.model_needs.list()})
 
 

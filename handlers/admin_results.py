@@ -21,10 +21,11 @@ class ResultsHandler(AdminHandler):
     """GET /api/admin/results."""
 
     scopes: ClassVar[dict[str, str]] = {"GET": "read"}
+    parameters: ClassVar[dict[str, tuple[str, ...]]] = {"GET": (*FILTERS, "cursor", "limit")}
 
     async def get(self) -> None:
         """List accepted results in the order of acceptance, a page at a time."""
-        asked = self.query(*FILTERS, "cursor", "limit")
+        asked = self.asked
         page = await self.services.results.page(
             wanted_by(asked), asked.get("cursor"), self.page_size(asked)
         )
@@ -39,7 +40,6 @@ class ResultHandler(AdminHandler):
 
     async def get(self, run_id: str) -> None:
         """Show a result: submission, signer, key, files, receipt and the decisions about it."""
-        self.query()
         result = await self.services.results.show(UUID(run_id))
         key = result["public_key"]
         shown = None if key is None else base64.b64encode(key).decode()
@@ -50,10 +50,11 @@ class ResultRowsHandler(AdminHandler):
     """GET /api/admin/results/{run_id}/rows."""
 
     scopes: ClassVar[dict[str, str]] = {"GET": "read"}
+    parameters: ClassVar[dict[str, tuple[str, ...]]] = {"GET": ("cursor", "limit")}
 
     async def get(self, run_id: str) -> None:
         """Show the rows that the leaderboard reads of a result, a page of its cells at a time."""
-        asked = self.query("cursor", "limit")
+        asked = self.asked
         rows = await self.services.results.rows(
             UUID(run_id), asked.get("cursor"), self.page_size(asked)
         )
@@ -68,7 +69,6 @@ class ResultFileHandler(AdminHandler):
 
     async def get(self, run_id: str, name: str) -> None:
         """Send a file's bytes as they were received. A browser saves them and opens nothing."""
-        self.query()
         file = await self.services.results.open_file(UUID(run_id), name)
         self.set_header("Content-Type", "application/octet-stream")
         self.set_header("Content-Disposition", f'attachment; filename="{name}"')

@@ -14,10 +14,11 @@ class RunnersHandler(AdminHandler):
     """GET /api/admin/runners."""
 
     scopes: ClassVar[dict[str, str]] = {"GET": "read"}
+    parameters: ClassVar[dict[str, tuple[str, ...]]] = {"GET": ("cursor", "limit")}
 
     async def get(self) -> None:
         """List the runners that have registered, by name, a page at a time."""
-        asked = self.query("cursor", "limit")
+        asked = self.asked
         page = await self.services.runner_care.page(asked.get("cursor"), self.page_size(asked))
         self.link_next(asked, page.next_cursor)
         self.answer(200, {"runners": page.runners, "next_cursor": page.next_cursor})
@@ -30,7 +31,6 @@ class RunnerHandler(AdminHandler):
 
     async def get(self, runner_id: str) -> None:
         """Show one runner."""
-        self.query()
         self.answer(200, await self.services.runner_care.show(runner_id))
 
 

@@ -18,7 +18,6 @@ class TokensHandler(AdminHandler):
 
     async def get(self) -> None:
         """List the admin tokens, revoked ones included."""
-        self.query()
         self.answer(200, {"tokens": await self.services.tokens.list_all()})
 
     async def post(self) -> None:
@@ -54,7 +53,6 @@ class RunnerTokensHandler(AdminHandler):
 
     async def get(self, runner_id: str) -> None:
         """List the tokens of a runner that have not expired, by their jti."""
-        self.query()
         tokens = await self.services.runner_tokens.list_living(runner_id)
         self.answer(200, {"runner_id": runner_id, "tokens": tokens})
 

@@ -1,8 +1,8 @@
 """What every handler shares: the order of checks, bodies, answers and problem documents.
 
-The order: route, method, credential (before the body is read), media type, size, JSON, schema,
-state. Bodies are streamed into our own buffer, so that a cap is a real 413 and Tornado's multipart
-parser never sees a byte.
+The order: route, framing, method, credential, query (all before the body is read), media type,
+size, JSON, schema, state. Bodies are streamed into our own buffer, so that a cap is a real 413 and
+Tornado's multipart parser never sees a byte.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import time
 from asyncio import Future
 from collections.abc import Awaitable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID, uuid4
 
 import orjson
@@ -30,6 +30,7 @@ from broker.errors import (
     Internal,
     InvalidRequest,
     KeyRevoked,
+    MalformedRequest,
     MethodNotAllowed,
     RateLimited,
     RequestTimeout,
@@ -49,6 +50,11 @@ from handlers.errors import RETRY_AFTER_S, STATUS, describe_cause, problem, refu
 
 UUID_PATH = r"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+# How a request says where its body ends, by one of these.
+_FRAMING = {
+    "Content-Length": re.compile(r"[0-9]+"),
+    "Transfer-Encoding": re.compile(r"chunked", re.IGNORECASE),
+}
 _JSON_TYPE = re.compile(r'application/json(?:\s*;\s*charset="?utf-8"?)?', re.IGNORECASE)
 # A body of this size is read and dropped, whatever an address takes, so that its refusal arrives.
 DROPPED_BYTES = 1024 * 1024
@@ -67,11 +73,13 @@ class Handler(RequestHandler):
     """A request, from its headers to its answer."""
 
     max_body_bytes = 8 * 1024
+    parameters: ClassVar[dict[str, tuple[str, ...]]] = {}  # of the query, by method
 
     def __init__(
         self, application: Application, request: HTTPServerRequest, services: Services
     ) -> None:
         self.services = services
+        self.asked: dict[str, str] = {}  # the parameters of the query
         self._body = bytearray()
         self._too_large = False
         self._refused: Exception | None = None
@@ -106,6 +114,7 @@ class Handler(RequestHandler):
         """
         if self.services.in_flight.closed:
             raise Draining
+        self._check_framing()
         try:
             await self.check()
         except Exception as error:
@@ -117,7 +126,7 @@ class Handler(RequestHandler):
         self._unread = False
 
     async def check(self) -> None:
-        """Check what can be told before the body: method, credential, media type, size."""
+        """Check what can be told before the body: method, credential, query, media type, size."""
         try:
             if not self._implements(self.request.method or ""):
                 raise MethodNotAllowed
@@ -125,6 +134,7 @@ class Handler(RequestHandler):
         except (MethodNotAllowed, AuthError, KeyRevoked):
             await self.throttle()
             raise
+        self.asked = self._query()
         if self.request.method in ("POST", "PUT", "PATCH"):
             self.check_media_type()
         self.check_length()
@@ -184,8 +194,7 @@ class Handler(RequestHandler):
 
     def check_length(self) -> None:
         """Raise TooLarge for an announced length beyond the cap."""
-        length = self.request.headers.get("Content-Length", "0")
-        if not length.isdecimal() or int(length[:20]) > self.max_body_bytes:
+        if int(self.request.headers.get("Content-Length", "0")[:20]) > self.max_body_bytes:
             raise self._beyond_cap()
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
@@ -246,9 +255,13 @@ class Handler(RequestHandler):
         """No ETag: nothing here may be cached, and `If-None-Match: *` must not empty an answer."""
         return None
 
-    def query(self, *known: str) -> dict[str, str]:
-        """Return the query's parameters. Raises InvalidRequest for one unknown or given twice."""
-        given = self.request.query_arguments
+    def _query(self) -> dict[str, str]:
+        """Return the query's parameters. Raises InvalidRequest for one unknown or given twice.
+
+        Also of a POST: one with `?dry_run=1` that we do not know would be carried out in earnest.
+        """
+        method = "GET" if self.request.method == "HEAD" else self.request.method or ""
+        given, known = self.request.query_arguments, self.parameters.get(method, ())
         for name, values in given.items():
             if name in known and len(values) == 1:
                 continue
@@ -358,6 +371,19 @@ class Handler(RequestHandler):
             dur_ms=round((time.monotonic() - self._arrived) * 1000, 1),
         )
 
+    def _check_framing(self) -> None:
+        """Raise MalformedRequest unless it is clear where the body ends.
+
+        Tornado would say so by a bare 400 behind our answer. Without these headers it reads no
+        body, and closes the connection, as the answer comes before the request's end.
+        """
+        headers = self.request.headers
+        framing = [(name, value) for name in _FRAMING for value in headers.get_list(name)]
+        if len(framing) > 1 or not all(_FRAMING[name].fullmatch(value) for name, value in framing):
+            for name in {name for name, _ in framing}:
+                del headers[name]
+            raise MalformedRequest
+
     def _drops_body(self) -> bool:
         """Return whether the end of the body is worth waiting for; who asks first is told."""
         headers = self.request.headers
@@ -365,7 +391,7 @@ class Handler(RequestHandler):
             return False
         length = headers.get("Content-Length", "0")
         most = max(self.max_body_bytes, DROPPED_BYTES)
-        return "Transfer-Encoding" in headers or (length.isdecimal() and int(length[:20]) <= most)
+        return "Transfer-Encoding" in headers or int(length[:20]) <= most
 
     def _beyond_cap(self) -> TooLarge:
         return TooLarge(f"This address takes bodies of up to {self.max_body_bytes} bytes.")

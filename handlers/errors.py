@@ -17,6 +17,7 @@ STATUS: dict[type[Exception], int] = {
     broker.InvalidJson: 400,
     broker.DuplicateKey: 400,
     broker.EmptyBody: 400,
+    broker.MalformedRequest: 400,
     auth.MissingToken: 401,
     auth.InvalidToken: 401,
     auth.TokenExpired: 401,

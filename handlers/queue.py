@@ -158,15 +158,15 @@ class OwnRunHandler(RunnerHandler):
 
     async def get(self, run_id: str) -> None:
         """Show a run to the runner that works, or worked, on it."""
-        self.query()
         self.answer(200, await self.services.queue.own_run(self.runner, UUID(run_id)))
 
 
 def idempotency_key(handler: Handler) -> str | None:
     """Return the Idempotency-Key header. Raises InvalidRequest for one that cannot be a key."""
-    key = handler.request.headers.get("Idempotency-Key")
-    if key is not None and not _KEY.fullmatch(key):
-        detail = "must be 1 to 200 visible ASCII characters"
+    keys = handler.request.headers.get_list("Idempotency-Key")
+    key = keys[0] if keys else None
+    if len(keys) > 1 or (key is not None and not _KEY.fullmatch(key)):
+        detail = "must be 1 to 200 visible ASCII characters, and sent once"
         raise InvalidRequest(
             f"The Idempotency-Key header {detail}.", (Violation("", f"Idempotency-Key {detail}"),)
         )

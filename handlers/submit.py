@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
 import asyncpg
@@ -83,6 +83,7 @@ class SubmitHandler(RunnerHandler):
     """POST /api/queue/{run_id}/submit."""
 
     max_body_bytes = sum(CAPS.values()) + FRAMING_BYTES
+    parameters: ClassVar[dict[str, tuple[str, ...]]] = {"POST": ("validate_only",)}
 
     _parts: Parts | None = None
     _spool: Spool | None = None
@@ -133,7 +134,7 @@ class SubmitHandler(RunnerHandler):
         self.answer(201 if created else 200, row["receipt"])
 
     def _validate_only(self) -> bool:
-        asked = self.query("validate_only").get("validate_only", "0")
+        asked = self.asked.get("validate_only", "0")
         if asked not in ("0", "1"):  # `true` must not become a submit in earnest
             detail = "must be 0 or 1"
             raise InvalidRequest(f"validate_only {detail}.", (Violation("/validate_only", detail),))

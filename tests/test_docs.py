@@ -26,7 +26,7 @@ from sandbox.sigstore_instance import ThrowawaySigstore
 from server import make_app
 from tests.fleet import code_of as code_of_answer
 from tests.fleet import open_fleet
-from tests.routes import IDS, PLACES
+from tests.routes import IDS, PLACES, RUN
 from tests.test_submit import lapse
 
 ROOT = Path(__file__).parents[1]
@@ -347,6 +347,24 @@ async def test_every_body_that_a_page_shows_fits_its_schema(
                 check_notation(told, load_schema(name).definition, (page, path))
                 shown += 1
     assert shown > 20
+
+
+@pytest.mark.gen_test
+async def test_every_parameter_that_a_page_shows_is_taken(
+    make_settings: Callable[..., Settings], sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        rules = make_app(fleet.services).wildcard_router.rules
+    takes = [(rule.matcher.regex, rule.target.parameters) for rule in rules]  # type: ignore[attr-defined]
+    shown = 0
+    for page, text in PAGES.items():
+        for path, query in re.findall(r"(/api/[\w$/{}-]+)\?([\w=&:.-]+)", text):
+            at = re.sub(r"\$\w+|\{\w+\}", RUN, path)
+            taken = next(of for regex, of in takes if regex.match(at))
+            for name in re.findall(r"(\w+)=", query):
+                assert any(name in names for names in taken.values()), (page, path)
+                shown += 1
+    assert shown > 5
 
 
 def fits(pattern: str, path: str) -> bool:

@@ -23,9 +23,10 @@ from handlers import connections
 from handlers.base import HEADERS
 from handlers.errors import ERRORS_PATH, STATUS
 from sandbox.sigstore_instance import ThrowawaySigstore
-from tests.fleet import AUDIENCE, Fleet, Runner, code_of, open_fleet
+from server import make_app
+from tests.fleet import AUDIENCE, Fleet, Runner, code_of, open_fleet, run_of
 from tests.raw_http import Line, exchange, head, line_to
-from tests.routes import RUN
+from tests.routes import FILLED, RUN, served
 
 MakeSettings = Callable[..., Settings]
 KIB = 1024
@@ -152,8 +153,126 @@ async def test_what_is_no_request_gets_a_bare_400_and_the_line_is_cut(
             head("POST", "/api/runners/register", JSON_TYPE, both[1]) + b"zz\r\n{}\r\n0\r\n\r\n",
         ):
             answer = await exchange(fleet.url, request)
-            assert answer is None or answer.status_code in (400, 413), request
+            assert answer is not None, request
+            assert answer.status_code == 400, request
         assert (await fleet.http.get("/healthz")).status_code == 200
+
+
+UNCLEAR = (
+    *((f"Content-Length: {length}",)
+      for length in ("abc", "-1", "+2", "", "0x2", "2 2", "1_0", "\xb2", "2, 2", "2, 3", "2;")),
+    ("Content-Length: 2", "Content-Length: 2"),
+    ("Content-Length: 2", "Transfer-Encoding: chunked"),
+    ("Transfer-Encoding: gzip",),
+    ("Transfer-Encoding: chunked, chunked",),
+    ("Transfer-Encoding: chunked", "Transfer-Encoding: chunked"),
+)  # fmt: skip
+
+
+@pytest.mark.gen_test
+async def test_a_request_of_unclear_length_is_400_and_nothing_behind_it_is_read(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with guarded(make_settings(), sigstore) as (fleet, runner):
+        app = make_app(fleet.services)
+        requests = [(at, path, ("Content-Length: abc",)) for at, path in served(app)]
+        requests += [("POST", "/api/queue/claim", framing) for framing in UNCLEAR]
+        for method, pattern, framing in requests:
+            path = pattern.format_map(FILLED)
+            start = head(method, path, token_for(runner, path), JSON_TYPE, *framing)
+            async with line_to(fleet.url) as line:
+                await line.send(start + b"{}" + head("GET", "/healthz"))
+                answer = await line.answer(method)
+                assert answer is not None, (method, path)
+                assert answer.status_code == 400, (method, path)
+                assert answer.headers["Connection"] == "close"
+                if method != "HEAD":
+                    assert_ours(answer)
+                    assert answer.json()["code"] == "malformed_request"
+                assert await line.answer() is None, (method, path)
+        assert (await fleet.http.get("/healthz")).status_code == 200
+
+
+# The query
+
+
+@pytest.mark.gen_test
+async def test_every_address_refuses_a_parameter_that_it_does_not_know(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    """Before its body is read, and nothing is carried out: `?dry_run=1` was not asked in vain."""
+    async with guarded(make_settings(), sigstore) as (fleet, runner):
+        queued = json.dumps({"runs": [run_of()]}).encode()
+        tables = ("run_queue", "runner_keys", "admin_tokens", "runners",
+                  "audit WHERE actor <> 'system'")  # fmt: skip
+        count = " + ".join(f"(SELECT count(*) FROM {table})" for table in tables)
+        before = await fleet.pool.fetchval(f"SELECT {count}")
+        known = 0
+        for method, path in served(make_app(fleet.services)):
+            at, length = path.format_map(FILLED), f"Content-Length: {len(queued)}"
+            for query, name in (("?dry_run=1", "dry_run"), ("?dry_run", "dry_run"), ("?=1", "")):
+                start = head(method, at + query, token_for(runner, at), JSON_TYPE, length)
+                async with line_to(fleet.url) as line:
+                    await line.send(start + queued)
+                    answer = await line.answer(method)
+                assert answer is not None, (method, path)
+                assert answer.status_code == 422, (method, path)
+                if method == "HEAD":
+                    continue
+                told = answer.json()
+                assert [error["pointer"] for error in told["errors"]] == [f"/{name}"]
+                detail = told["errors"][0]["detail"]
+                assert detail.startswith("is unknown: this address takes "), (method, path)
+                known += not detail.endswith("takes none")
+        assert known == 3 * len(TAKING)
+        assert await fleet.pool.fetchval(f"SELECT {count}") == before
+
+
+# What takes parameters, and which; docs/api.md and docs/runners.md name the same.
+TAKING = {
+    "/api/admin/queue": {"status", "cursor", "limit"},
+    "/api/admin/runners": {"cursor", "limit"},
+    "/api/admin/results": {"state", "runner_id", "key", "trust", "since", "cursor", "limit"},
+    "/api/admin/results/{run_id}/rows": {"cursor", "limit"},
+    "/api/admin/audit": {"actor", "action", "run_id", "runner_id", "cursor", "limit"},
+    "/api/admin/audit/chain": {"after", "cursor", "limit"},
+    "/api/queue/{run_id}/submit": {"validate_only"},
+}
+
+
+@pytest.mark.gen_test
+async def test_each_address_says_which_parameters_it_takes(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with guarded(make_settings(), sigstore) as (fleet, runner):
+        for path, names in TAKING.items():
+            at = path.format_map(FILLED)
+            method = "POST" if at.endswith("/submit") else "GET"
+            start = head(method, f"{at}?x=1", token_for(runner, at), JSON_TYPE)
+            answer = await exchange(fleet.url, start)
+            assert answer is not None
+            _, _, told = answer.json()["errors"][0]["detail"].partition("takes ")
+            assert set(told.split(", ")) == names, path
+
+
+@pytest.mark.gen_test
+async def test_an_idempotency_key_that_is_sent_twice_is_refused(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    """Joined with a comma they would be a key that nobody has chosen."""
+    async with guarded(make_settings(), sigstore) as (fleet, runner):
+        await fleet.enqueue()
+        before = await fleet.pool.fetchval("SELECT count(*) FROM run_queue")
+        bodies = {"/api/queue/claim": b"{}",
+                  "/api/admin/queue": json.dumps({"runs": [run_of()]}).encode()}  # fmt: skip
+        for path, body in bodies.items():
+            for second in ("a", "b"):
+                keys = ("Idempotency-Key: a", f"Idempotency-Key: {second}")
+                answer = await send(runner, path, body, *keys)
+                assert code_of(answer) == (422, "invalid_request"), path
+                assert "sent once" in answer.json()["detail"]
+        assert await fleet.pool.fetchval("SELECT count(*) FROM run_queue") == before
+        assert not (await runner.claim()).json()["attempt"] > 1, "nothing had been claimed"
 
 
 @pytest.mark.gen_test

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from auth.errors import PolicyRefused, SignatureInvalid, SignerNotAllowed, Unverifiable
 from auth.signers import (
     MAX_BUNDLE_BYTES,
+    MAX_CHECKPOINT_SIGNATURES,
     BundleVerifier,
     Signer,
     SignerEvidence,
@@ -296,7 +297,31 @@ def time_beyond_all_calendars(bundle: dict[str, Any]) -> None:
 def thousands_of_checkpoint_signatures(bundle: dict[str, Any]) -> None:
     checkpoint = entry(bundle)["inclusionProof"]["checkpoint"]
     checkpoint["envelope"] += "\u2014 someone AAAAAAAAAAA=\n" * 20_000
-    tampered_checkpoint_root(bundle)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_checkpoint_with_thousands_of_signatures_is_refused_unread(
+    verifier, good, before: bool, monkeypatch: pytest.MonkeyPatch
+):
+    def sign(count: int) -> bytes:
+        def edit(bundle: dict[str, Any]) -> None:
+            checkpoint = entry(bundle)["inclusionProof"]["checkpoint"]
+            note, _, signature = checkpoint["envelope"].partition("\n\n")
+            more = "\u2014 someone AAAAAAAAAAA=\n" * count
+            both = more + signature if before else signature + more
+            checkpoint["envelope"] = f"{note}\n\n{both}"
+
+        return edited(good, edit)
+
+    assert verifier.verify(RESULT, sign(MAX_CHECKPOINT_SIGNATURES - 1), EMAIL_SIGNER)
+
+    def unread(*_: Any) -> None:
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr("sigstore._internal.rekor.checkpoint.SignedNote.from_text", unread)
+    for count in (MAX_CHECKPOINT_SIGNATURES, 6000):
+        with pytest.raises(SignatureInvalid, match=f"has {count + 1} signatures, 512 is the most"):
+            verifier.verify(RESULT, sign(count), EMAIL_SIGNER)
 
 
 @pytest.mark.parametrize(
