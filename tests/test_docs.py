@@ -210,6 +210,8 @@ def test_every_code_has_the_status_that_a_page_gives_it() -> None:
         pairs = [(code, number) for number, code in re.findall(r"\b([45]\d\d) `(\w+)`", flat)]
         pairs += re.findall(r"`(\w+)` (?:\| )?([45]\d\d)\b", flat)
         for code, number in pairs:
+            if code in Settings.model_fields:  # of a limit: the status of what is beyond
+                continue
             found += 1
             assert (code, status.get(code)) == (code, int(number)), page
     assert found > 40
@@ -261,7 +263,7 @@ def test_every_name_in_code_is_one_of_the_programs() -> None:
     files += [ROOT / "server.py", ROOT / "Makefile"]
     files = [path for path in files if path != Path(__file__) and "assets" not in path.parts]
     program = "\n".join(path.read_text("utf-8") for path in files)
-    words = set(re.findall(r"\w+", program)) | OF_OTHERS
+    words = set(re.findall(r"\w+", program)) | OF_OTHERS | {path.stem for path in files}
     for page, text in TOLD.items():
         named = {
             name
