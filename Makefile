@@ -117,9 +117,9 @@ bench-finished: $(VENV)/.test  ## what finished runs cost the hot statements, ar
 rolling: $(VENV)/.test  ## replace three servers behind nginx, twice, with runners at work
 	@$(BIN)/python -m bench.rolling_restart
 
-requirements: $(VENV)/.test  ## resolve setup.cfg into the pinned, hashed requirements.txt
-	@$(PIP) install pip-tools
-	@CUSTOM_COMPILE_COMMAND='make requirements' $(BIN)/pip-compile -q --generate-hashes --no-strip-extras --no-emit-find-links --no-emit-index-url --output-file requirements.txt setup.cfg
+requirements: $(VENV)/.test  ## resolve setup.cfg for every Python into the pinned, hashed requirements.txt
+	@$(PIP) install uv
+	@UV_CUSTOM_COMPILE_COMMAND='make requirements' $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-strip-extras $(ARGS) --output-file requirements.txt setup.cfg
 
 audit: $(VENV)/.test  ## look the pinned versions up in the advisories' database, where it can be reached
 	@$(PIP) install pip-audit
