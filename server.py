@@ -11,6 +11,7 @@ from datetime import timedelta
 from functools import partial
 from importlib.metadata import version as installed_version
 
+import asyncpg
 import structlog
 from tornado.netutil import bind_sockets
 from tornado.web import Application
@@ -38,6 +39,8 @@ from broker.handbacks import Handbacks
 from broker.health import Health
 from broker.heartbeats import Heartbeats
 from broker.in_flight import InFlight
+from broker.key_rings import INTERVAL_S as KEY_RINGS_S
+from broker.key_rings import KeyRings
 from broker.lease_keys import LeaseKeys
 from broker.liveness import INTERVAL_S as LIVENESS_S
 from broker.liveness import Liveness
@@ -121,6 +124,7 @@ async def open_services(
         telemetry = Telemetry(version)
         pool = await stack.enter_async_context(open_pool(dsn, settings.database_pool_max))
         await check_migrated(pool, newest_version())
+        key_rings = await _hold_rings(pool, settings)
         leases = await _open_redis(stack, "REDIS_LEASE_URL", settings.redis_lease_url)
         revoked = await _open_redis(stack, "REDIS_TOKEN_URL", settings.redis_token_url)
 
@@ -162,6 +166,7 @@ async def open_services(
         supervisor.start("loop_lag", telemetry.watch_loop, every_s=LOOP_TICK_S)
         supervisor.start("archiver", Archiver(pool, settings).run, every_s=ARCHIVER_S)
         supervisor.start("audit_chain", audit_chain.run, every_s=AUDIT_CHAIN_S)
+        supervisor.start("key_rings", key_rings.run, every_s=KEY_RINGS_S)
         stack.push_async_callback(claims.close)
         stack.push_async_callback(revocations.close)
         breaker = RunnerBreaker(pool, settings)
@@ -189,9 +194,11 @@ async def open_services(
             shares=shares,
             tokens=TokenAdmin(pool),
             audit=AuditLog(pool),
-            health=Health(pool, leases.client, listener, trusted, newest_version(), supervisor),
+            health=Health(
+                pool, leases.client, listener, trusted, newest_version(), supervisor, key_rings
+            ),
             receipts=receipts,
-            reload=Reload(settings, trusted, tokens, receipt_keys),
+            reload=Reload(settings, trusted, tokens, receipt_keys, key_rings),
             telemetry=telemetry,
             tally=QueueTally(pool, telemetry),
             supervisor=supervisor,
@@ -297,6 +304,16 @@ def _parked_max(settings: Settings) -> int:
         return connections_max(settings) * 9 // 10
     except TooFewDescriptors as error:
         raise ServerRefused(str(error)) from None
+
+
+async def _hold_rings(pool: asyncpg.Pool, settings: Settings) -> KeyRings:
+    """Return the rings of the settings, compared with those of all processes before us."""
+    key_rings = KeyRings(pool)
+    try:
+        await key_rings.hold(settings)
+    except SettingsRefused as error:
+        raise ServerRefused("; ".join(str(error).splitlines())) from None
+    return key_rings
 
 
 async def _open_redis(stack: AsyncExitStack, setting: str, url: str) -> Topology:

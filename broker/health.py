@@ -8,6 +8,7 @@ import asyncpg
 import structlog
 
 from broker.expiry_listener import ExpiryListener
+from broker.key_rings import KeyRings
 from broker.supervision import Supervisor
 from broker.trusted import Trusted
 from db.pool import LOST, NO_PRIMARY, describe, is_writable, missing_migration, replication_risk
@@ -36,7 +37,9 @@ class Health:
         trusted: Trusted,
         newest_migration: str,
         supervisor: Supervisor,
+        key_rings: KeyRings,
     ) -> None:
+        self._key_rings = key_rings
         self._supervisor = supervisor
         self._pool = pool
         self._lease_client = lease_client
@@ -66,6 +69,7 @@ class Health:
             "redis": await self._redis(),
             "listener": "ok" if self._listener.healthy.is_set() else "degraded",
             "loops": self._loops(),
+            "key_rings": f"degraded: {problem}" if (problem := self._key_rings.problem) else "ok",
             "loop_success_ages_s": self._supervisor.success_ages_s,
             "trust_root": self._trusted.root_state(),
             "trust_root_age_s": round(self._trusted.root_age_s()),

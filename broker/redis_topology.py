@@ -149,9 +149,27 @@ def open_topology(url: str) -> Topology:
             return _sentinel(_parts(url, SENTINEL_PORT))
         if scheme == "redis+cluster":
             return _cluster(_parts(url, CLUSTER_PORT))
+        _check_one(url)
         return OneServer(lambda: redis.asyncio.from_url(url, **_patience()))
     except ValueError as error:
         raise RedisUrlRefused(str(error)) from None
+
+
+def _check_one(url: str) -> None:
+    """Refuse what redis-py passes over: it takes database 0 for a path that is no number."""
+    split = urlsplit(url)
+    path = split.path.strip("/")
+    if split.scheme == "unix":
+        if not path:
+            raise RedisUrlRefused("unix:///PATH/OF/SOCKET?db=1: the path is missing")
+        return
+    if path and not path.isdecimal():
+        raise RedisUrlRefused(f"{split.scheme}://HOST:PORT/DB: DB is not a number")
+    if "," in split.netloc.rpartition("@")[2]:
+        raise RedisUrlRefused(
+            f"{split.scheme}:// names one host: of several, use redis+sentinel:// or"
+            " redis+cluster://"
+        )
 
 
 def _patience() -> dict[str, Any]:

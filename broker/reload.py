@@ -14,6 +14,7 @@ from auth.errors import PolicyRefused
 from auth.receipts import ReceiptKeys
 from auth.signers import BundleVerifier, load_policy
 from auth.tokens import Tokens
+from broker.key_rings import KeyRings
 from broker.trusted import Trusted
 from config.logging import configure_logging
 from config.settings import Settings, SettingsRefused
@@ -30,8 +31,14 @@ class Reload:
     """`run_once()` reloads; `run()` does so whenever it is asked, until it is cancelled."""
 
     def __init__(
-        self, settings: Settings, trusted: Trusted, tokens: Tokens, receipt_keys: ReceiptKeys
+        self,
+        settings: Settings,
+        trusted: Trusted,
+        tokens: Tokens,
+        receipt_keys: ReceiptKeys,
+        key_rings: KeyRings,
     ) -> None:
+        self._key_rings = key_rings
         self._started_with = self._settings = settings
         self._trusted = trusted
         self._tokens = tokens
@@ -55,6 +62,7 @@ class Reload:
         try:
             # In a thread: a trust root is a file to read and certificates to parse.
             settings, verifier = await asyncio.to_thread(_read, read)
+            await self._key_rings.hold(settings)
         except (SettingsRefused, PolicyRefused) as error:
             log.error("reload.refused", problem="; ".join(str(error).splitlines()))
             return False

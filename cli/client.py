@@ -100,8 +100,9 @@ def _base_url(text: str) -> httpx.URL:
     except (httpx.InvalidURL, UnicodeError):
         url = httpx.URL("")
     usable = url.scheme in ("http", "https") and url.host and (url.port or 0) <= 65535
-    # A password in the address would replace our bearer token, and be printed with every error.
-    if not usable or url.userinfo:
+    # A password in the address would replace our bearer token, and be printed with every error;
+    # what follows a ? or # would swallow the path of every request.
+    if not usable or url.userinfo or "?" in text or "#" in text:
         raise usage_error(
             f"--url (or {URL_VARIABLE}) is no plain http or https address like {DEFAULT_URL}"
         )

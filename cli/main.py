@@ -24,6 +24,7 @@ from cli import (
     queue,
     receipts,
     results,
+    rings,
     runners,
     serve,
     tokens,
@@ -45,6 +46,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(results.app, name="results")
 app.add_typer(receipts.app, name="receipts")
 app.add_typer(tokens.app, name="tokens")
+app.add_typer(rings.app, name="rings")
 app.add_typer(audit.app, name="audit")
 app.add_typer(db.app, name="db")
 app.add_typer(config.app, name="config")

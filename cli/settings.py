@@ -5,11 +5,14 @@ What is heavy to import is imported when it is needed: `bakeoff-queue queue ls` 
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
 
 from cli.output import CommandFailed, ExitCode
 
 if TYPE_CHECKING:
+    from broker.credentials import Admin
     from config.settings import Settings
 
 Result = TypeVar("Result")
@@ -53,3 +56,37 @@ def in_database(work: Callable[[Any], Awaitable[Result]]) -> Result:
         raise CommandFailed(
             f"PostgreSQL was lost: {describe(error)}", code=ExitCode.UNREACHABLE
         ) from None
+
+
+def as_database_admin(work: "Callable[[Any, Admin], Awaitable[Any]]") -> Any:
+    """Run `work` on a pool of the settings' database, as whoever may write there.
+
+    Times and ids come back as JSON has them. Raises CommandFailed, also for what `work` refuses.
+    """
+    from auth import admin_tokens
+    from auth.errors import AuthError
+    from broker.credentials import Admin
+    from broker.errors import BrokerError
+    from db.audit import database_actor
+
+    async def run(pool: Any) -> Any:
+        actor = await database_actor(pool)
+        return await work(pool, Admin(actor.name, admin_tokens.SCOPES, actor))
+
+    try:
+        return _plain(in_database(run))
+    except (BrokerError, AuthError) as error:
+        codes = {"NotFound": ExitCode.NOT_FOUND, "Conflict": ExitCode.CONFLICT}
+        code = codes.get(type(error).__name__, ExitCode.FAILURE)
+        raise CommandFailed(str(error), code=code) from None
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON has for times and ids, wherever they are."""
+    if isinstance(value, dict):
+        return {name: _plain(member) for name, member in value.items()}
+    if isinstance(value, list):
+        return [_plain(member) for member in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return str(value) if isinstance(value, UUID) else value

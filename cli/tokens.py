@@ -12,12 +12,9 @@ from uuid import UUID
 import typer
 
 from auth import admin_tokens
-from auth.errors import AuthError
 from cli.client import DEFAULT_URL, Token, Url, connect
 from cli.output import (
     AsJson,
-    CommandFailed,
-    ExitCode,
     Yes,
     needs_yes,
     note,
@@ -26,7 +23,7 @@ from cli.output import (
     print_table,
     usage_error,
 )
-from cli.settings import in_database
+from cli.settings import as_database_admin
 
 if TYPE_CHECKING:
     from broker.credentials import Admin
@@ -66,7 +63,7 @@ def mint(
             minted = admin.post(TOKENS, wanted).body
     else:
         _check_schema(wanted)
-        minted = _in_database(lambda tokens, by: tokens.mint(by, wanted))
+        minted = _with_tokens(lambda tokens, by: tokens.mint(by, wanted))
     secret_first = {"token": minted["token"], **minted}
     print_json(secret_first) if as_json else print_members(secret_first)
     note("only its digest is stored: keep the token now, in BAKEOFF_QUEUE_TOKEN for instance")
@@ -79,7 +76,7 @@ def list_tokens(url: Url = DEFAULT_URL, token: Token = "", as_json: AsJson = Fal
         with connect(url, token) as admin:
             rows = admin.get(TOKENS)["tokens"]
     else:
-        rows = _in_database(lambda tokens, _: tokens.list_all())
+        rows = _with_tokens(lambda tokens, _: tokens.list_all())
     if as_json:
         print_json({"tokens": rows})
     else:
@@ -106,7 +103,7 @@ def revoke(
         with connect(url, token) as admin:
             revoked = admin.delete(f"{TOKENS}/{wanted}", {"reason": reason})
     else:
-        revoked = _in_database(lambda tokens, by: tokens.revoke(by, wanted, reason))
+        revoked = _with_tokens(lambda tokens, by: tokens.revoke(by, wanted, reason))
     if as_json:
         return print_json(revoked)
     return note(f"revoked the token of {revoked['name']}")
@@ -128,31 +125,7 @@ def _check_schema(wanted: dict[str, Any]) -> None:
         raise usage_error(f"--{violation.pointer.strip('/')} {violation.detail}")
 
 
-def _in_database(work: "Callable[[TokenAdmin, Admin], Awaitable[Any]]") -> Any:
-    """Run `work` on the settings' database, as whoever may write there."""
-    from broker.credentials import Admin
-    from broker.errors import BrokerError
+def _with_tokens(work: "Callable[[TokenAdmin, Admin], Awaitable[Any]]") -> Any:
     from broker.token_admin import TokenAdmin
-    from db.audit import database_actor
 
-    async def run(pool: Any) -> Any:
-        actor = await database_actor(pool)
-        return await work(TokenAdmin(pool), Admin(actor.name, admin_tokens.SCOPES, actor))
-
-    try:
-        return _plain(in_database(run))
-    except (BrokerError, AuthError) as error:
-        codes = {"NotFound": ExitCode.NOT_FOUND, "Conflict": ExitCode.CONFLICT}
-        code = codes.get(type(error).__name__, ExitCode.FAILURE)
-        raise CommandFailed(str(error), code=code) from None
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON has for times and ids, wherever they are."""
-    if isinstance(value, dict):
-        return {name: _plain(member) for name, member in value.items()}
-    if isinstance(value, list):
-        return [_plain(member) for member in value]
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return str(value) if isinstance(value, UUID) else value
+    return as_database_admin(lambda pool, by: work(TokenAdmin(pool), by))

@@ -4,12 +4,36 @@ An error names the setting, the kid and the fix, and never holds a key:
 it is on a terminal and in a log.
 """
 
+import hashlib
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from pydantic import SecretStr
 
 MIN_SECRET_BYTES = 32
 SEED_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class HeldKey:
+    """A key of a ring without the key: its fingerprint, and whether it signs."""
+
+    ring: str
+    kid: str
+    fingerprint: str
+    signs: bool
+
+
+def held_keys(ring: str, keys: Mapping[str, bytes]) -> list[HeldKey]:
+    """Return the keys of the ring in their order: the first one signs.
+
+    A fingerprint is the SHA-256 of the key with its ring and kid: equal keys look different.
+    """
+    return [
+        HeldKey(ring, kid, hashlib.sha256(f"{ring}:{kid}:".encode() + key).hexdigest(), place == 0)
+        for place, (kid, key) in enumerate(keys.items())
+    ]
 
 
 def parse_key_ring(ring: SecretStr) -> dict[str, bytes]:

@@ -20,9 +20,9 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from config import strict_yaml
-from config.key_rings import parse_key_ring, parse_seed_ring
+from config.key_rings import HeldKey, held_keys, parse_key_ring, parse_seed_ring
 from config.unreadable import why_unreadable
-from config.urls import check_url
+from config.urls import check_http_url, check_listen_address, check_url
 
 PREFIX = "BAKEOFF_QUEUE_"
 CONFIG_VARIABLE = f"{PREFIX}CONFIG"
@@ -116,7 +116,8 @@ class Settings(BaseSettings):
     )
     public_url: str = Field(
         "http://127.0.0.1:8400",
-        description="The address runners know us by, which they sign as the audience.",
+        description="The address runners know us by, which they sign as the audience: http(s)://,"
+        " the host, and the port or path if there is one.",
     )
     token_keys: SecretStr = Field(
         SecretStr(""),
@@ -252,8 +253,13 @@ class Settings(BaseSettings):
 
     @field_validator("public_url")
     @classmethod
-    def _no_trailing_slash(cls, value: str) -> str:
-        return value.rstrip("/")
+    def _web_address(cls, value: str) -> str:
+        return check_http_url(value)
+
+    @field_validator("listen_address")
+    @classmethod
+    def _listen_address(cls, value: str) -> str:
+        return check_listen_address(value)
 
     @field_validator("listen_address")
     @classmethod
@@ -330,6 +336,12 @@ class Settings(BaseSettings):
     def receipt_ring(self) -> dict[str, bytes]:
         """The seeds of the receipt keys by kid, the signing one first."""
         return parse_seed_ring(self.receipt_keys)
+
+    @property
+    def held_keys(self) -> list[HeldKey]:
+        """The keys of both rings, by their fingerprints."""
+        rings = {"token_keys": self.token_ring, "receipt_keys": self.receipt_ring}
+        return [key for name, ring in rings.items() for key in held_keys(name, ring)]
 
     @property
     def verify_processes(self) -> int:

@@ -6,6 +6,7 @@ percent-encoded, and what can be read in two ways is refused. No error holds a p
 """
 
 import re
+from ipaddress import ip_address
 from urllib.parse import parse_qs, unquote
 
 HIDDEN = "********"
@@ -16,7 +17,9 @@ SHOWN_OPTIONS = {
 }  # fmt: skip
 _URL = re.compile(r"([a-z][a-z0-9+]*)://(?:([^/?#@\[\]]*)@)?([^/?#@]*)(/[^?#@]*)?(?:\?([^#@]*))?")
 _HOST = re.compile(r"(?:\[([0-9A-Za-z:.%_-]+)\]|([^:\[\]]*))(?::([0-9]{1,5}))?")
+_NAME = re.compile(r"[A-Za-z0-9._-]*")
 _OPTION = re.compile(r"[^=]+=.*")
+HTTP = ("http", "https")
 
 
 def check_url(url: str, *schemes: str) -> str:
@@ -31,6 +34,32 @@ def check_url(url: str, *schemes: str) -> str:
             " options as ?name=value&name=value"
         )
     return url
+
+
+def check_http_url(url: str) -> str:
+    """Return an absolute http(s) URL without its last slash. Raises ValueError, as `check_url`."""
+    found = _URL.fullmatch(url)
+    host = found and _HOST.fullmatch(found[3])
+    plain = found and host and (host[1] or host[2]) and "," not in found[3] and _is_plain(url)
+    if not (found and plain and found[1] in HTTP and found[2] is None and found[5] is None):
+        raise ValueError(
+            "is no plain web address: write http:// or https://, a host, a port if it is another"
+            " than usual, and no user, ? or #, such as https://queue.example.org"
+        )
+    return url.rstrip("/")
+
+
+def check_listen_address(address: str) -> str:
+    """Return an IP address or a host's name; "" is every address. Raises ValueError."""
+    try:
+        ip_address(address)
+    except ValueError:
+        if not _NAME.fullmatch(address):
+            raise ValueError(
+                "is neither an IP address nor a host's name, such as 0.0.0.0, ::1 or localhost:"
+                " write it without http://, brackets and port (that is LISTEN_PORT)"
+            ) from None
+    return address
 
 
 def without_password(secret: str) -> str:

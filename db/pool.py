@@ -242,14 +242,15 @@ async def open_pool(dsn: str, max_size: int) -> AsyncIterator[asyncpg.Pool]:
     try:
         await pool
     except (*LOST, ValueError) as error:
-        raise _unready(error) from None
+        raise unready(error) from None
     try:
         yield pool
     finally:
         await _close(pool)
 
 
-def _unready(error: BaseException) -> DatabaseUnready:
+def unready(error: BaseException) -> DatabaseUnready:
+    """Return what says that the database cannot be used."""
     return DatabaseUnready(
         f"PostgreSQL cannot be used: {describe(error)};"
         " check BAKEOFF_QUEUE_DATABASE_URL and that the server runs"
@@ -278,7 +279,7 @@ async def check_migrated(pool: asyncpg.Pool, newest: str) -> None:
     try:
         missing = await missing_migration(pool, newest)
     except LOST as error:
-        raise _unready(error) from None
+        raise unready(error) from None
     if missing:
         raise NotMigrated(f"the database lacks migration {newest}: run `bakeoff-queue db migrate`")
 

@@ -145,6 +145,8 @@ def test_nobody_listening_is_exit_5(
         "http://127.0.0.1:99999",
         "http://a..b",
         "http://user:password@host",
+        "http://host?x=1",
+        "http://host#x",
     ],
 )
 def test_an_unusable_address_is_a_usage_error(admin: Admin, shell: Shell, url: str) -> None:

@@ -225,6 +225,11 @@ async def test_whatever_redis_is_away_runners_are_served(
     [
         ("http://localhost", "scheme"),
         ("redis://localhost:99999/1", "ort"),
+        ("redis://localhost/leases", "DB is not a number"),
+        ("rediss://localhost/-1", "DB is not a number"),
+        ("redis://localhost/1/2", "DB is not a number"),
+        ("redis://one,two/1", "names one host"),
+        ("unix://", "path is missing"),
         ("redis+sentinel://localhost/leases", "SERVICE/DB"),
         ("redis+sentinel://localhost/leases/one", "SERVICE/DB"),
         ("redis+sentinel:///leases/1", "names no host"),

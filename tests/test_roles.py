@@ -162,6 +162,7 @@ async def test_a_reader_reads_all_but_secrets_and_writes_nothing(database: str) 
             "SELECT * FROM attempts",
             "SELECT * FROM every_run",
             "SELECT * FROM admin_tokens",
+            "SELECT * FROM ring_keys",
             "SELECT * FROM registration_nonces",
             "SELECT claim_key FROM run_archive",
             "UPDATE runs SET run_status = run_status",

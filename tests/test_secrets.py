@@ -211,6 +211,7 @@ WRONG = {
         f"redis://:{MARK}/x@h/1", f"redis://h:{MARK}", f"http://:{MARK}@h",
         f"redis+cluster://h/1?a@{MARK}", f"unix://{MARK}@/x@y", f"redis+sentinel://:{MARK}?@h/s/1",
     ],
+    "public_url": [f"https://me:{MARK}@h", f"https://h?{MARK}", f"https://h#{MARK}", MARK],
     "token_keys": [MARK, f":{MARK}", f"k:{MARK}", f"{RING},{RING}"],
     "receipt_keys": [MARK, f"k:{MARK}", f"k:{SEED[2:]}", f"k:{SEED},k:{SEED}"],
     "listen_port": [MARK], "log_level": [MARK], "lease_ttl_s": [MARK],

@@ -53,16 +53,16 @@ def test_settings_cannot_be_changed() -> None:
 
 
 def test_the_sources_win_in_their_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    text = "queue: {database_url: y, public_url: y, log_level: debug, listen_port: 1}"
+    text = "queue: {database_url: y, public_url: http://y, log_level: debug, listen_port: 1}"
     monkeypatch.setenv(CONFIG_VARIABLE, write(tmp_path / "config.yaml", text))
-    held = {"DATABASE_URL": "postgres://2", "PUBLIC_URL": "2", "LISTEN_PORT": "2"}
+    held = {"DATABASE_URL": "postgres://2", "PUBLIC_URL": "http://2", "LISTEN_PORT": "2"}
     for name, value in held.items():
         monkeypatch.setenv(f"{PREFIX}{name}_FILE", write(tmp_path / name, f"{value}\n"))
-    for name in ("PUBLIC_URL", "LISTEN_PORT"):
-        monkeypatch.setenv(PREFIX + name, "3")
+    for name, value in {"PUBLIC_URL": "http://3", "LISTEN_PORT": "3"}.items():
+        monkeypatch.setenv(PREFIX + name, value)
     settings = load_settings(listen_port=4)
     assert settings.listen_port == 4
-    assert settings.public_url == "3"
+    assert settings.public_url == "http://3"
     assert settings.database_url.get_secret_value() == "postgres://2"
     assert settings.log_level == "debug"
 
@@ -226,6 +226,34 @@ def test_every_wrong_value_has_a_line() -> None:
 
 def test_the_public_url_is_what_runners_sign_without_a_last_slash() -> None:
     assert load_settings(public_url="https://queue.example/").public_url == "https://queue.example"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "foo", "//h", "ftp://h", "https://", "https:///path", "https://u:p@h", "https://@h",
+        "https://h?x=1", "https://h?", "https://h#x", "https://h,i", "https://h:99999",
+        "https://h:", "https://h x", "https://h\n", "https://:80",
+    ],
+)  # fmt: skip
+def test_a_public_url_that_is_no_plain_web_address_is_refused_with_the_fix(url: str) -> None:
+    with pytest.raises(SettingsRefused, match=f"^{PREFIX}PUBLIC_URL: .*https://queue.example.org$"):
+        load_settings(public_url=url)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:8400", "https://[::1]:8400", "https://queue.example.org/base/path"]
+)
+def test_a_public_url_may_have_a_port_and_a_path(url: str) -> None:
+    assert load_settings(public_url=url).public_url == url
+
+
+def test_a_listen_address_is_an_address_or_a_name() -> None:
+    for good in ("", "0.0.0.0", "::", "fe80::1%eth0", "localhost", "gpu-1.example"):  # noqa: S104
+        assert load_settings(listen_address=good).listen_address == good
+    for bad in ("http://0.0.0.0", "127.0.0.1:80", "[::1]", "a b", "a/b"):
+        with pytest.raises(SettingsRefused, match=f"^{PREFIX}LISTEN_ADDRESS: .*LISTEN_PORT"):
+            load_settings(listen_address=bad)
 
 
 def test_the_first_key_of_the_ring_is_the_signing_one() -> None:

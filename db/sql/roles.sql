@@ -74,12 +74,12 @@ DECLARE
     forgotten text[] = ARRAY[
         'run_queue', 'attempts', 'run_archive', 'attempts_archive', 'run_archive_changes',
         'submission_refusals', 'idempotency_keys', 'registration_nonces', 'revoked_tokens',
-        'audit_unchained', 'run_deferrals', 'learned_needs'
+        'audit_unchained', 'run_deferrals', 'learned_needs', 'ring_keys'
     ];
     only_added text[] = ARRAY['audit', 'audit_chain', 'submission_files'];
     hidden text[] = ARRAY[
         'admin_tokens', 'registration_nonces', 'revoked_tokens', 'idempotency_keys', 'every_run',
-        'every_attempt'
+        'every_attempt', 'ring_keys'
     ];
     secret text[] = ARRAY['lease_id', 'claim_key', 'claim_digest'];
     each record;

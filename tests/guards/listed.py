@@ -16,8 +16,10 @@ HEADS = "db/migrations/20261126000001_judges.sql"
 ARCHIVE = "db/sql/archive.sql"
 MIGRATE = "tests/test_migrations.py"
 PRUNE = "db/sql/prune.sql"
+RING_KEYS = "db/sql/key_rings.sql"
 
 CLAIMS = "tests/test_claims.py"
+KEY_RINGS = "tests/test_key_rings.py"
 RACES = "tests/test_claim_races.py"
 GUARDS = "tests/test_lease_guards.py"
 EXPIRY = "tests/test_expiry.py"
@@ -99,6 +101,37 @@ ENQUEUED = (
         "($11::int + t.place)",
         "($11::int * 0 + t.place)",
         f"{ENQUEUE}::test_rows_and_jobs_go_to_the_database_in_pieces_of_text",
+    ),
+)
+
+RINGS = (
+    Guard(
+        "key rings: a kid that is another key is left as it is",
+        f"{RING_KEYS}:hold",
+        "WHERE k.fingerprint = excluded.fingerprint",
+        "",
+        f"{KEY_RINGS}::test_another_key_under_an_old_kid_stops_the_start_with_ring_kid_and_fix",
+    ),
+    Guard(
+        "key rings: a key that nobody signs with is not missed",
+        f"{RING_KEYS}:signing",
+        "WHERE signed_at > statement_timestamp() - $1::interval",
+        "WHERE $1::interval IS NOT NULL",
+        f"{KEY_RINGS}::test_a_key_that_nobody_signs_with_any_more_is_not_missed",
+    ),
+    Guard(
+        "key rings: a kid that a process has is not freed",
+        "broker/key_rings.py",
+        'if row["held"]:',
+        "if False:",
+        f"{KEY_RINGS}::test_a_kid_is_freed_once_no_process_has_it_and_may_be_another_key_then",
+    ),
+    Guard(
+        "key rings: a reload compares them first",
+        "broker/reload.py",
+        "            await self._key_rings.hold(settings)\n",
+        "",
+        f"{KEY_RINGS}::test_at_a_reload_another_key_under_an_old_kid_changes_nothing",
     ),
 )
 
@@ -2611,6 +2644,7 @@ HTTP = (
 
 ALL = (
     ENQUEUED
+    + RINGS
     + CLAIM
     + ENDS
     + SWEEP
