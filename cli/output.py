@@ -35,8 +35,8 @@ class ExitCode(IntEnum):
     NOT_FOUND = 3
     CONFLICT = 4
     UNREACHABLE = 5
-    UNSIGNED = 7  # nothing failed, and of some results no signature was checked
     UNCONFIRMED = 6  # nothing is wrong: the command says what it would do, and waits for --yes
+    UNSIGNED = 7  # nothing failed, and of some results no signature was checked
 
 
 class CommandFailed(Exception):
