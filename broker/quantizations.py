@@ -8,7 +8,8 @@ is calculated from it.
 import re
 from collections.abc import Collection
 
-# bakeoff's table, as its migrations fill it: what can be told without asking a database.
+# bakeoff's table, as its migrations fill it: what is known without a server, which publishes its
+# own list (/.well-known/bakeoff-queue.json). Nothing that has a database goes by this one.
 KNOWN = (
     *("fp32", "fp16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q5_1"),
     *("q4_k_m", "q4_k_s", "q4_0", "q4_1", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),

@@ -70,7 +70,7 @@ class Registry:
         self._standings: Remembered[str, asyncpg.Record] = Remembered()
         # One look for all claims that wait together.
         self._desk: Coalescer[str, asyncpg.Record | None] = Coalescer(self._look)
-        self._quantizations: tuple[str, ...] = ()
+        self._quantizations: Remembered[str, tuple[str, ...]] = Remembered()
 
     @retries
     async def register(
@@ -161,10 +161,15 @@ class Registry:
         return [row["run_id"] for row in freed]
 
     async def known_quantizations(self) -> tuple[str, ...]:
-        """Return the quantizations of upstream's table, read once per process."""
-        if not self._quantizations:
-            self._quantizations = tuple((await models.lookups(self._pool))["quantization"])
-        return self._quantizations
+        """Return the quantizations of upstream's table, remembered for a second.
+
+        No longer: one that is added to the table counts at once, in every process.
+        """
+        known = self._quantizations.get("table")
+        if known is None:
+            known = tuple((await models.lookups(self._pool))["quantization"])
+            self._quantizations.put([("table", known)])
+        return known
 
     async def _standing(self, fingerprint: str) -> asyncpg.Record:
         """Return a runner's row beside its key's, remembered for a second: claims come often."""

@@ -7,7 +7,7 @@ hours.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,20 @@ def _read(path: Path) -> Mapping[str, Any]:
     return body
 
 
-def describe(model: Mapping[str, Any], files: Sequence[DescriptorFile]) -> dict[str, Any]:
-    """Return the descriptor of one entry of `models`, which has an id. Raises Undescribed."""
+def describe(
+    model: Mapping[str, Any], files: Sequence[DescriptorFile], known: Collection[str]
+) -> dict[str, Any]:
+    """Return the descriptor of one entry of `models`, which has an id. Raises Undescribed.
+
+    `known` are the quantizations of bakeoff's table.
+    """
     found = _find(model, files)
     if found is None:
-        return _from_config(model)
+        return _from_config(model, known)
     missing = [name for name in REQUIRED if found.body.get(name) is None]
     if missing:
         raise Undescribed(f"its descriptor {found.path} lacks {', '.join(missing)}: add them")
-    _refuse_other_weights(model, found)
+    _refuse_other_weights(model, found, known)
     return dict(found.body)
 
 
@@ -107,18 +112,20 @@ def _is_of_weights(body: Mapping[str, Any], gguf: Any) -> bool:
     return of_repository and [quantizations.canonical(str(body.get("quantization")))] == named
 
 
-def _refuse_other_weights(model: Mapping[str, Any], found: DescriptorFile) -> None:
+def _refuse_other_weights(
+    model: Mapping[str, Any], found: DescriptorFile, known: Collection[str]
+) -> None:
     """Two quantizations of one model often share their alias: the file decides which it is."""
     named = quantizations.in_file_name(_file_name(model.get("gguf")))
     said = quantizations.canonical(str(found.body["quantization"]))
-    if len(named) == 1 and named[0] in quantizations.KNOWN and said != named[0]:
+    if len(named) == 1 and named[0] in known and said != named[0]:
         raise Undescribed(
             f"its descriptor {found.path} says {said}, and its gguf {named[0]}: correct the one, or"
             f" name the right descriptor {model['id']}.json"
         )
 
 
-def _from_config(model: Mapping[str, Any]) -> dict[str, Any]:
+def _from_config(model: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     file_name = _file_name(model.get("gguf"))
     total, active = _billions(model.get("num_params")), _billions(model.get("num_active_params"))
     put = f"put a descriptor {model['id']}.json into the --models folder"
@@ -133,23 +140,23 @@ def _from_config(model: Mapping[str, Any]) -> dict[str, Any]:
     if not file_name:
         problems.append(f"no gguf: set it to the weights' file name{other}")
     else:
-        problems += _quantization_problems(file_name, put)
+        problems += _quantization_problems(file_name, put, known)
     if total is None or problems:
         raise Undescribed(*problems)
     return _descriptor(model, file_name, quantizations.in_file_name(file_name)[0], total, active)
 
 
-def _quantization_problems(file_name: str, put: str) -> list[str]:
+def _quantization_problems(file_name: str, put: str, known: Collection[str]) -> list[str]:
     named = quantizations.in_file_name(file_name)
-    if len(named) == 1 and named[0] in quantizations.KNOWN:
+    if len(named) == 1 and named[0] in known:
         return []
-    known = ", ".join(quantizations.KNOWN)
+    listed = ", ".join(known)
     if len(named) == 1:
         no_need = f"{file_name} is in {named[0]}, of which bakeoff's table has no VRAM need"
         nearest = "that names the nearest it has by bytes per weight"
-        return [f"{no_need}: {put} {nearest}; known: {known}"]
+        return [f"{no_need}: {put} {nearest}; known: {listed}"]
     what = "names no quantization" if not named else f"names {' and '.join(named)}"
-    return [f"{file_name} {what}: rename it so that it names one, or {put}; known: {known}"]
+    return [f"{file_name} {what}: rename it so that it names one, or {put}; known: {listed}"]
 
 
 def _descriptor(

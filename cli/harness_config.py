@@ -6,12 +6,13 @@ file. The service checks every member of a run; here only what the conversion it
 checked, and everything wrong with the models is said at once, before anything is sent.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from broker import quantizations
 from cli.descriptors import DescriptorFile, Undescribed, describe, read_folder
 from cli.documents import read_document
 from cli.output import CommandFailed
@@ -40,6 +41,8 @@ class Beside:
     floor_tasks: Path | None = None
     models: Path | None = None
     judge_mode: JudgeMode | None = None
+    # The quantizations of bakeoff's table: the server's, where there is one to ask.
+    known: Collection[str] = field(default=quantizations.KNOWN, compare=False)
 
 
 def read_runs(path: Path, beside: Beside, batch_id: str) -> list[Run]:
@@ -86,8 +89,8 @@ def convert(document: Any, path: Path, beside: Beside) -> list[Run]:
     _refuse_pairwise(config.get("judge"), path)
     job = {**_tasks(config, path, beside), "prompts": _prompts(config["prompts"], path)}
     descriptors = read_folder(beside.models) if beside.models else ()
-    described = _describe_all(config["models"], path, descriptors)
-    judge = _describe_judge(config, path, described, descriptors)
+    described = _describe_all(config["models"], path, descriptors, beside.known)
+    judge = _describe_judge(config, path, described, descriptors, beside.known)
     return [
         {"model": descriptor, **judge, **job, "config": config | {"models": [entry]}}
         for entry, descriptor in described
@@ -197,7 +200,10 @@ def _refuse_pairwise(judge: Any, path: Path) -> None:
 
 
 def _describe_all(
-    models: list[Any], path: Path, descriptors: Sequence[DescriptorFile]
+    models: list[Any],
+    path: Path,
+    descriptors: Sequence[DescriptorFile],
+    known: Collection[str],
 ) -> list[tuple[Mapping[str, Any], dict[str, Any]]]:
     described, problems, seen = [], [], set()
     for index, model in enumerate(models):
@@ -205,7 +211,7 @@ def _describe_all(
         try:
             name = _model_id(model, seen)
             place += f" ({name})"
-            described.append((model, describe(model, descriptors)))
+            described.append((model, describe(model, descriptors, known)))
         except Undescribed as error:
             problems += [f"{place}: {problem}" for problem in error.problems]
     if problems:
@@ -222,6 +228,7 @@ def _describe_judge(
     path: Path,
     described: Sequence[tuple[Mapping[str, Any], dict[str, Any]]],
     descriptors: Sequence[DescriptorFile],
+    known: Collection[str],
 ) -> dict[str, Any]:
     """`{"judge": its descriptor}` where one judges: it takes VRAM after the model."""
     judge: Mapping[str, Any] = config.get("judge") or {}
@@ -234,7 +241,7 @@ def _describe_judge(
     # Not its alias: in most configs that is "judge".
     name = judge.get("id") or Path(str(gguf or "")).stem or "judge"
     try:
-        return {"judge": describe({**judge, "id": name}, descriptors)}
+        return {"judge": describe({**judge, "id": name}, descriptors, known)}
     except Undescribed as error:
         raise CommandFailed(
             f"{path}: the judge needs VRAM as well (the larger of both counts), and cannot be"

@@ -30,7 +30,7 @@ from cli import (
     tokens,
 )
 from cli.client import refusing_unreadable
-from cli.output import CommandFailed, ExitCode, note, print_failure
+from cli.output import CommandFailed, ExitCode, OutputFailed, note, print_failure
 
 PROGRAM = "bakeoff-queue"
 
@@ -71,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with refusing_unreadable():
             code = get_command(app).main(arguments, prog_name=PROGRAM, standalone_mode=False)
+    except OutputFailed:
+        raise  # cli/entry.py has to give stdout up as well
     except CommandFailed as failure:
         print_failure(failure)
         return failure.code

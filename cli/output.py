@@ -8,6 +8,7 @@ nothing but us moves the operator's cursor.
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from enum import IntEnum
 from typing import Annotated, Any, TypeVar
@@ -37,6 +38,7 @@ class ExitCode(IntEnum):
     UNREACHABLE = 5
     UNCONFIRMED = 6  # nothing is wrong: the command says what it would do, and waits for --yes
     UNSIGNED = 7  # nothing failed, and of some results no signature was checked
+    UNWRITTEN = 8  # the command did its work, and stdout did not take what it has to say
 
 
 class CommandFailed(Exception):
@@ -53,6 +55,17 @@ class CommandFailed(Exception):
         self.line = line
         self.code = code
         self.details = tuple(details)
+
+
+class OutputFailed(CommandFailed):
+    """Stdout is full or closed. The command has done its work by then: a change is made once."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"the command did its work, but stdout did not take its result ({why}): do not repeat a"
+            " change, look at what is there (ls, show)",
+            code=ExitCode.UNWRITTEN,
+        )
 
 
 def usage_error(line: str) -> CommandFailed:
@@ -95,7 +108,10 @@ def print_failure(failure: CommandFailed) -> None:
 def note(text: str) -> None:
     """Print a line for the person at the terminal, apart from the command's result."""
     indent = text[: len(text) - len(text.lstrip(" "))]
-    print(indent + one_line(text), file=sys.stderr)
+    # `print` would take stdout where stderr is closed. One that is full or gone stops no command.
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            print(indent + one_line(text), file=sys.stderr)
 
 
 def print_json(value: Any) -> None:

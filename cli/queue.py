@@ -1,8 +1,10 @@
 """`bakeoff-queue queue`: enqueue runs, look at them, cancel them, put them back."""
 
+import json
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from itertools import chain
 from pathlib import Path
@@ -27,6 +29,8 @@ from cli.output import (
 
 QUEUE = "/api/admin/queue"
 BATCH = 1000  # runs that one request may carry
+BATCH_BYTES = 24 * 1024 * 1024  # of a request; the service takes 32 MiB
+WELL_KNOWN = "/.well-known/bakeoff-queue.json"
 
 RunId = Annotated[uuid.UUID, typer.Argument(metavar="RUN_ID", show_default=False)]
 app = typer.Typer(help="Runs: enqueue, list, look at, cancel, requeue.", no_args_is_help=True)
@@ -70,7 +74,10 @@ def add(
         typer.Option(help="Judge the runs so, where the config compares models with each other."),
     ] = None,
     priority: Annotated[int | None, typer.Option(help="Lower runs first (100).")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the runs.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only show the runs; with a token, let the server check."),
+    ] = False,
     idempotency_key: Annotated[
         uuid.UUID | None,
         typer.Option(help="Go on with an earlier command whose answer was lost.", metavar="UUID"),
@@ -81,14 +88,37 @@ def add(
 ) -> None:
     """Enqueue runs: one per model of a config, or those of the JSON."""
     key = idempotency_key or uuid.uuid4()
-    runs = read_runs(file, Beside(tasks, floor_tasks, models, judge_mode), str(key))
-    if priority is not None:
-        runs = [run | {"priority": priority} for run in runs]
-    if dry_run:
+    beside = Beside(tasks, floor_tasks, models, judge_mode)
+    if dry_run and not token:
+        runs = _with_priority(read_runs(file, beside, str(key)), priority)
+        note("no token: the server was not asked, which knows more (quantizations, models)")
         return print_json({"runs": runs}) if as_json else _print_plan(runs)
     with connect(url, token) as admin:
+        runs = _with_priority(_read_for(admin, file, beside, str(key)), priority)
+        if dry_run:
+            for batch in _batches(runs):
+                admin.post(f"{QUEUE}?dry_run=1", {"runs": batch})
+            return print_json({"runs": runs}) if as_json else _print_plan(runs)
         created = _enqueue(admin, runs, key)
     return print_json({"runs": created}) if as_json else _print_created(created, runs)
+
+
+def _read_for(admin: AdminClient, file: Path, beside: Beside, batch_id: str) -> list[Run]:
+    """Return the runs of a file; one that is refused is read again with the server's own list."""
+    try:
+        return read_runs(file, beside, batch_id)
+    except CommandFailed as refused:
+        try:
+            known = admin.get(WELL_KNOWN).get("quantizations") or ()
+        except CommandFailed:
+            known = ()
+        if set(known) <= set(beside.known):
+            raise refused from None
+    return read_runs(file, replace(beside, known=known), batch_id)
+
+
+def _with_priority(runs: list[Run], priority: int | None) -> list[Run]:
+    return runs if priority is None else [run | {"priority": priority} for run in runs]
 
 
 @app.command()
@@ -198,16 +228,49 @@ def _change(
 def _enqueue(admin: AdminClient, runs: Sequence[Run], key: uuid.UUID) -> list[dict[str, Any]]:
     """Enqueue in batches. Each has its own key, so that a retry doubles none of them."""
     created: list[dict[str, Any]] = []
-    for start in range(0, len(runs), BATCH):
-        batch = list(runs[start : start + BATCH])
+    for batch in _batches(runs):
+        start = str(len(created))
         try:
-            answer = admin.post_once(QUEUE, {"runs": batch}, str(uuid.uuid5(key, str(start))))
+            answer = admin.post_once(QUEUE, {"runs": batch}, str(uuid.uuid5(key, start)))
         except CommandFailed as failure:
             raise _stopped(failure, len(created), len(runs), key) from None
         created += answer.body.get("runs", [])
-        if len(runs) > BATCH:
+        if len(runs) > len(batch):
             note(f"enqueued {len(created)} of {len(runs)}")
     return created
+
+
+def _batches(runs: Sequence[Run]) -> Iterator[list[Run]]:
+    """Yield the runs in pieces that one request may carry, by number, bytes and different cells.
+
+    The same runs give the same pieces: a command that is repeated goes on where it stopped.
+    """
+    from broker.enqueue_request import MAX_CELLS_TOGETHER
+
+    batch: list[Run] = []
+    size, cells, seen = 0, 0, set[str]()
+    for run in runs:
+        length = len(json.dumps(run))
+        parts = json.dumps([run.get(name) for name in ("tasks", "floor_tasks", "prompts")])
+        more = 0 if parts in seen else _cells(run)
+        if batch and (
+            len(batch) == BATCH or size + length > BATCH_BYTES or cells + more > MAX_CELLS_TOGETHER
+        ):
+            yield batch
+            batch, size, cells, seen, more = [], 0, 0, set(), _cells(run)
+        batch.append(run)
+        seen.add(parts)
+        size, cells = size + length, cells + more
+    yield batch
+
+
+def _cells(run: Run) -> int:
+    """Return the most cells that a run may have; what is no list counts nothing here."""
+    tasks, floor, prompts = (
+        len(part) if isinstance(part := run.get(name), list) else 0
+        for name in ("tasks", "floor_tasks", "prompts")
+    )
+    return tasks * max(prompts, 1) + floor
 
 
 def _stopped(failure: CommandFailed, done: int, total: int, key: uuid.UUID) -> CommandFailed:
@@ -239,7 +302,7 @@ def _print_plan(runs: Sequence[Run]) -> None:
             for names, run in zip(_names(runs), runs, strict=True)
         ),
     )
-    note(f"{len(runs)} run(s); nothing was sent")
+    note(f"{len(runs)} run(s); nothing was enqueued")
 
 
 def _print_created(created: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> None:

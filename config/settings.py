@@ -8,7 +8,6 @@ config.yaml. A mistyped name is an error in each of them.
 
 import difflib
 import os
-import re
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
@@ -29,8 +28,6 @@ CONFIG_VARIABLE = f"{PREFIX}CONFIG"
 # Read by the command line's admin commands (cli/), not part of the service's settings.
 CLIENT_VARIABLES = {f"{PREFIX}URL", f"{PREFIX}TOKEN"}
 DAY_S = 86_400
-# IPv4 or a name (no colon), or IPv6 (two colons or more), or nothing.
-_LISTEN_ADDRESS = re.compile(r"[A-Za-z0-9._-]*|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f.]*(%\w+)?")
 REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster")
 # PostgreSQL's intervals and Python's timedelta hold it; who wants to keep things for ever says so.
 MAX_RETENTION_S = 1000 * 365 * DAY_S
@@ -260,16 +257,6 @@ class Settings(BaseSettings):
     @classmethod
     def _listen_address(cls, value: str) -> str:
         return check_listen_address(value)
-
-    @field_validator("listen_address")
-    @classmethod
-    def _address_alone(cls, value: str) -> str:
-        if not _LISTEN_ADDRESS.fullmatch(value):
-            raise ValueError(
-                f"{value!r} is no address or host name: write ::1 without brackets, and the port"
-                f" into {PREFIX}LISTEN_PORT"
-            )
-        return value
 
     @field_validator("database_url", "database_listen_url")
     @classmethod

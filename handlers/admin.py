@@ -12,7 +12,7 @@ from broker.allowlist import Revocation
 from broker.credentials import Admin
 from broker.paging import read_whole
 from broker.services import Services
-from handlers.base import UUID_PATH, Handler
+from handlers.base import UUID_PATH, Handler, read_flag
 from handlers.queue import idempotency_key
 
 MIB = 1024 * 1024
@@ -92,7 +92,10 @@ class QueueHandler(AdminHandler):
 
     max_body_bytes = 32 * MIB
     scopes: ClassVar[dict[str, str]] = {"GET": "read", "POST": "operate"}
-    parameters: ClassVar[dict[str, tuple[str, ...]]] = {"GET": ("status", "cursor", "limit")}
+    parameters: ClassVar[dict[str, tuple[str, ...]]] = {
+        "GET": ("status", "cursor", "limit"),
+        "POST": ("dry_run",),
+    }
 
     async def get(self) -> None:
         """List runs, oldest first, a page at a time."""
@@ -103,10 +106,14 @@ class QueueHandler(AdminHandler):
         self.answer(200, {"runs": page.runs, "next_cursor": page.next_cursor})
 
     async def post(self) -> None:
-        """Add runs, all or none."""
+        """Add runs, all or none; with dry_run=1, check everything and add none."""
+        dry_run = read_flag("dry_run", self.asked.get("dry_run", "0"))
         body, key = self.read_body(), idempotency_key(self)
-        added = await self.services.enqueue.add(self.admin, body, key)
-        self.answer(201, {"runs": added})
+        if dry_run:
+            checked = await self.services.enqueue.check(self.admin, body)
+            self.answer(200, {"runs": checked, "dry_run": True})
+        else:
+            self.answer(201, {"runs": await self.services.enqueue.add(self.admin, body, key)})
 
 
 class RunHandler(AdminHandler):

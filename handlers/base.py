@@ -424,6 +424,17 @@ def told_as(raised: BaseException) -> Exception:
     return refusal_of(raised)
 
 
+def read_flag(name: str, text: str) -> bool:
+    """Read a switch of the query. Raises InvalidRequest for all but 0 and 1.
+
+    `true` must not be taken for 0: what was meant as a try would be done in earnest.
+    """
+    if text not in ("0", "1"):
+        detail = "must be 0 or 1"
+        raise InvalidRequest(f"{name} {detail}.", (Violation(pointer([name]), detail),))
+    return text == "1"
+
+
 def connection_of(request: HTTPServerRequest) -> ClientStream | None:
     """Return the connection of a request; None where it is not one of our server's."""
     stream = getattr(request.connection, "stream", None)

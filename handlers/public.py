@@ -24,12 +24,19 @@ class VersionHandler(PlainHandler):
 
 
 class WellKnownHandler(PlainHandler):
-    """/.well-known/bakeoff-queue.json: what it takes to verify our receipts."""
+    """/.well-known/bakeoff-queue.json: what verifies our receipts and fills our queue."""
 
-    def get(self) -> None:
-        """Answer our address and public keys, also the former ones, the signing one first."""
-        published = self.services.receipts.published()
-        self.answer(200, {"name": NAME, **published, "bundle_schema_versions": BUNDLE_SCHEMAS})
+    async def get(self) -> None:
+        """Answer our address, public keys (the signing one first), and the known quantizations."""
+        self.answer(
+            200,
+            {
+                "name": NAME,
+                **self.services.receipts.published(),
+                "bundle_schema_versions": BUNDLE_SCHEMAS,
+                "quantizations": await self.services.registry.known_quantizations(),
+            },
+        )
 
     head = get
 

@@ -16,13 +16,11 @@ from broker.bundles import CAPS
 from broker.errors import (
     BrokerError,
     InvalidBundle,
-    InvalidRequest,
     UnsupportedMediaType,
-    Violation,
 )
 from broker.services import Services
 from broker.uploads import Spool, Upload
-from handlers.base import UUID_PATH
+from handlers.base import UUID_PATH, read_flag
 from handlers.runner_base import RunnerHandler
 
 # Boundaries, part headers and the lease_id beside the files.
@@ -134,11 +132,7 @@ class SubmitHandler(RunnerHandler):
         self.answer(201 if created else 200, row["receipt"])
 
     def _validate_only(self) -> bool:
-        asked = self.asked.get("validate_only", "0")
-        if asked not in ("0", "1"):  # `true` must not become a submit in earnest
-            detail = "must be 0 or 1"
-            raise InvalidRequest(f"validate_only {detail}.", (Violation("/validate_only", detail),))
-        return asked == "1"
+        return read_flag("validate_only", self.asked.get("validate_only", "0"))
 
     def _received(self) -> Upload:
         """Return the bundle that came in. Raises what stopped it."""

@@ -75,6 +75,9 @@ class Play(tornado.web.RequestHandler):
         body = json.loads(request.body) if request.body else None
         method, path = str(request.method), request.path
         self.admin.seen.append(Seen(method, path, query, dict(request.headers.get_all()), body))
+        if query.get("dry_run") == "1":
+            self.finish({"runs": [], "dry_run": True})
+            return
         script = self.admin.answers[method, path] or deque([(500, f"no {method} {path}", {})])
         if self.admin.other is not None and not self.admin.answers[method, path]:
             script = deque([(200, self.admin.other, {})])

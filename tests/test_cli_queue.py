@@ -10,7 +10,10 @@ from typing import Any
 import nacl.signing
 import pytest
 
+from broker import enqueue_request
 from broker.documents import load_schema
+from broker.quantizations import KNOWN
+from cli import queue
 from cli.queue import BATCH
 from tests.cli_admin import TOKEN, Admin, Shell, playing, problem
 
@@ -132,7 +135,9 @@ def test_a_dry_runs_json_is_what_add_takes(
     path.write_text(json.dumps(body))
     admin.answer("POST", QUEUE, 201, created(2))
     assert shell("queue", "add", path).code == 0
-    assert admin.seen[0].body == body
+    checked, sent = admin.seen
+    assert (checked.query, checked.body) == ({"dry_run": "1"}, body)
+    assert (sent.query, sent.body) == ({}, body)
 
 
 def test_a_model_that_cannot_be_described_enqueues_nothing(
@@ -143,7 +148,7 @@ def test_a_model_that_cannot_be_described_enqueues_nothing(
     assert (outcome.code, len(outcome.err)) == (1, 2)
     assert "1 of 2 models cannot be enqueued, so nothing was" in outcome.err[0]
     assert "small.json into the --models folder" in outcome.err[1]
-    assert admin.seen == []
+    assert [seen for seen in admin.seen if seen.method == "POST"] == []
 
 
 def test_add_takes_descriptors_from_a_folder(
@@ -182,7 +187,7 @@ def test_a_config_without_its_tasks_is_one_line_that_says_where_they_come_from(
     assert outcome.code == 1
     [line] = outcome.err
     assert "give --tasks FILE, which `python -m bench.runner --dry-run`" in line
-    assert admin.seen == []
+    assert [seen for seen in admin.seen if seen.method == "POST"] == []
 
 
 @pytest.mark.parametrize("option", ["--tasks", "--floor-tasks", "--models"])
@@ -207,6 +212,34 @@ def test_more_than_a_batch_goes_in_batches_with_keys_of_their_own(
     assert len(outcome.json["runs"]) == BATCH + 3
     assert [len(seen.body["runs"]) for seen in admin.seen] == [BATCH, 3]
     assert len({seen.headers["Idempotency-Key"] for seen in admin.seen}) == 2
+
+
+def test_runs_go_in_pieces_that_a_request_may_carry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(enqueue_request, "MAX_CELLS_TOGETHER", 10)
+    large = {"note": "x" * 700}
+    assert [len(piece) for piece in queue._batches([large] * 3)] == [1, 1, 1]
+    small = {"tasks": ["t"] * 4, "prompts": ["p"]}
+    # The same tasks count once, others by their number.
+    assert [len(piece) for piece in queue._batches([small] * 9)] == [9]
+    others = [{**small, "floor_tasks": [str(i)]} for i in range(5)]
+    assert [len(piece) for piece in queue._batches(others)] == [2, 2, 1]
+    assert list(queue._batches(others)) == list(queue._batches(others))
+
+
+def test_a_quantization_that_the_server_knows_beside_ours_is_taken(
+    admin: Admin, shell: Shell, grid: Path
+) -> None:
+    grid.write_text(grid.read_text().replace("small-Q8_0", "small-MXFP4"))
+    admin.answer("GET", "/.well-known/bakeoff-queue.json", 200, {"quantizations": ["q8_0"]})
+    table = {"quantizations": [*KNOWN, "mxfp4"]}
+    admin.answer("GET", "/.well-known/bakeoff-queue.json", 200, table)
+    refused = shell("queue", "add", grid, *beside(grid))
+    assert "mxfp4, of which bakeoff's table has no VRAM need" in refused.err[1]
+    admin.answer("POST", QUEUE, 201, created(2))
+    outcome = shell("queue", "add", grid, *beside(grid))
+    assert outcome.code == 0, outcome.err
+    assert admin.seen[-1].body["runs"][0]["model"]["quantization"] == "mxfp4"
 
 
 def test_a_lost_answer_is_fetched_with_the_same_key(admin: Admin, shell: Shell, grid: Path) -> None:

@@ -106,14 +106,14 @@ def test_a_model_is_described_from_the_config(tmp_path: Path) -> None:
     [(0.5, 0.5), (7, 7.0), (100_000, 100_000.0), (100_001, 0.000100001), (7_620_000_000, 7.62)],
 )
 def test_up_to_100000_num_params_counts_billions(num_params: float, billions: float) -> None:
-    assert describe(MODEL | {"num_params": num_params}, [])["parameter_count_b"] == billions
+    assert describe(MODEL | {"num_params": num_params}, [], KNOWN)["parameter_count_b"] == billions
 
 
 @pytest.mark.parametrize(("active", "architecture"), [(1.9, "MoE"), (7.6, "Dense")])
 def test_fewer_active_parameters_make_a_mixture_of_experts(
     active: float, architecture: str
 ) -> None:
-    described = describe(MODEL | {"num_active_params": active}, [])
+    described = describe(MODEL | {"num_active_params": active}, [], KNOWN)
     assert described["architecture"] == architecture
     assert described["active_parameter_count_b"] == active
 
@@ -121,13 +121,13 @@ def test_fewer_active_parameters_make_a_mixture_of_experts(
 @pytest.mark.parametrize("active", [0, -1, 7.7, "2", True])
 def test_impossible_active_parameters_are_refused(active: Any) -> None:
     with pytest.raises(Undescribed, match="num_active_params"):
-        describe(MODEL | {"num_active_params": active}, [])
+        describe(MODEL | {"num_active_params": active}, [], KNOWN)
 
 
 @pytest.mark.parametrize("count", [None, 0, -7, "7B", True])
 def test_an_unusable_parameter_count_is_refused(count: Any) -> None:
     with pytest.raises(Undescribed, match="parameter count"):
-        describe(MODEL | {"num_params": count}, [])
+        describe(MODEL | {"num_params": count}, [], KNOWN)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_an_unusable_parameter_count_is_refused(count: Any) -> None:
     ],
 )
 def test_a_quantization_is_read_from_the_file_name(gguf: str, quantization: str) -> None:
-    assert describe(MODEL | {"gguf": gguf}, [])["quantization"] == quantization
+    assert describe(MODEL | {"gguf": gguf}, [], KNOWN)["quantization"] == quantization
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_quantization_is_read_from_the_file_name(gguf: str, quantization: str)
 )
 def test_a_file_name_without_exactly_one_quantization_is_no_guess(gguf: str) -> None:
     with pytest.raises(Undescribed, match="rename it so that it names one, or put a descriptor"):
-        describe(MODEL | {"gguf": gguf}, [])
+        describe(MODEL | {"gguf": gguf}, [], KNOWN)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_file_name_without_exactly_one_quantization_is_no_guess(gguf: str) -> 
 )
 def test_a_quantization_without_a_vram_need_is_refused_with_the_list(gguf: str, name: str) -> None:
     with pytest.raises(Undescribed) as problem:
-        describe(MODEL | {"gguf": gguf}, [])
+        describe(MODEL | {"gguf": gguf}, [], KNOWN)
     [said] = problem.value.problems
     assert f"is in {name}, of which bakeoff's table has no VRAM need: put a descriptor" in said
     assert "m-q4_0.json into the --models folder that names the nearest" in said
@@ -185,14 +185,14 @@ def test_a_quantization_without_a_vram_need_is_refused_with_the_list(gguf: str, 
 def test_a_descriptor_may_name_the_nearest_quantization(tmp_path: Path) -> None:
     write(tmp_path, "m-q4_0.json", DESCRIPTOR | {"quantization": "q4_k_m"})
     model = MODEL | {"gguf": "o/r/M-UD-Q4_K_XL.gguf"}
-    assert describe(model, read_folder(tmp_path))["quantization"] == "q4_k_m"
+    assert describe(model, read_folder(tmp_path), KNOWN)["quantization"] == "q4_k_m"
 
 
 def test_a_descriptor_of_another_quantization_than_the_file_is_refused(tmp_path: Path) -> None:
     """Two quantizations of one model often share their alias."""
     write(tmp_path, "a.json", DESCRIPTOR | {"quantization": "Q8_0"})
     with pytest.raises(Undescribed, match="says q8_0, and its gguf q4_0"):
-        describe(MODEL, read_folder(tmp_path))
+        describe(MODEL, read_folder(tmp_path), KNOWN)
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -252,10 +252,12 @@ def test_a_descriptor_of_the_store_is_found_by_its_weights(
     """The store names its files by ids that nobody writes into a config."""
     of = DESCRIPTOR | {"name": "Some Name", "sources": [source], "model_hash": None}
     write(tmp_path, "5d2d89c1-2e92-51f6-8a4a-3e5023195289.json", of)
-    assert describe(MODEL, read_folder(tmp_path)) == of
+    assert describe(MODEL, read_folder(tmp_path), KNOWN) == of
     write(tmp_path, "a.json", of | {"quantization": "q8_0", "sources": [
         {"source_type": "huggingface", "url": "https://huggingface.co/o/r"}]})  # fmt: skip
-    assert describe(MODEL, read_folder(tmp_path)) == of, "the repository's other quantization"
+    assert describe(MODEL, read_folder(tmp_path), KNOWN) == of, (
+        "the repository's other quantization"
+    )
 
 
 @pytest.mark.parametrize(
@@ -271,50 +273,50 @@ def test_a_descriptor_of_the_store_is_found_by_its_weights(
 def test_a_descriptor_of_other_weights_is_not_taken(tmp_path: Path, source: dict[str, Any]) -> None:
     other = {"name": "Some Name", "quantization": "q4_0", "sources": [source]}
     write(tmp_path, "5d2d89c1.json", DESCRIPTOR | other | source.get("instead", {}))
-    assert describe(MODEL, read_folder(tmp_path))["name"] == "m-q4_0"
+    assert describe(MODEL, read_folder(tmp_path), KNOWN)["name"] == "m-q4_0"
 
 
 def test_a_file_without_folders_is_found_by_its_url_too(tmp_path: Path) -> None:
     of = {"name": "Some Name", "sources": [{"source_type": "local_file", "url": "M-Q4_0.gguf"}]}
     write(tmp_path, "5d2d89c1.json", DESCRIPTOR | of)
     model = MODEL | {"gguf": "M-Q4_0.gguf"}
-    assert describe(model, read_folder(tmp_path))["name"] == "Some Name"
+    assert describe(model, read_folder(tmp_path), KNOWN)["name"] == "Some Name"
 
 
 def test_a_descriptor_of_the_store_is_found_by_the_files_name(tmp_path: Path) -> None:
     write(tmp_path, "5d2d89c1.json", DESCRIPTOR | {"name": "M-Q4_0"})
-    assert describe(MODEL | {"alias": "x"}, read_folder(tmp_path))["name"] == "M-Q4_0"
+    assert describe(MODEL | {"alias": "x"}, read_folder(tmp_path), KNOWN)["name"] == "M-Q4_0"
 
 
 def test_the_descriptor_named_after_the_id_wins(tmp_path: Path) -> None:
     write(tmp_path, "a.json", DESCRIPTOR)
     write(tmp_path, "m-q4_0.json", DESCRIPTOR | {"version": "2"})
-    assert describe(MODEL, read_folder(tmp_path))["version"] == "2"
+    assert describe(MODEL, read_folder(tmp_path), KNOWN)["version"] == "2"
 
 
 def test_two_descriptors_of_one_model_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "a.json", DESCRIPTOR)
     write(tmp_path, "b.json", DESCRIPTOR)
     with pytest.raises(Undescribed, match=r"a\.json, .*b\.json"):
-        describe(MODEL, read_folder(tmp_path))
+        describe(MODEL, read_folder(tmp_path), KNOWN)
 
 
 def test_an_alias_that_is_missing_matches_no_descriptor(tmp_path: Path) -> None:
     write(tmp_path, "nameless.json", {"quantization": "q8_0"})
     model = {name: value for name, value in MODEL.items() if name != "alias"}
-    assert describe(model, read_folder(tmp_path))["quantization"] == "q4_0"
+    assert describe(model, read_folder(tmp_path), KNOWN)["quantization"] == "q4_0"
 
 
 @pytest.mark.parametrize("alias", [["M"], {"of": "M"}, 7])
 def test_an_alias_that_is_not_text_matches_no_descriptor(tmp_path: Path, alias: Any) -> None:
     write(tmp_path, "a.json", DESCRIPTOR | {"name": alias})
-    assert describe(MODEL | {"alias": alias}, read_folder(tmp_path))["name"] == "m-q4_0"
+    assert describe(MODEL | {"alias": alias}, read_folder(tmp_path), KNOWN)["name"] == "m-q4_0"
 
 
 def test_a_descriptor_without_a_parameter_count_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path, "m-q4_0.json", {"name": "M", "architecture": "Dense"})
     with pytest.raises(Undescribed, match=r"m-q4_0\.json lacks parameter_count_b, quantization"):
-        describe(MODEL, read_folder(tmp_path))
+        describe(MODEL, read_folder(tmp_path), KNOWN)
 
 
 def test_a_descriptor_that_is_no_object_is_refused(tmp_path: Path) -> None:

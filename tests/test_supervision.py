@@ -15,12 +15,13 @@ import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
-from broker import archiver, audit_chain, liveness, supervision, wakeup
+from broker import archiver, audit_chain, key_rings, liveness, supervision, wakeup
 from broker.archiver import Archiver
 from broker.audit_chain import AuditChain
 from broker.endings import cancel
 from broker.expiry import Sweep
 from broker.expiry_listener import ExpiryListener
+from broker.key_rings import KeyRings
 from broker.liveness import Liveness
 from broker.supervision import Succeeded, Supervisor
 from broker.telemetry import Telemetry
@@ -267,6 +268,7 @@ LOOPS: dict[str, tuple[type, str]] = {
     "archiver": (Archiver, "run"),
     "audit_chain": (AuditChain, "run"),
     "patrol": (Server, "patrol"),
+    "key_rings": (KeyRings, "run"),
 }
 
 
@@ -278,6 +280,7 @@ async def test_every_loop_of_the_server_survives_its_end_and_does_its_work_again
     monkeypatch.setattr(archiver, "INTERVAL_S", 0.01)
     monkeypatch.setattr(audit_chain, "INTERVAL_S", 0.01)
     monkeypatch.setattr(liveness, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(key_rings, "INTERVAL_S", 0.01)
     monkeypatch.setattr(connections, "PATROL_S", 0.01)
     quick = make_settings(claim_recheck_s=0.01, sweep_interval_s=0.01)
     for kind, name in LOOPS.values():
