@@ -109,10 +109,17 @@ class _Borrowed(asyncpg.pool.PoolAcquireContext):
         if isinstance(exc_val, asyncpg.ReadOnlySQLTransactionError):
             await self.pool.expire_connections()
         if self.connection and (
-            isinstance(exc_val, FORSAKEN) or self.connection.is_in_transaction()
+            isinstance(exc_val, FORSAKEN) or _is_in_transaction(self.connection)
         ):
             self.connection.terminate()
         await super().__aexit__(exc_type, exc_val, exc_tb)
+
+
+def _is_in_transaction(connection: Any) -> bool:
+    try:
+        return connection.is_in_transaction()
+    except asyncpg.InterfaceError:  # it is closed, and the pool has let go of it
+        return False
 
 
 class BoundedPool(asyncpg.Pool):

@@ -200,7 +200,7 @@ async def test_a_request_of_unclear_length_is_400_and_nothing_behind_it_is_read(
 async def test_every_address_refuses_a_parameter_that_it_does_not_know(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
-    """Before its body is read, and nothing is carried out: `?dry_run=1` was not asked in vain."""
+    """Before its body is read, and nothing is carried out: `?dryrun=1` was not asked in vain."""
     async with guarded(make_settings(), sigstore) as (fleet, runner):
         queued = json.dumps({"runs": [run_of()]}).encode()
         tables = ("run_queue", "runner_keys", "admin_tokens", "runners",
@@ -210,7 +210,7 @@ async def test_every_address_refuses_a_parameter_that_it_does_not_know(
         known = 0
         for method, path in served(make_app(fleet.services)):
             at, length = path.format_map(FILLED), f"Content-Length: {len(queued)}"
-            for query, name in (("?dry_run=1", "dry_run"), ("?dry_run", "dry_run"), ("?=1", "")):
+            for query, name in (("?dryrun=1", "dryrun"), ("?dryrun", "dryrun"), ("?=1", "")):
                 start = head(method, at + query, token_for(runner, at), JSON_TYPE, length)
                 async with line_to(fleet.url) as line:
                     await line.send(start + queued)

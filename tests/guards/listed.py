@@ -1440,7 +1440,7 @@ ADMIN = (
     Guard(
         "pool: no connection with an open transaction is given back",
         "db/pool.py",
-        " or self.connection.is_in_transaction()",
+        " or _is_in_transaction(self.connection)",
         "",
         "tests/test_pool.py::test_a_connection_with_an_open_transaction_is_closed_and_nobody_complains",
     ),
