@@ -13,6 +13,7 @@ import redis
 
 from config.settings import Settings
 from db import migrate
+from db import pool as pools
 from sandbox import servers
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import WORKERS, settings_of, write_signers
@@ -99,3 +100,15 @@ async def _execute(dsn: str, statement: str) -> None:
     connection = await asyncpg.connect(dsn)
     await connection.execute(statement)
     await connection.close()
+
+
+@pytest.fixture
+def patient_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a server's statements wait for a lock for as long as a test holds it.
+
+    A test that waits until two submits are blocked would otherwise lose the first one to
+    lock_timeout (2 s) while the second one's worker process is still being started.
+    """
+    monkeypatch.setitem(pools.SESSION, "lock_timeout", "60s")
+    monkeypatch.setitem(pools.SESSION, "statement_timeout", "60s")
+    monkeypatch.setattr(pools, "COMMAND_S", 60)

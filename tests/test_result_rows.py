@@ -20,6 +20,7 @@ from tests.test_admin_results import accepted
 from tests.test_submit import cells, claimed, counts
 
 MakeSettings = Callable[..., Settings]
+pytestmark = pytest.mark.usefixtures("patient_locks")
 CODES = ("timeout", "refusal", "malformed_output", "oom", "load_failure", "capability_gap",
          "infra_error", "cancelled", "unknown")  # fmt: skip
 MACHINES: dict[str, dict[str, Any] | None] = {

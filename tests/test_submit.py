@@ -18,6 +18,7 @@ from tests.fleet import SIGNER, Fleet, Runner, code_of, open_fleet, run_of
 from tests.result_factory import failed_record, manifest_for, result_for
 
 MakeSettings = Callable[..., Settings]
+pytestmark = pytest.mark.usefixtures("patient_locks")
 Job = dict[str, Any]
 BYTE_ORDER_MARK = "The text begins with a byte order mark: save it as UTF-8 without BOM."
 STRANGER = EmailSubject("stranger@bakeoff.test", "https://issuer.bakeoff.test")
