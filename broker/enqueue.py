@@ -50,20 +50,23 @@ class Enqueue:
         prepared = await self._prepare(body)
         return await self._add(by, prepared, idempotency_key)
 
-    async def check(self, by: Admin, body: bytes) -> list[dict[str, Any]]:
+    async def check(self, body: bytes) -> list[dict[str, Any]]:
         """Do all that `add` does, and undo it; return {created, warnings} of each run.
 
         Raises what `add` raises. Ids that are made on the way are not told: none of them lasts.
         """
-        prepared = await self._prepare(body)
+        answer = await self._try(await self._prepare(body))
+        return [{name: run[name] for name in ("created", "warnings")} for run in answer]
+
+    @retries
+    async def _try(self, prepared: Prepared) -> list[dict[str, Any]]:
         async with self._pool.acquire() as connection:
             transaction = connection.transaction()
             await transaction.start()
             try:
-                answer = await self._write(connection, prepared)
+                return await self._write(connection, prepared)
             finally:
                 await transaction.rollback()
-        return [{name: run[name] for name in ("created", "warnings")} for run in answer]
 
     async def _prepare(self, body: bytes) -> Prepared:
         lookups = await models.lookups(self._pool)

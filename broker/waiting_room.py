@@ -9,6 +9,7 @@ run comes due, and every few seconds, for what no ring told of.
 import asyncio
 import itertools
 import random
+from bisect import insort
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -81,7 +82,7 @@ class WaitingRoom:
         waiter = Waiter(runner_id, capabilities, asyncio.get_running_loop().create_future())
         self._waiters[place] = waiter
         places = self._places.setdefault(runner_id, [])
-        places.append(place)
+        insort(places, place)  # a claim that was woken in vain keeps its place
         if len(places) > PARKED_MAX:
             _tell(self._waiters[places[0]], False)
         try:

@@ -26,11 +26,11 @@ from cli.output import (
     print_members,
     print_table,
 )
+from cli.receipts import WELL_KNOWN
 
 QUEUE = "/api/admin/queue"
 BATCH = 1000  # runs that one request may carry
 BATCH_BYTES = 24 * 1024 * 1024  # of a request; the service takes 32 MiB
-WELL_KNOWN = "/.well-known/bakeoff-queue.json"
 
 RunId = Annotated[uuid.UUID, typer.Argument(metavar="RUN_ID", show_default=False)]
 app = typer.Typer(help="Runs: enqueue, list, look at, cancel, requeue.", no_args_is_help=True)

@@ -110,7 +110,7 @@ class QueueHandler(AdminHandler):
         dry_run = read_flag("dry_run", self.asked.get("dry_run", "0"))
         body, key = self.read_body(), idempotency_key(self)
         if dry_run:
-            checked = await self.services.enqueue.check(self.admin, body)
+            checked = await self.services.enqueue.check(body)
             self.answer(200, {"runs": checked, "dry_run": True})
         else:
             self.answer(201, {"runs": await self.services.enqueue.add(self.admin, body, key)})

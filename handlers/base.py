@@ -114,7 +114,11 @@ class Handler(RequestHandler):
         """
         if self.services.in_flight.closed:
             raise Draining
-        self._check_framing()
+        try:
+            self._check_framing()
+        except MalformedRequest:
+            await self.throttle()
+            raise
         try:
             await self.check()
         except Exception as error:

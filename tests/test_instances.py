@@ -38,6 +38,14 @@ async def sign_off(runner: Runner) -> list[str]:
     return answer.json()["released"]
 
 
+async def restarted_with_a_job(fleet: Fleet) -> tuple[Runner, dict[str, Any], Runner]:
+    """Return a process with a job, the job, and the process that started after it."""
+    old = await fleet.sign_on()
+    await fleet.enqueue()
+    job = await old.take()
+    return old, job, await restarted(old)
+
+
 async def two_jobs(fleet: Fleet) -> tuple[Runner, dict[str, Any], Runner, dict[str, Any]]:
     """Return two processes of one key, in the order they started, with a lease each."""
     old = await fleet.sign_on(max_leases=3)
@@ -84,10 +92,7 @@ async def test_after_a_restart_the_new_process_hands_back_what_it_finds(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, verb: str
 ) -> None:
     async with open_fleet(make_settings(), sigstore) as fleet:
-        old = await fleet.sign_on()
-        await fleet.enqueue()
-        job = await old.take()
-        new = await restarted(old)
+        _, job, new = await restarted_with_a_job(fleet)
         assert (await getattr(new, verb)(job)).status_code == 200
 
 
@@ -96,10 +101,7 @@ async def test_a_new_process_hands_back_nothing_that_another_still_beats_for(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
     async with open_fleet(make_settings(), sigstore) as fleet:
-        old = await fleet.sign_on()
-        await fleet.enqueue()
-        job = await old.take()
-        new = await restarted(old)
+        old, job, new = await restarted_with_a_job(fleet)
         assert (await old.heartbeat(job)).status_code == 200
         assert code_of(await new.release(job)) == (409, "lease_lost")
         assert (await old.submit(job)).status_code == 201
@@ -110,10 +112,7 @@ async def test_a_process_that_beats_for_a_lease_holds_it(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
     async with open_fleet(make_settings(), sigstore) as fleet:
-        old = await fleet.sign_on()
-        await fleet.enqueue()
-        job = await old.take()
-        new = await restarted(old)
+        old, job, new = await restarted_with_a_job(fleet)
         assert (await new.heartbeat(job)).status_code == 200
         assert await sign_off(old) == []
         assert (await new.submit(job)).status_code == 201
@@ -124,10 +123,7 @@ async def test_a_process_that_lost_its_job_resumes_it_and_the_old_one_is_fenced_
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
     async with open_fleet(make_settings(), sigstore) as fleet:
-        old = await fleet.sign_on()
-        await fleet.enqueue()
-        job = await old.take()
-        new = await restarted(old)
+        old, job, new = await restarted_with_a_job(fleet)
         answer = await resume(new, job["run_id"])
         assert answer.status_code == 200, answer.text
         again = answer.json()

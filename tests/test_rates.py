@@ -12,10 +12,12 @@ from handlers import rates
 from handlers.rates import BURST_S, CLIENTS_MAX, Rates
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import AUDIENCE, Fleet, code_of, open_fleet
+from tests.raw_http import head, line_to
 
 MakeSettings = Callable[..., Settings]
+JSON_TYPE = "Content-Type: application/json"
 
-# A token in a thousand seconds, and ten thousand... a bucket of BURST_S seconds' worth.
+# A token in two seconds: what is counted below does not fill again meanwhile.
 SLOW = 0.5
 BURST = int(SLOW * BURST_S)
 ANONYMOUS = {
@@ -165,3 +167,38 @@ def test_a_bucket_fills_again_and_the_oldest_of_many_is_forgotten(
     for number in range(CLIENTS_MAX + 100):
         buckets.take(f"client-{number}")
     assert len(buckets._buckets) == CLIENTS_MAX
+
+
+@pytest.mark.gen_test
+async def test_a_request_whose_end_is_unclear_is_counted_as_well(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    async with open_fleet(make_settings(anonymous_rate=SLOW), sigstore) as fleet:
+        statuses = []
+        for _ in range(BURST + 1):
+            async with line_to(fleet.url) as line:
+                await line.send(head("POST", "/api/queue/claim", "Content-Length: abc"))
+                answer = await line.answer()
+            assert answer is not None
+            statuses.append(answer.status_code)
+        assert statuses == [400] * BURST + [429]
+
+
+@pytest.mark.gen_test
+async def test_an_address_has_so_many_requests_in_flight_and_no_more(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rates, "ANONYMOUS_MAX", 2)
+    async with open_fleet(make_settings(anonymous_rate=100), sigstore) as fleet:
+        runner = await fleet.sign_on()
+        # Two registrations whose bodies do not come.
+        register = head("POST", "/api/runners/register", JSON_TYPE, "Content-Length: 100")
+        async with line_to(fleet.url) as one, line_to(fleet.url) as other:
+            for line in (one, other):
+                await line.send(register)
+            async with asyncio.timeout(10):
+                while fleet.services.in_flight.count < 2:  # noqa: ASYNC110 (nothing there to wait for)
+                    await asyncio.sleep(0.001)
+            refused = await fleet.http.get("/api/version")
+            assert code_of(refused) == (429, "rate_limited")
+            assert (await runner.claim()).status_code == 204

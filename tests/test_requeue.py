@@ -212,5 +212,14 @@ async def test_what_a_runner_failed_is_put_back_in_one_request(
         # Sent again, there is nothing left to undo.
         again = await fleet.admin("POST", "/queue/requeue", json=body)
         assert again.json()["requeued"] == []
+        # What another failed since is not undone, nor what was too long ago.
+        await other.fail(await other.take())
+        assert (await fleet.admin("POST", "/queue/requeue", json=body)).json()["requeued"] == []
+        await fleet.pool.execute(
+            "UPDATE attempts SET claimed_at = claimed_at - interval '1 day',"
+            " ended_at = ended_at - interval '1 day'"
+        )
+        theirs = {**body, "failed_by": "other"}
+        assert (await fleet.admin("POST", "/queue/requeue", json=theirs)).json()["requeued"] == []
         wrong = await fleet.admin("POST", "/queue/requeue", json={**body, "within_s": 0})
         assert code_of(wrong) == (422, "invalid_request")

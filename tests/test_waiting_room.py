@@ -110,6 +110,15 @@ async def test_a_claim_that_comes_back_has_its_old_place() -> None:
 
 
 @pytest.mark.gen_test
+async def test_a_claim_that_comes_back_goes_before_a_later_one_of_its_runner() -> None:
+    async with crowd([offer(1)]) as people:
+        await people.enter(1, 2, runner_id="one")
+        assert await people.rung() == [1]
+        await people.enter(1, runner_id="one")
+        assert await people.rung() == [1]
+
+
+@pytest.mark.gen_test
 async def test_as_many_are_woken_as_there_are_runs_that_fit_them() -> None:
     found = [offer(1), offer(1, need_gb=40, quantization="fp16"), offer(5, need_gb=200)]
     async with crowd(found) as people:

@@ -370,6 +370,14 @@ CLAIM = (
         "tests/test_shares.py::test_parked_claims_of_one_runner_come_behind_the_first_of_another",
     ),
     Guard(
+        "share: a claim that was woken in vain keeps its place",
+        "broker/waiting_room.py",
+        "        insort(places, place)",
+        "        places.append(place)",
+        "tests/test_waiting_room.py"
+        "::test_a_claim_that_comes_back_goes_before_a_later_one_of_its_runner",
+    ),
+    Guard(
         "share: parked claims",
         "broker/waiting_room.py",
         "        if len(places) > PARKED_MAX:\n            _tell(self._waiters[places[0]], False)\n",
@@ -1443,6 +1451,48 @@ ADMIN = (
         " or _is_in_transaction(self.connection)",
         "",
         "tests/test_pool.py::test_a_connection_with_an_open_transaction_is_closed_and_nobody_complains",
+    ),
+    Guard(
+        "rate: requests whose end is unclear",
+        "handlers/base.py",
+        "        except MalformedRequest:\n            await self.throttle()\n",
+        "        except MalformedRequest:\n",
+        "tests/test_rates.py::test_a_request_whose_end_is_unclear_is_counted_as_well",
+    ),
+    Guard(
+        "rate: anonymous requests in flight",
+        "handlers/base.py",
+        "        if known.anonymous.is_limited and not self.hold(known.in_flight, client):\n",
+        "        if False:\n",
+        "tests/test_rates.py::test_an_address_has_so_many_requests_in_flight_and_no_more",
+    ),
+    Guard(
+        "metrics: the token of the settings",
+        "handlers/public.py",
+        "not compare_digest(self.bearer_token().encode(), wanted.encode())",
+        "not self.bearer_token()",
+        "tests/test_rates.py::test_metrics_may_want_a_token",
+    ),
+    Guard(
+        "requeue: failures of that runner since the last requeue",
+        "db/sql/run_queue.sql:failed_by",
+        "    AND a.ended_at > coalesce(q.requeued_at, '-infinity')\n",
+        "",
+        "tests/test_requeue.py::test_what_a_runner_failed_is_put_back_in_one_request",
+    ),
+    Guard(
+        "requeue: failures of that time",
+        "db/sql/run_queue.sql:failed_by",
+        " AND ended_at > clock_timestamp() - $2::interval",
+        " AND $2::interval IS NOT NULL",
+        "tests/test_requeue.py::test_what_a_runner_failed_is_put_back_in_one_request",
+    ),
+    Guard(
+        "enqueue: a dry run is rolled back",
+        "broker/enqueue.py",
+        "                await transaction.rollback()\n",
+        "                await transaction.commit()\n",
+        "tests/test_quantizations.py::test_a_dry_run_checks_all_that_the_server_checks_and_adds_nothing",
     ),
     Guard(
         "requeue: one that waits only when its failures are undone",
