@@ -13,7 +13,7 @@ no other, so a listener subscribes to each of `primaries()`.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import redis.asyncio
 from redis.asyncio.cluster import ClusterNode, RedisCluster
@@ -21,6 +21,8 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ConstantBackoff
 from redis.exceptions import RedisClusterException
+
+from config.urls import split_address
 
 TIMEOUT_S = 1.0
 RETRY_AFTER_S = 0.05
@@ -144,7 +146,7 @@ class _Parts:
 def open_topology(url: str) -> Topology:
     """Return the Redis that `url` names; nothing is connected yet. Raises RedisUrlRefused."""
     try:
-        scheme = urlsplit(url).scheme
+        scheme = split_address(url).scheme
         if scheme == "redis+sentinel":
             return _sentinel(_parts(url, SENTINEL_PORT))
         if scheme == "redis+cluster":
@@ -157,7 +159,7 @@ def open_topology(url: str) -> Topology:
 
 def _check_one(url: str) -> None:
     """Refuse what redis-py passes over: it takes database 0 for a path that is no number."""
-    split = urlsplit(url)
+    split = split_address(url)
     path = split.path.strip("/")
     if split.scheme == "unix":
         if not path:
@@ -165,7 +167,7 @@ def _check_one(url: str) -> None:
         return
     if path and not path.isdecimal():
         raise RedisUrlRefused(f"{split.scheme}://HOST:PORT/DB: DB is not a number")
-    if "," in split.netloc.rpartition("@")[2]:
+    if "," in split.hosts:
         raise RedisUrlRefused(
             f"{split.scheme}:// names one host: of several, use redis+sentinel:// or"
             " redis+cluster://"
@@ -204,15 +206,14 @@ def _cluster(parts: _Parts) -> Cluster:
 
 
 def _parts(url: str, default_port: int) -> _Parts:
-    split = urlsplit(url)
-    if split.query:
+    split = split_address(url)
+    if split.options:
         raise RedisUrlRefused(f"{split.scheme}:// takes no options: remove them")
-    user_password, _, addresses = split.netloc.rpartition("@")
-    user, _, password = user_password.partition(":")
+    user, _, password = split.user.partition(":")
     credentials: dict[str, Any] = {}
     if password:
         credentials = {"username": unquote(user) or None, "password": unquote(password)}
-    hosts = tuple(_host(address, default_port) for address in addresses.split(",") if address)
+    hosts = tuple(_host(address, default_port) for address in split.hosts.split(",") if address)
     if not hosts:
         raise RedisUrlRefused(f"{split.scheme}:// names no host")
     return _Parts(hosts, tuple(filter(None, split.path.split("/"))), credentials)
@@ -220,6 +221,8 @@ def _parts(url: str, default_port: int) -> _Parts:
 
 def _host(address: str, default_port: int) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
+    if address.count("[") != address.count("]"):
+        raise RedisUrlRefused(f"{address} is not HOST:PORT or [IPv6]:PORT")
     if not colon or address.endswith("]"):
         return address.strip("[]"), default_port
     if not host or not port.isdecimal() or int(port) > PORT_MAX:

@@ -7,6 +7,7 @@ percent-encoded, and what can be read in two ways is refused. No error holds a p
 
 import re
 from ipaddress import ip_address
+from typing import NamedTuple
 from urllib.parse import parse_qs, unquote
 
 HIDDEN = "********"
@@ -76,13 +77,40 @@ def without_password(secret: str) -> str:
     return f"{scheme}://{login}{hosts}{path}{'?' if shown else ''}{shown}"
 
 
+class Address(NamedTuple):
+    """The parts of an address as they are written; empty where there is none."""
+
+    scheme: str
+    user: str  # and password, if any
+    hosts: str
+    path: str
+    options: str
+
+
+def split_address(url: str) -> Address:
+    """Split an address, also one of several hosts. Raises ValueError, which holds no part of it.
+
+    Not by urllib: since 3.11.4, and in Debian's 3.11.2, it refuses [IPv6] behind another host.
+    """
+    found = _URL.fullmatch(url)
+    if found is None:
+        raise ValueError("not an address")
+    return Address(*found.groups(""))
+
+
+def without_hosts(url: str) -> str:
+    """Return an address without the hosts before its path: of those the driver is told apart."""
+    scheme, user, _, path, options = split_address(url)
+    login, asked = f"{user}@" if user else "", f"?{options}" if options else ""
+    return f"{scheme}://{login}{path}{asked}"
+
+
 def hosts_of(url: str) -> list[tuple[str, int | None]]:
     """Return each host and port that a plain address names, before its path or as options."""
-    found = _URL.fullmatch(url)
-    assert found is not None, "not an address"
-    options = {name: values[-1] for name, values in parse_qs(found[5] or "").items()}
-    names, ports = found[3].split(","), [""]
-    if not found[3]:  # the driver reads the options of an address that names no host
+    address = split_address(url)
+    options = {name: values[-1] for name, values in parse_qs(address.options).items()}
+    names, ports = address.hosts.split(","), [""]
+    if not address.hosts:  # the driver reads the options of an address that names no host
         names, ports = (options.get(name, "").split(",") for name in ("host", "port"))
     places = [_HOST.fullmatch(name) for name in filter(None, names)]
     return [

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import asyncpg
 
-from config.urls import hosts_of
+from config.urls import hosts_of, without_hosts
 
 Executor = asyncpg.Pool | asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
 Result = TypeVar("Result")
@@ -191,8 +191,8 @@ class Primary:
 
     def __init__(self, dsn: str) -> None:
         """Nothing is connected yet. `dsn` may name several hosts."""
-        self._dsn = dsn
         hosts = hosts_of(dsn)
+        self._dsn = without_hosts(dsn) if hosts[1:] else dsn
         self._hosts = [{"host": name, "port": port} for name, port in hosts] if hosts[1:] else [{}]
 
     async def connect(self, *_: Any, **options: Any) -> asyncpg.Connection:

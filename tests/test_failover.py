@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import asyncpg
 import pytest
@@ -11,7 +12,7 @@ from pydantic import SecretStr
 
 from broker import wakeup
 from config.settings import Settings
-from config.urls import check_url, hosts_of
+from config.urls import check_url, hosts_of, without_hosts
 from db import pool as pools
 from db.migrate import migrate, status
 from db.pool import DatabaseUnready, Primary, ReadOnly, open_pool, replication_risk
@@ -173,31 +174,48 @@ async def test_a_session_that_does_not_answer_is_not_kept(
         assert await pool.fetchval("SELECT pg_backend_pid()") != pid
 
 
-@pytest.mark.parametrize(
-    "dsn",
-    [
-        "postgres://h/x", "postgres://u:p@h:6000/x", "postgres://u@a,b:6000,[::1]:7000/x",
-        "postgres://u@[fe80::1%25eth0]/x", "postgres://u@%2Frun%2Fpg/x",
-        "postgres://u@/x?host=/run/a,/run/b&port=6000,7000", "postgres://u@/x?host=/run/a&port=6000",
-        "postgres://u@/x?host=a,b&port=6000",
-        "postgres://u@/x?host=%2Frun%2Fa",
+NAMED = {
+    "postgres://h/x": [("h", 5432)],
+    "postgres://u:p@h:6000/x": [("h", 6000)],
+    # No Python's urllib, and so no driver, reads this as it stands since 3.11.4.
+    "postgres://u@a,b:6000,[::1]:7000/x": [("a", 5432), ("b", 6000), ("::1", 7000)],
+    "postgres://u@[::1]:7000,a/x": [("::1", 7000), ("a", 5432)],
+    "postgres://u@[::1],[::2]:7000/x": [("::1", 5432), ("::2", 7000)],
+    "postgres://u@[fe80::1%25eth0]/x": [("fe80::1%eth0", 5432)],
+    "postgres://u@%2Frun%2Fpg/x": ["/run/pg/.s.PGSQL.5432"],
+    "postgres://u@/x?host=/run/a,/run/b&port=6000,7000": [
+        "/run/a/.s.PGSQL.6000", "/run/b/.s.PGSQL.7000",
     ],
-)  # fmt: skip
-def test_hosts_are_read_as_the_driver_reads_them(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that each may be asked for by itself."""
+    "postgres://u@/x?host=/run/a&port=6000": ["/run/a/.s.PGSQL.6000"],
+    "postgres://u@/x?host=a,b&port=6000": [("a", 6000), ("b", 6000)],
+    "postgres://u@/x?host=%2Frun%2Fa": ["/run/a/.s.PGSQL.5432"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dsn", NAMED)
+def test_each_host_is_asked_for_by_itself(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the driver, which is given the address without its hosts."""
     monkeypatch.delenv("PGPORT", raising=False)
     names = ("host", "port", "user", "password", "passfile", "database", "ssl", "service",
              "servicefile", "direct_tls", "server_settings", "target_session_attrs", "krbsrvname",
              "gsslib")  # fmt: skip
     nothing = dict.fromkeys(names)
+    bare = without_hosts(check_url(dsn, "postgres"))
 
-    def addresses(**given: object) -> list:
-        return list(
-            _parse_connect_dsn_and_args(dsn=check_url(dsn, "postgres"), **nothing | given)[0]
-        )
+    def read(dsn: str, **given: object) -> tuple[list[Any], Any]:
+        return _parse_connect_dsn_and_args(dsn=dsn, **nothing | given)
 
-    one_by_one = [addresses(host=name, port=port) for name, port in hosts_of(dsn)]
-    assert [each for (each,) in one_by_one] == addresses()
+    reads = [read(bare, host=name, port=port) for name, port in hosts_of(dsn)]
+    assert [address for addresses, _ in reads for address in addresses] == NAMED[dsn]
+    assert {(parameters.user, parameters.database) for _, parameters in reads} == {
+        (reads[0][1].user, "x")
+    }
+    try:
+        whole, _ = read(dsn)
+    except ValueError as error:
+        assert "IPv6" in str(error)  # noqa: PT017 (only of newer Pythons)
+    else:
+        assert whole == NAMED[dsn]
 
 
 @pytest.mark.parametrize("option", ["port=6000,7000", "host=c"])
