@@ -129,10 +129,15 @@ class Forward(socketserver.BaseRequestHandler):
             there.join()
 
     def _carry(self, source: socket.socket, target: socket.socket) -> None:
-        with suppress(OSError):
-            while chunk := source.recv(65536):
-                target.sendall(chunk)
-            target.shutdown(socket.SHUT_WR)
+        try:
+            with suppress(OSError):
+                while chunk := source.recv(65536):
+                    target.sendall(chunk)
+        finally:
+            # Both: after a reset the other direction would wait for its end for ever.
+            for each in (source, target):
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
 
 
 class Forwarder(socketserver.ThreadingTCPServer):
