@@ -63,7 +63,7 @@ guards: $(VENV)/.test  ## remove each guard in a copy and show the test that fai
 upstream: $(VENV)/.test  ## replay real files of bakeoff through real servers: DIR=... (harness/*/job.json)
 	@$(BIN)/python -m tests.upstream $(DIR)
 
-bench: $(VENV)/.bench  ## B1 to B10 of the performance page: the table, and bench/results/latest.json
+bench: $(VENV)/.bench  ## B1 to B12 of the performance page: the table, and bench/results/latest.json
 	@$(BIN)/python -m bench.all $(ARGS)
 
 bench-quick: $(VENV)/.bench  ## the same in small: shows that every benchmark works, never its timing
@@ -96,7 +96,7 @@ bench-submits: $(VENV)/.test  ## B8: what 2 MB results cost the heartbeats besid
 bench-balanced: $(VENV)/.test  ## B9: two processes behind nginx against one
 	@$(BIN)/python -m bench.balanced $(ARGS)
 
-bench-floods: $(VENV)/.test  ## B10: an honest heartbeat's p99 beside floods from another address
+bench-floods: $(VENV)/.test  ## B12: an honest heartbeat's p99 beside floods from another address
 	@$(BIN)/python -m bench.floods $(ARGS)
 
 bench-charts: $(VENV)/.bench  ## claims/s and latency against depth and parked runners: docs/performance-*

@@ -18,7 +18,7 @@ from bench import report
 MODULES = {
     "B1": "claims", "B2": "heartbeats", "B3": "peers", "B4": "depth", "B5": "wakeup",
     "B6": "parked", "B7": "expiry", "B8": "submits", "B9": "balanced",
-    "B10": "floods",
+    "B12": "floods",
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from db.pool import open_pool
 from db.run_queue import Claimant
 from handlers.queue import handed_out, idempotency_key
 from handlers.runner_base import RunnerHandler
-from server import make_app, make_server, open_services
+from server import freeze_start, make_app, make_server, open_services
 
 
 class NoopHandler(RunnerHandler):
@@ -92,6 +92,8 @@ async def serve() -> None:
         ]
         app.add_handlers(".*", yardsticks)
         sockets = bind_sockets(0, "127.0.0.1")
+        freeze_start()
+        freeze_start()
         make_server(app, services).add_sockets(sockets)
         print(sockets[0].getsockname()[1], flush=True)
         await asyncio.Event().wait()

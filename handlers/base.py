@@ -401,8 +401,18 @@ class Handler(RequestHandler):
         return TooLarge(f"This address takes bodies of up to {self.max_body_bytes} bytes.")
 
     def _refuse(self, *_: str) -> None:
-        assert self._refused is not None
-        raise self._refused
+        """Raise what was refused before the body.
+
+        Nothing keeps it: else handler, error and frames would hold each other until a full garbage
+        collection, and those of a flood stop all answers for 100 ms and more.
+        """
+        delattr(self, (self.request.method or "").lower())
+        error, self._refused = self._refused, None
+        try:
+            assert error is not None
+            raise error
+        finally:
+            del error
 
     def _leave(self) -> None:
         if self._in_flight:

@@ -13,6 +13,8 @@ from broker.shares import Shares
 
 # A bucket holds what comes in so many seconds: a fleet behind one address may restart at once.
 BURST_S = 10.0
+# A runner has no such reason, and its burst is work for the database: 500 beats at once took 0.5 s.
+RUNNER_BURST_S = 2.0
 DELAY_S = 1.0
 # Requests without a good token that one address may have in flight.
 ANONYMOUS_MAX = 64
@@ -34,13 +36,14 @@ class Standing:
 
     limit: int
     remaining: int
+    window_s: float  # in which a bucket fills
     wait_s: float  # 0: this request is within the rate
 
     @property
     def headers(self) -> dict[str, str]:
         """What tells a client of it (draft-ietf-httpapi-ratelimit-headers-10)."""
         return {
-            "RateLimit-Policy": f'"client";q={self.limit};w={int(BURST_S)}',
+            "RateLimit-Policy": f'"client";q={self.limit};w={int(self.window_s)}',
             "RateLimit": f'"client";r={self.remaining};t={max(1, round(self.wait_s))}',
         }
 
@@ -50,17 +53,18 @@ class ClientRates:
 
     def __init__(self, anonymous_per_s: float, runner_per_s: float) -> None:
         self.anonymous = Rates(anonymous_per_s)  # by address
-        self.runners = Rates(runner_per_s)  # by runner_id
+        self.runners = Rates(runner_per_s, RUNNER_BURST_S)  # by runner_id
         self.in_flight = Shares(ANONYMOUS_MAX)  # requests without a good token, by address
 
 
 class Rates:
-    """Buckets that fill by `per_s` tokens a second, up to `BURST_S` seconds' worth."""
+    """Buckets that fill by `per_s` tokens a second, up to `burst_s` seconds' worth."""
 
-    def __init__(self, per_s: float) -> None:
+    def __init__(self, per_s: float, burst_s: float = BURST_S) -> None:
         """Let each client send `per_s` requests a second on average; 0: any number."""
         self._per_s = per_s
-        self._most = per_s * BURST_S
+        self._burst_s = burst_s
+        self._most = per_s * burst_s
         self._buckets: OrderedDict[str, Bucket] = OrderedDict()
 
     @property
@@ -83,6 +87,6 @@ class Rates:
             bucket.left = min(self._most, bucket.left + (now - bucket.at) * self._per_s)
             bucket.at = now
         if bucket.left < 1:
-            return Standing(int(self._most), 0, (1 - bucket.left) / self._per_s)
+            return Standing(int(self._most), 0, self._burst_s, (1 - bucket.left) / self._per_s)
         bucket.left -= 1
-        return Standing(int(self._most), int(bucket.left), 0)
+        return Standing(int(self._most), int(bucket.left), self._burst_s, 0)

@@ -10,9 +10,11 @@ from typing import Any
 import asyncpg
 import httpx
 import pytest
+from tornado.httputil import HTTPServerRequest
 
 from config.settings import Settings
 from db import pool as pool_module
+from handlers.base import Handler
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, Runner, open_fleet
 
@@ -128,3 +130,51 @@ async def test_a_request_that_hands_no_job_out_reads_none(
                 await send()
                 taken[name] = most()
         assert {name: size for name, size in taken.items() if size > JOB_BYTES / 6} == {}
+
+
+@pytest.fixture
+def garbage() -> Iterator[list[Any]]:
+    """What only a full garbage collection would find, from here on."""
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    yield gc.garbage
+    gc.set_debug(0)
+    gc.garbage.clear()
+    gc.enable()
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/wp-login.php", 404),
+        ("PUT", "/api/queue/claim", 405),
+        ("POST", "/api/queue/claim", 401),
+        ("GET", "/api/admin/queue", 401),
+        ("POST", "/api/runners/register", 422),
+        ("GET", "/metrics", 200),
+        ("GET", "/readyz", 200),
+    ],
+)
+async def test_a_request_leaves_nothing_to_the_garbage_collector(
+    make_settings: MakeSettings,
+    sigstore: ThrowawaySigstore,
+    garbage: list[Any],
+    method: str,
+    path: str,
+    status: int,
+) -> None:
+    """A full collection of what a flood has left stops all answers for 100 ms and more."""
+    wrong = {"Authorization": "Bearer a.b.c"}
+    body = {} if method in ("PUT", "POST") else None
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        for _ in range(2):
+            gc.collect()
+            garbage.clear()
+            for _ in range(3):
+                answer = await fleet.http.request(method, path, headers=wrong, json=body)
+                assert answer.status_code == status
+        gc.collect()
+        left = [each for each in garbage if isinstance(each, Handler | HTTPServerRequest)]
+    assert left == []
