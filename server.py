@@ -19,53 +19,53 @@ from tornado.web import Application
 
 from auth.errors import PolicyRefused
 from auth.receipts import ReceiptKeys
-from auth.revocation import Revocations
 from auth.signers import BundleVerifier, load_policy
 from auth.tokens import Tokens
-from broker.allowlist import Allowlist
-from broker.archiver import INTERVAL_S as ARCHIVER_S
-from broker.archiver import Archiver
-from broker.audit import AuditLog
-from broker.audit_chain import INTERVAL_S as AUDIT_CHAIN_S
-from broker.audit_chain import AuditChain
-from broker.claims import Claims
-from broker.credentials import Credentials, PostgresAuthority
-from broker.documents import check_schemas
-from broker.endings import cancel
-from broker.enqueue import Enqueue
-from broker.expiry import Sweep
-from broker.expiry_listener import LOOK_S as LISTENER_LOOK_S
-from broker.expiry_listener import ExpiryListener
-from broker.handbacks import Handbacks
+from broker.admin.admin_tokens import TokenAdmin
+from broker.admin.archiver import INTERVAL_S as ARCHIVER_S
+from broker.admin.archiver import Archiver
+from broker.admin.key_rings import INTERVAL_S as KEY_RINGS_S
+from broker.admin.key_rings import KeyRings
+from broker.admin.model_needs import ModelNeeds
+from broker.admin.moderation import Moderation
+from broker.admin.queue_tally import QueueTally
+from broker.admin.results import Results
+from broker.admin.runner_keys import Allowlist
+from broker.admin.runner_tokens import RunnerTokens
+from broker.admin.runners import RunnerCare
+from broker.admin.runs import QueueView
+from broker.audit.chain import INTERVAL_S as AUDIT_CHAIN_S
+from broker.audit.chain import AuditChain
+from broker.audit.log import AuditLog
+from broker.concurrency.cancel import cancel
+from broker.concurrency.shares import RunnerShares
+from broker.concurrency.supervision import Supervisor
+from broker.concurrency.workers import Workers
+from broker.documents.schemas import check_schemas
 from broker.health import Health
-from broker.heartbeats import Heartbeats
 from broker.in_flight import InFlight
-from broker.key_rings import INTERVAL_S as KEY_RINGS_S
-from broker.key_rings import KeyRings
-from broker.lease_keys import LeaseKeys
-from broker.liveness import INTERVAL_S as LIVENESS_S
-from broker.liveness import Liveness
-from broker.model_needs import ModelNeeds
-from broker.moderation import Moderation
-from broker.queue_tally import QueueTally
-from broker.queue_view import QueueView
-from broker.receipts import Receipts
-from broker.redis_topology import RedisUrlRefused, Topology, open_topology
-from broker.registry import Registry
+from broker.jobs.enqueue import Enqueue
+from broker.leases.breaker import RunnerBreaker
+from broker.leases.claims import Claims
+from broker.leases.expiry_listener import LOOK_S as LISTENER_LOOK_S
+from broker.leases.expiry_listener import ExpiryListener
+from broker.leases.heartbeats import Heartbeats
+from broker.leases.lease_keys import LeaseKeys
+from broker.leases.notifications import PROVE_EVERY_S, Wakeup
+from broker.leases.redis_topology import RedisUrlRefused, Topology, open_topology
+from broker.leases.releases import Handbacks
+from broker.leases.sweep import Sweep
 from broker.reload import ReadSettings, Reload
-from broker.results import Results
-from broker.runner_breaker import RunnerBreaker
-from broker.runner_care import RunnerCare
-from broker.runner_tokens import RunnerTokens
+from broker.results.active_verifier import Trusted
+from broker.results.receipts import Receipts
+from broker.results.submissions import Submissions
+from broker.runners.credentials import Credentials, PostgresAuthority
+from broker.runners.liveness import INTERVAL_S as LIVENESS_S
+from broker.runners.liveness import Liveness
+from broker.runners.registration import Registry
+from broker.runners.revocations import Revocations
 from broker.services import Services
-from broker.shares import RunnerShares
-from broker.submissions import Submissions
-from broker.supervision import Supervisor
 from broker.telemetry import LOOP_TICK_S, Telemetry
-from broker.token_admin import TokenAdmin
-from broker.trusted import Trusted
-from broker.wakeup import PROVE_EVERY_S, Wakeup
-from broker.workers import Workers
 from config.descriptors import TooFewDescriptors, connections_max, raise_limit
 from config.logging import configure_logging, dropped_lines
 from config.settings import PREFIX, Settings, SettingsRefused, load_settings

@@ -1,7 +1,7 @@
 """Runner tokens: JWT (RFC 7519), HS256, signed by the first key of a ring.
 
 A token says which runner, which of its processes and which key; whether the key is still good is
-asked elsewhere (`auth/revocation.py` and the guards in SQL).
+asked elsewhere (`broker/runners/revocations.py` and the guards in SQL).
 """
 
 import re
@@ -28,6 +28,7 @@ _MAX_LENGTH = 2048
 LEEWAY = timedelta(seconds=10)
 
 log = structlog.get_logger()
+TOKEN_REVOKED = "The token has been revoked: register again."  # noqa: S105 (a message)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ import asyncpg
 from rich.console import Console
 from rich.table import Table
 
-from broker.archiver import BATCH
+from broker.admin.archiver import BATCH
 from db import archive, migrate, run_queue
 from db.pool import open_pool
 from sandbox import servers

@@ -14,7 +14,7 @@ import asyncpg
 from tornado.netutil import bind_sockets
 from tornado.web import URLSpec
 
-from broker.claims import RACES_MAX
+from broker.leases.claims import RACES_MAX
 from config.logging import configure_logging
 from config.settings import load_settings
 from db import run_queue

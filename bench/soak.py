@@ -32,7 +32,7 @@ from rich.table import Table
 from bench import report, seeding
 from bench.seeding import ADD_RUNS, JOB, OFFER, BenchRunner, open_connection
 from bench.stage import open_stage
-from broker.archiver import BATCH
+from broker.admin.archiver import BATCH
 from db import archive, run_queue
 from db.pool import fetch_one
 from db.run_queue import SQL, Beat, Claimant

@@ -14,7 +14,7 @@ from typing import Any
 from tornado.netutil import bind_sockets
 from tornado.web import RequestHandler
 
-from broker.submissions import Submissions
+from broker.results.submissions import Submissions
 from config.logging import configure_logging
 from config.settings import load_settings
 from server import make_app, make_server, open_services

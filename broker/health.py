@@ -7,10 +7,10 @@ from typing import Any
 import asyncpg
 import structlog
 
-from broker.expiry_listener import ExpiryListener
-from broker.key_rings import KeyRings
-from broker.supervision import Supervisor
-from broker.trusted import Trusted
+from broker.admin.key_rings import KeyRings
+from broker.concurrency.supervision import Supervisor
+from broker.leases.expiry_listener import ExpiryListener
+from broker.results.active_verifier import Trusted
 from db.pool import LOST, NO_PRIMARY, describe, is_writable, missing_migration, replication_risk
 
 LOOK_S = 2.0  # a balancer asks every few seconds and waits no longer

@@ -14,8 +14,8 @@ from auth.errors import PolicyRefused
 from auth.receipts import ReceiptKeys
 from auth.signers import BundleVerifier, load_policy
 from auth.tokens import Tokens
-from broker.key_rings import KeyRings
-from broker.trusted import Trusted
+from broker.admin.key_rings import KeyRings
+from broker.results.active_verifier import Trusted
 from config.logging import configure_logging
 from config.settings import Settings, SettingsRefused
 

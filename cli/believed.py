@@ -11,9 +11,9 @@ from typing import Any
 from auth.errors import InvalidKey, PolicyRefused
 from auth.keys import RunnerKey
 from auth.signers import BundleVerifier, Signer, SignerPolicy, load_policy
-from broker import bundles
 from broker.errors import InvalidBundle
-from broker.signatures import (
+from broker.results import bundle
+from broker.results.signatures import (
     AnyRunnerKeySignature,
     RunnerKeySignature,
     Signature,
@@ -42,9 +42,9 @@ class Believed:
 
     def of_folder(self, files: Mapping[str, bytes]) -> Signature | None:
         """Return how an exported result must be signed; None when no key was given for it."""
-        if bundles.ENVELOPE not in files:
+        if bundle.ENVELOPE not in files:
             return self._sigstore(self._named())
-        return self._by_key(_runner_id(files[bundles.ENVELOPE]))
+        return self._by_key(_runner_id(files[bundle.ENVELOPE]))
 
     def _by_key(self, runner_id: str) -> Signature | None:
         ways = tuple(RunnerKeySignature(_key(text), runner_id) for text in self.public_keys)
@@ -81,6 +81,6 @@ def _key(text: str) -> RunnerKey:
 def _runner_id(envelope: bytes) -> str:
     """Return whose envelope it says it is. No signature covers that: the key alone says who."""
     try:
-        return bundles.parse_envelope(envelope)["sig"]["runner_id"]
+        return bundle.parse_envelope(envelope)["sig"]["runner_id"]
     except InvalidBundle:
         return ""  # the check of the signature will say what is wrong with it

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from broker import strict_json
+from broker.documents import strict_json
 from broker.errors import InvalidJson
 from cli.output import CommandFailed, ExitCode, usage_error
 

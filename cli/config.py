@@ -50,7 +50,7 @@ def _unusable(settings: "Settings") -> Iterator[str]:
     from auth.errors import PolicyRefused
     from auth.signer_policy import load_policy
     from auth.trust_root import TrustRoot, read_root
-    from broker.redis_topology import RedisUrlRefused, open_topology
+    from broker.leases.redis_topology import RedisUrlRefused, open_topology
     from config.settings import PREFIX
 
     uses: dict[str, Callable[[], object]] = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from broker import quantizations
+from broker.jobs import quantizations
 from cli.documents import read_document
 from cli.output import CommandFailed
 

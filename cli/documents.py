@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from broker import strict_json
+from broker.documents import strict_json
 from broker.errors import InvalidJson
 from cli.output import CommandFailed, ExitCode
 from config import strict_yaml

@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from broker import quantizations
+from broker.jobs import quantizations
 from cli.descriptors import DescriptorFile, Undescribed, describe, read_folder
 from cli.documents import read_document
 from cli.output import CommandFailed

@@ -10,7 +10,7 @@ from cli.output import AsJson, Yes, needs_yes, note, print_json, print_table
 from cli.settings import in_database, read_settings
 
 if TYPE_CHECKING:
-    from broker.prune import Retention
+    from broker.admin.prune import Retention
 
 COLUMNS = ("kind", "what", "older than", "rows", "oldest")
 
@@ -20,7 +20,7 @@ def prune(yes: Yes = False, as_json: AsJson = False) -> None:
 
     Without --yes it only counts. What is kept for how long: the settings keep_*_s.
     """
-    from broker.prune import Prune, retentions
+    from broker.admin.prune import Prune, retentions
 
     kinds = retentions(read_settings())
 

@@ -245,7 +245,7 @@ def _batches(runs: Sequence[Run]) -> Iterator[list[Run]]:
 
     The same runs give the same pieces: a command that is repeated goes on where it stopped.
     """
-    from broker.enqueue_request import MAX_CELLS_TOGETHER
+    from broker.jobs.enqueue_request import MAX_CELLS_TOGETHER
 
     batch: list[Run] = []
     size, cells, seen = 0, 0, set[str]()

@@ -60,7 +60,7 @@ def export(
     *names, folder = targets
     if bool(names) == bool(since):
         raise usage_error("say what to export: RUN_IDs or --since, and then the folder")
-    from broker.bundles import CAPS
+    from broker.results.bundle import CAPS
 
     for stale in delete_stale(Path(folder), CAPS):
         note(f"deleted {stale}, which an export that was killed has left")
@@ -137,7 +137,7 @@ def _compare(place: Path, record: Mapping[str, Any]) -> None:
 
 def _write(admin: AdminClient, record: Mapping[str, Any], folder: Path, place: Path) -> None:
     """Write a result beside its place and rename it: nobody ever sees half of one."""
-    from broker.bundles import CAPS
+    from broker.results.bundle import CAPS
 
     folder.mkdir(parents=True, exist_ok=True)
     with unfinished(folder) as beside:
@@ -167,9 +167,9 @@ def _check_archivable(folder: Path) -> None:
 
     A submit checks it too; this is for results that were accepted before it did.
     """
-    from broker.archive_rules import check_archivable
-    from broker.bundles import MANIFEST, RESULT
     from broker.errors import InvalidBundle
+    from broker.results.archive_rules import check_archivable
+    from broker.results.bundle import MANIFEST, RESULT
 
     documents = (json.loads((folder / name).read_bytes()) for name in (MANIFEST, RESULT))
     try:

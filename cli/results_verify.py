@@ -35,7 +35,7 @@ SHOWN = 5
 ONLY_SIGNED = "signed is result.json alone: nobody vouches for the manifest, summary and dashboard"
 
 if TYPE_CHECKING:
-    from broker.reverify import Report
+    from broker.results.reverify import Report
     from cli.believed import Believed
 
 
@@ -104,8 +104,8 @@ def _online(
     published: Mapping[str, Any],
     kept_keys: bool,
 ) -> Iterator[_Verified]:
-    from broker.reverify import reverify
-    from broker.stored_result import Stored
+    from broker.results.reverify import reverify
+    from broker.results.reverify_stored import Stored
 
     receipt_keys, public_url = public_keys(published), published.get("public_url")
     for run_id in tracked(run_ids, "verifying"):
@@ -134,7 +134,7 @@ def _job(admin: AdminClient, run_id: str) -> dict[str, Any] | None:
 
 def _offline(folder: Path, who: "Believed") -> Iterator[_Verified]:
     """Verify the bundle in `folder`, or all bundles below it."""
-    from broker.reverify import FAILED, Finding, Report, reverify
+    from broker.results.reverify import FAILED, Finding, Report, reverify
 
     own = folder.joinpath("result.json").exists()
     found = [folder] if own else sorted(path.parent for path in folder.rglob("result.json"))
@@ -157,7 +157,7 @@ def _read_bundle(folder: Path, root: Path) -> dict[str, bytes]:
 
     Raises NotAFile for what is named like a file of a bundle and is none below `root`.
     """
-    from broker.bundles import CAPS
+    from broker.results.bundle import CAPS
 
     files = {}
     for path in sorted(folder.iterdir()):

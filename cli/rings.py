@@ -13,8 +13,8 @@ from cli.output import AsJson, Yes, needs_yes, note, print_json, print_table
 from cli.settings import as_database_admin
 
 if TYPE_CHECKING:
-    from broker.credentials import Admin
-    from broker.key_rings import RingAdmin
+    from broker.admin.key_rings import RingAdmin
+    from broker.audit.log import Admin
 
 COLUMNS = ("ring", "kid", "fingerprint", "first_held_at", "held_at", "signed_at")
 SHOWN = 16  # hex digits of a fingerprint in a table
@@ -60,6 +60,6 @@ def forget(
 
 
 def _with_rings(work: "Callable[[RingAdmin, Admin], Awaitable[Any]]") -> Any:
-    from broker.key_rings import RingAdmin
+    from broker.admin.key_rings import RingAdmin
 
     return as_database_admin(lambda pool, by: work(RingAdmin(pool), by))

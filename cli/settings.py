@@ -12,7 +12,7 @@ from uuid import UUID
 from cli.output import CommandFailed, ExitCode
 
 if TYPE_CHECKING:
-    from broker.credentials import Admin
+    from broker.audit.log import Admin
     from config.settings import Settings
 
 Result = TypeVar("Result")
@@ -65,7 +65,7 @@ def as_database_admin(work: "Callable[[Any, Admin], Awaitable[Any]]") -> Any:
     """
     from auth import admin_tokens
     from auth.errors import AuthError
-    from broker.credentials import Admin
+    from broker.audit.log import Admin
     from broker.errors import BrokerError
     from db.audit import database_actor
 

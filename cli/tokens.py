@@ -26,8 +26,8 @@ from cli.output import (
 from cli.settings import as_database_admin
 
 if TYPE_CHECKING:
-    from broker.credentials import Admin
-    from broker.token_admin import TokenAdmin
+    from broker.admin.admin_tokens import TokenAdmin
+    from broker.audit.log import Admin
 
 TOKENS = "/api/admin/tokens"
 COLUMNS = ("token_id", "name", "scopes", "created_at", "expires_at", "minted_by", "revoked_at")
@@ -119,13 +119,13 @@ def _scopes(asked: list[str] | None) -> list[str]:
 
 
 def _check_schema(wanted: dict[str, Any]) -> None:
-    from broker.documents import load_schema
+    from broker.documents.schemas import load_schema
 
     for violation in load_schema("admin_token").violations(wanted):
         raise usage_error(f"--{violation.pointer.strip('/')} {violation.detail}")
 
 
 def _with_tokens(work: "Callable[[TokenAdmin, Admin], Awaitable[Any]]") -> Any:
-    from broker.token_admin import TokenAdmin
+    from broker.admin.admin_tokens import TokenAdmin
 
     return as_database_admin(lambda pool, by: work(TokenAdmin(pool), by))

@@ -8,9 +8,9 @@ from uuid import UUID
 import asyncpg
 from tornado.web import URLSpec
 
-from broker.allowlist import Revocation
-from broker.credentials import Admin
-from broker.paging import read_whole
+from broker.admin.runner_keys import Revocation
+from broker.audit.log import Admin
+from broker.documents.paging import read_whole
 from broker.services import Services
 from handlers.base import UUID_PATH, Handler, read_flag
 from handlers.queue import idempotency_key

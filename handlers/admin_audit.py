@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from tornado.web import URLSpec
 
-from broker.audit import FILTERS
+from broker.audit.log import FILTERS
 from broker.services import Services
 from handlers.admin import AdminHandler
 

@@ -7,8 +7,8 @@ from uuid import UUID
 
 from tornado.web import URLSpec
 
-from broker.bundles import CAPS
-from broker.results import wanted_by
+from broker.admin.results import wanted_by
+from broker.results.bundle import CAPS
 from broker.services import Services
 from handlers.admin import AdminHandler
 from handlers.base import UUID_PATH

@@ -22,7 +22,10 @@ from tornado.httputil import HTTPServerRequest
 from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
 
 from auth.errors import AuthError, MissingToken
-from broker.documents import load_schema
+from broker.concurrency.shares import Shares
+from broker.documents.schemas import load_schema
+from broker.documents.strict_json import pointer, quote
+from broker.documents.times import rfc3339
 from broker.errors import (
     Busy,
     Draining,
@@ -40,9 +43,6 @@ from broker.errors import (
     code_of,
 )
 from broker.services import Services
-from broker.shares import Shares
-from broker.strict_json import pointer, quote
-from broker.times import rfc3339
 from handlers import rates
 from handlers.addresses import Proxies, client_of
 from handlers.connections import ClientStream
@@ -212,7 +212,7 @@ class Handler(RequestHandler):
             self._body += chunk
 
     def read_json(self, schema: str) -> Any:
-        """Return the body, which fits `broker/schemas/<schema>.json`.
+        """Return the body, which fits `broker/documents/json_schemas/<schema>.json`.
 
         Raises TooLarge, EmptyBody, InvalidJson, DuplicateKey or InvalidRequest.
         """

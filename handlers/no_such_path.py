@@ -3,8 +3,8 @@
 import re
 from typing import Any
 
-from broker.bundles import CAPS
 from broker.errors import NotFound
+from broker.results.bundle import CAPS
 from handlers.base import UUID_PATH, Handler
 
 NO_ADDRESS = "There is no such address here."

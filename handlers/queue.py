@@ -10,11 +10,11 @@ import asyncpg
 from tornado.http1connection import HTTP1Connection
 from tornado.web import URLSpec
 
-from broker.bundles import CAPS
 from broker.errors import BrokerError, InvalidRequest, Violation, code_of
-from broker.fitting import Capabilities
-from broker.handbacks import Failure
-from broker.heartbeats import Renewal
+from broker.leases.heartbeats import Renewal
+from broker.leases.matching import Capabilities
+from broker.leases.releases import Failure
+from broker.results.bundle import CAPS
 from broker.services import Services
 from db.run_queue import Beat, Claimant
 from handlers.base import UUID_PATH, Handler

@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from broker.shares import Shares
+from broker.concurrency.shares import Shares
 
 # A bucket holds what comes in so many seconds: a fleet behind one address may restart at once.
 BURST_S = 10.0

@@ -5,7 +5,7 @@ from uuid import UUID
 
 from tornado.web import URLSpec
 
-from broker.registry import SignOn
+from broker.runners.registration import SignOn
 from broker.services import Services
 from handlers.base import Handler
 from handlers.runner_base import RunnerHandler

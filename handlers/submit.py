@@ -12,14 +12,14 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from tornado.web import URLSpec
 
-from broker.bundles import CAPS
 from broker.errors import (
     BrokerError,
     InvalidBundle,
     UnsupportedMediaType,
 )
+from broker.results.bundle import CAPS
+from broker.results.uploads import Spool, Upload
 from broker.services import Services
-from broker.uploads import Spool, Upload
 from handlers.base import UUID_PATH, read_flag
 from handlers.runner_base import RunnerHandler
 

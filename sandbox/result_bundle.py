@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from broker.jobs import harness_hash
+from broker.jobs.job import harness_hash
 from sandbox.answers import Outcome, Reply
 from sandbox.runner_wire import Job
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from broker.archiver import Archiver
+from broker.admin.archiver import Archiver
 from tests.fleet import Fleet
 
 DAY_S = 86_400

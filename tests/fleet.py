@@ -18,11 +18,11 @@ from nacl.signing import SigningKey
 from pydantic import SecretStr
 from tornado.netutil import bind_sockets
 
-from broker.expiry import Sweep
-from broker.lease_keys import LeaseKeys
+from broker.concurrency.workers import Workers
+from broker.leases.lease_keys import LeaseKeys
+from broker.leases.sweep import Sweep
 from broker.services import Services
 from broker.telemetry import Telemetry
-from broker.workers import Workers
 from config.settings import Settings
 from db.pool import open_pool
 from db.run_queue import CHANNEL, Capabilities, Claimant

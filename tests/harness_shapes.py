@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import Any
 
-from broker.jobs import harness_hash
+from broker.jobs.job import harness_hash
 
 Json = dict[str, Any]
 MODEL = {

@@ -13,7 +13,7 @@ import pytest
 
 PATCH = """
 import sys
-if "broker.verify_worker" in sys.orig_argv:
+if "broker.concurrency.worker_main" in sys.orig_argv:
     import os, socket
     from broker import verification
     verify = verification.verify

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from broker.jobs import harness_hash
+from broker.jobs.job import harness_hash
 
 MODEL_REF = "smollm2-135m-q4"
 CONFIG_HASH = "c0" * 32  # of the job: what makes runs comparable

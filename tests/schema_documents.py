@@ -1,4 +1,4 @@
-"""Documents for a schema of broker/schemas/: some that fit, made from the schema, and broken ones.
+"""Documents for a JSON schema: some that fit, made from the schema, and broken ones.
 
 Only the keywords that our schemas use are known; another one fails, and says so.
 """

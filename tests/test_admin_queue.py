@@ -10,7 +10,7 @@ import asyncpg
 import httpx
 import pytest
 
-from broker.jobs import comparable_hash
+from broker.jobs.job import comparable_hash
 from config.settings import Settings
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import SMALL, Fleet, code_of, open_fleet, run_of

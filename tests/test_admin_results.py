@@ -11,8 +11,8 @@ import asyncpg
 import httpx
 import pytest
 
-from broker import results
-from broker.moderation import EDGES, STATES
+from broker.admin import results
+from broker.admin.moderation import EDGES, STATES
 from config.settings import Settings
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import SIGNER, Fleet, Runner, code_of, open_fleet

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from broker.bundles import check_agreement, check_binding, parse_result
 from broker.errors import InvalidBundle, RunMismatch
-from broker.jobs import Job
+from broker.jobs.job import Job
+from broker.results.bundle import check_agreement, check_binding, parse_result
 from tests.result_factory import (
     MODEL_REF,
     failed_record,

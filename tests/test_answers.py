@@ -14,8 +14,8 @@ import tornado.testing
 import tornado.web
 import yaml
 
-from broker.documents import load_schema
-from broker.model_descriptors import model_id_of
+from broker.documents.schemas import load_schema
+from broker.jobs.model_rows import model_id_of
 from sandbox import built_in_rules
 from sandbox.answers import (
     BuiltInRules,

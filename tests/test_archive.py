@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from bench import seeding
-from broker import archiver
-from broker.archiver import Archiver
-from broker.queue_view import QueueView
+from broker.admin import archiver
+from broker.admin.archiver import Archiver
+from broker.admin.runs import QueueView
 from config.settings import Settings
 from db import archive
 from db.migrate import migrate, roll_back

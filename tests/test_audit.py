@@ -12,8 +12,8 @@ import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
-from broker import audit_chain
-from broker.audit_chain import AuditChain
+from broker.audit import chain as audit_chain
+from broker.audit.chain import AuditChain
 from config.settings import Settings
 from db import audit
 from db.audit import SYSTEM

@@ -5,8 +5,12 @@ from typing import Any
 
 import pytest
 
-from broker import bundles, strict_json
-from broker.bundles import (
+from broker.documents import strict_json
+from broker.documents.schemas import Schema
+from broker.errors import BrokerError, DigestMismatch, InvalidBundle, RunMismatch, Violation
+from broker.jobs.job import MAX_CELLS
+from broker.results import bundle
+from broker.results.bundle import (
     CAPS,
     OPTIONAL,
     REQUIRED,
@@ -16,9 +20,6 @@ from broker.bundles import (
     check_names,
     parse_result,
 )
-from broker.documents import Schema
-from broker.errors import BrokerError, DigestMismatch, InvalidBundle, RunMismatch, Violation
-from broker.jobs import MAX_CELLS
 from tests.result_factory import (
     bundle_files,
     digests,
@@ -267,8 +268,8 @@ def test_a_million_tiny_records_are_refused_before_they_are_parsed(
     with pytest.raises(InvalidBundle) as refused:
         parse_result(text, 24)
     assert str(refused.value) == ("result.json has more than 1000000 values.")
-    assert refused.value.violations == (bundles.TOO_MANY,)
-    assert "/records" in bundles.TOO_MANY.detail
+    assert refused.value.violations == (bundle.TOO_MANY,)
+    assert "/records" in bundle.TOO_MANY.detail
 
 
 def test_a_small_legacy_payload_is_not_a_submission() -> None:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from broker.cells import HAIR, hardware, metrics
-from broker.jobs import Job
+from broker.jobs.cells import HAIR, hardware, metrics
+from broker.jobs.job import Job
 from db.metrics import HardwareMetrics
 from tests.result_factory import failed_record, job_payload, result_for
 

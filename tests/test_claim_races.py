@@ -12,8 +12,8 @@ import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
-from broker import wakeup
-from broker.waiting_room import WaitingRoom
+from broker.leases import notifications
+from broker.leases.parked_claims import WaitingRoom
 from config.settings import Settings
 from db import run_queue, runner_keys
 from db.audit import Actor
@@ -261,7 +261,7 @@ async def test_a_parked_claim_is_woken_after_the_bells_connection_was_lost(
     parked: Parked,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(wakeup, "RETRY_S", 0.01)
+    monkeypatch.setattr(notifications, "RETRY_S", 0.01)
     rings: asyncio.Queue[None] = asyncio.Queue()
     ring = WaitingRoom.ring
     monkeypatch.setattr(WaitingRoom, "ring", lambda self: (ring(self), rings.put_nowait(None))[0])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from broker.jobs import comparable_hash
+from broker.jobs.job import comparable_hash
 from config.settings import Settings
 from db import run_queue
 from sandbox.sigstore_instance import ThrowawaySigstore

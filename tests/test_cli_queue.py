@@ -10,9 +10,9 @@ from typing import Any
 import nacl.signing
 import pytest
 
-from broker import enqueue_request
-from broker.documents import load_schema
-from broker.quantizations import KNOWN
+from broker.documents.schemas import load_schema
+from broker.jobs import enqueue_request
+from broker.jobs.quantizations import KNOWN
 from cli import queue
 from cli.queue import BATCH
 from tests.cli_admin import TOKEN, Admin, Shell, playing, problem

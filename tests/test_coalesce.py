@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from broker.coalesce import WHOLE, Coalescer
+from broker.concurrency.batching import WHOLE, Coalescer
 
 
 class Desk:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from broker.declared_vram import check, sold_gb
 from broker.errors import InvalidRequest
+from broker.runners.declared_vram import check, sold_gb
 from config.settings import Settings
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import code_of, open_fleet

@@ -17,7 +17,7 @@ import pytest
 from typer.main import get_command
 
 from auth.signer_policy import load_policy
-from broker.documents import load_schema
+from broker.documents.schemas import load_schema
 from cli.main import app
 from cli.output import ExitCode
 from config.settings import CLIENT_VARIABLES, CONFIG_VARIABLE, PREFIX, Settings

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from broker.documents import FOLDER
+from broker.documents.schemas import FOLDER
 from broker.errors import code_of
 from config.settings import Settings
 from handlers.errors import STATUS

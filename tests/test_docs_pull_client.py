@@ -10,9 +10,9 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from broker.archive_rules import check_archivable
-from broker.bundles import check_binding, parse_result
-from broker.jobs import Job, comparable_hash
+from broker.jobs.job import Job, comparable_hash
+from broker.results.archive_rules import check_archivable
+from broker.results.bundle import check_binding, parse_result
 from config.settings import Settings
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import open_fleet

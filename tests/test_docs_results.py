@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from broker.moderation import EDGES
+from broker.admin.moderation import EDGES
 from config.settings import Settings
 from handlers.errors import STATUS, code_of
 from sandbox.sigstore_instance import ThrowawaySigstore

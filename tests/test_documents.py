@@ -11,10 +11,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from broker import documents
-from broker.documents import FOLDER, Schema, load_schema
+from broker.documents import schemas
+from broker.documents.schemas import FOLDER, Schema, load_schema
+from broker.documents.strict_json import pointer
 from broker.errors import DuplicateKey, InvalidBundle, InvalidJson, InvalidRequest, Violation
-from broker.strict_json import pointer
 from config.settings import Settings
 from server import open_services
 from tests.result_factory import bundle_files, failed_record, job_payload, result_for
@@ -152,7 +152,7 @@ async def test_a_broken_schema_stops_the_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "no_schema.json").write_text('{"type": "nothing"}')
-    monkeypatch.setattr(documents, "FOLDER", tmp_path)
+    monkeypatch.setattr(schemas, "FOLDER", tmp_path)
     with pytest.raises(jsonschema.SchemaError, match="nothing"):
         async with open_services(make_settings()):
             pass
@@ -275,7 +275,7 @@ def test_what_no_rule_looks_at_is_not_copied_for_each_error(
 def test_a_document_that_does_not_fit_never_does_by_what_was_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(documents._Node, "_thin", lambda self, rules, value: RESULT)
+    monkeypatch.setattr(schemas._Node, "_thin", lambda self, rules, value: RESULT)
     broken = changed(RESULT, ("run_status",), "done")
     assert [v.pointer for v in load_schema("result").violations(broken)] == ["/run_status"]
 

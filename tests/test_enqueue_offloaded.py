@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from auth.keys import canonical_json, digest_of
-from broker import enqueue_request, strict_json, task_rows
-from broker.documents import load_schema
-from broker.enqueue_request import MAX_CELLS_TOGETHER, TEXT_LENGTH, TEXT_ROWS
+from broker.documents import strict_json
+from broker.documents.schemas import load_schema
 from broker.errors import InvalidRequest
+from broker.jobs import enqueue_request, task_rows
+from broker.jobs.enqueue_request import MAX_CELLS_TOGETHER, TEXT_LENGTH, TEXT_ROWS
 from config.settings import Settings
 from db import models, run_queue, tasks
 from sandbox.sigstore_instance import ThrowawaySigstore

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from broker import expiry
+from broker.leases import sweep
 from config.settings import Settings
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, code_of, open_fleet, quiet_sweep
@@ -152,7 +152,7 @@ async def test_a_pass_goes_on_until_no_overdue_lease_is_left(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quiet_sweep(monkeypatch)
-    monkeypatch.setattr(expiry, "BATCH", 2)
+    monkeypatch.setattr(sweep, "BATCH", 2)
     async with open_fleet(make_settings(), sigstore) as fleet:
         # As many again live on, or the breaker would hold: half of all at once is our own fault.
         runner = await fleet.sign_on(max_leases=10)

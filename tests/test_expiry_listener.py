@@ -9,13 +9,13 @@ import pytest
 import redis.asyncio
 from structlog.testing import capture_logs
 
-from broker import expiry_listener, expiry_node
-from broker.endings import cancel
-from broker.expiry import Sweep
-from broker.expiry_listener import ExpiryListener
-from broker.expiry_node import ExpiryNode
-from broker.lease_keys import LeaseKeys
-from broker.redis_topology import open_topology
+from broker.concurrency.cancel import cancel
+from broker.leases import expiry_listener, expiry_node
+from broker.leases.expiry_listener import ExpiryListener
+from broker.leases.expiry_node import ExpiryNode
+from broker.leases.lease_keys import LeaseKeys
+from broker.leases.redis_topology import open_topology
+from broker.leases.sweep import Sweep
 from broker.telemetry import Telemetry
 from config.settings import Settings
 from db.pool import open_pool

@@ -10,7 +10,7 @@ import pytest
 from asyncpg.connect_utils import _parse_connect_dsn_and_args
 from pydantic import SecretStr
 
-from broker import wakeup
+from broker.leases import notifications
 from config.settings import Settings
 from config.urls import check_url, hosts_of, without_hosts
 from db import pool as pools
@@ -56,7 +56,7 @@ async def test_a_failover_that_leaves_sessions_on_the_old_primary_loses_no_lease
     sigstore: ThrowawaySigstore,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(wakeup, "PROVE_EVERY_S", 0.05)
+    monkeypatch.setattr(notifications, "PROVE_EVERY_S", 0.05)
     settings = make_settings(database_url=SecretStr(pair.dsn), claim_recheck_s=1000)
     async with open_fleet(settings, sigstore) as fleet:
         runner, parked = await fleet.sign_on(), await fleet.sign_on("runner-b")

@@ -137,7 +137,7 @@ async def test_equals_that_are_larger_overtake_no_longer_than_a_day(
 async def test_under_a_flow_of_urgent_runs_others_have_a_share_of_the_claims(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("broker.claims.PROMOTE_PAUSE_S", 0.0)
+    monkeypatch.setattr("broker.leases.claims.PROMOTE_PAUSE_S", 0.0)
     async with open_fleet(make_settings(), sigstore) as fleet:
         runner = await machine(fleet, "large", 48)
         rest = [await fleet.enqueue(model=SMALL, priority=100) for _ in range(10)]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from broker.documents import load_schema
-from broker.quantizations import KNOWN, find, in_file_name
+from broker.documents.schemas import load_schema
+from broker.jobs.quantizations import KNOWN, find, in_file_name
 from cli.descriptors import Undescribed, describe, read_folder
 from cli.documents import TEXT_MEMBERS, read_document
 from cli.harness_config import Beside, JudgeMode, read_runs

@@ -14,8 +14,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from broker.archive_rules import NO_COMMIT, check_archivable
 from broker.errors import InvalidBundle
+from broker.results.archive_rules import NO_COMMIT, check_archivable
 from config.settings import Settings
 from db.migrate import migrate
 from sandbox.sigstore_instance import ThrowawaySigstore

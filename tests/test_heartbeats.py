@@ -10,8 +10,8 @@ import httpx
 import pytest
 import redis.asyncio
 
-from broker.heartbeats import Heartbeats
-from broker.lease_keys import LeaseKeys
+from broker.leases.heartbeats import Heartbeats
+from broker.leases.lease_keys import LeaseKeys
 from config.settings import Settings
 from db.run_queue import Beat
 from sandbox.sigstore_instance import ThrowawaySigstore

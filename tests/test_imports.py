@@ -16,6 +16,19 @@ MAY_IMPORT = {
     "cli": {"server", "handlers", "broker", "auth", "db", "config"},
     "sandbox": {"cli", "broker", "auth", "db", "config"},
 }
+# Inside `broker/`: what a folder, or a module beside the folders, may import of the others. Each is
+# allowed what the ones below it are allowed.
+BROKER_ORDER = [
+    {"services"},
+    {"admin", "health", "reload"},
+    {"results", "runners"},
+    {"leases", "jobs"},
+    {"audit", "concurrency"},
+    {"documents", "telemetry", "in_flight"},
+    {"errors"},
+]
+# Beside the order: health and reload look at what an admin's rings are.
+BROKER_BESIDE = {("health", "admin"), ("reload", "admin")}
 # Only these commands start private servers; the rest of the command line runs without a sandbox.
 SANDBOX_COMMANDS = {"cli/demo.py", "cli/dev.py"}
 # HTTP is the handlers' and the server's; the clients speak it from the outside.
@@ -48,6 +61,35 @@ def test_a_module_imports_only_what_lies_below_it(path: Path) -> None:
     allowed = MAY_IMPORT[layer] | {layer} | ({"sandbox"} if name in SANDBOX_COMMANDS else set())
     assert imported(path) & MAY_IMPORT.keys() <= allowed
     assert layer in TORNADO or "tornado" not in imported(path)
+
+
+def broker_imports(path: Path) -> set[tuple[str, str]]:
+    """Each room of `broker/` that a module of it imports, beside its own."""
+    rooms = {room for level in BROKER_ORDER for room in level}
+    mine = path.relative_to(ROOT / "broker").parts[0].removesuffix(".py")
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("broker"):
+            continue
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {(mine, name.split(".")[1]) for name in names} - {(mine, mine)}
+    assert {room for pair in found for room in pair} <= rooms, f"{path}: a room without a place"
+    return found
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in MODULES if path.is_relative_to(ROOT / "broker") and path.stat().st_size],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_a_module_of_the_broker_imports_only_what_lies_below_its_room(path: Path) -> None:
+    level = {room: number for number, rooms in enumerate(BROKER_ORDER) for room in rooms}
+    upward = {
+        (mine, other)
+        for mine, other in broker_imports(path)
+        if level[other] <= level[mine] and (mine, other) not in BROKER_BESIDE
+    }
+    assert upward == set()
 
 
 def test_only_the_settings_read_the_environment() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from auth.tokens import RunnerClaims
 from broker.errors import LeaseLost
-from broker.liveness import Liveness
+from broker.runners.liveness import Liveness
 from config.settings import Settings
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, Runner, code_of, open_fleet

@@ -11,7 +11,7 @@ import pytest
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from broker.key_rings import LATELY, KeyRings
+from broker.admin.key_rings import LATELY, KeyRings
 from cli.main import main
 from cli.output import ExitCode
 from config.settings import PREFIX, Settings, SettingsRefused

@@ -8,8 +8,8 @@ from uuid import uuid4
 import pytest
 import redis.asyncio
 
-from broker import lease_keys
-from broker.lease_keys import GRACE, LeaseKey, LeaseKeys
+from broker.leases import lease_keys
+from broker.leases.lease_keys import GRACE, LeaseKey, LeaseKeys
 from config.settings import Settings
 from server import open_services
 

@@ -7,8 +7,8 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from broker import liveness
-from broker.liveness import Liveness
+from broker.runners import liveness
+from broker.runners.liveness import Liveness
 from config.settings import Settings
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, open_fleet

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from broker.bundles import parse_result
-from broker.cells import HAIR
-from broker.enqueue_request import _check
 from broker.errors import InvalidBundle
-from broker.measurements import check_measurements
+from broker.jobs.cells import HAIR
+from broker.jobs.enqueue_request import _check
+from broker.jobs.measurements import check_measurements
+from broker.results.bundle import parse_result
 from tests.fleet import run_of
 from tests.result_factory import job_payload, put, result_for
 

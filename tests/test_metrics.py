@@ -10,9 +10,9 @@ import pytest
 import redis.asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
-from broker import queue_tally
-from broker.expiry import Sweep
-from broker.lease_keys import LeaseKeys
+from broker.admin import queue_tally
+from broker.leases.lease_keys import LeaseKeys
+from broker.leases.sweep import Sweep
 from broker.telemetry import LOOP_TICK_S, Telemetry
 from config.settings import Settings
 from db import run_queue

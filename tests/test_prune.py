@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from broker import prune as verb
-from broker.prune import Prune, Retention, retentions
+from broker.admin import prune as verb
+from broker.admin.prune import Prune, Retention, retentions
 from config.settings import Settings
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.archived import DAY_S, aged, archive_once, archived, quiet_archiver, where

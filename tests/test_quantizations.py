@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from auth import remembered
-from broker.quantizations import KNOWN
+from broker.concurrency import ttl_cache
+from broker.jobs.quantizations import KNOWN
 from config.settings import Settings
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import CAPABILITIES, SMALL, code_of, open_fleet, run_of
@@ -17,7 +17,7 @@ MakeSettings = Callable[..., Settings]
 async def test_a_quantization_that_is_added_counts_in_every_process_at_once(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remembered, "REMEMBERED_S", 0)
+    monkeypatch.setattr(ttl_cache, "REMEMBERED_S", 0)
     settings = make_settings()
     async with open_fleet(settings, sigstore) as one, open_fleet(settings, sigstore) as other:
         runner = await one.sign_on()

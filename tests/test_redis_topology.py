@@ -10,13 +10,13 @@ from uuid import uuid4
 import pytest
 import redis.asyncio
 
-from auth import revocation
-from auth.revocation import Revocations, Revoked
 from auth.tokens import RunnerClaims
-from broker import expiry_listener, expiry_node
-from broker.expiry_listener import ExpiryListener
-from broker.lease_keys import LeaseKey, LeaseKeys
-from broker.redis_topology import RedisUrlRefused, open_topology
+from broker.leases import expiry_listener, expiry_node
+from broker.leases.expiry_listener import ExpiryListener
+from broker.leases.lease_keys import LeaseKey, LeaseKeys
+from broker.leases.redis_topology import RedisUrlRefused, open_topology
+from broker.runners import revocations as revocation
+from broker.runners.revocations import Revocations, Revoked
 from config.settings import Settings
 from sandbox.sigstore_instance import ThrowawaySigstore
 from server import ServerRefused, open_services

@@ -16,7 +16,7 @@ import pytest
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from broker.workers import Workers
+from broker.concurrency.workers import Workers
 from config.settings import CONFIG_VARIABLE, NO_RECEIPT_KEYS, Settings, SettingsRefused
 from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
 from tests.fleet import SIGNER, code_of, open_fleet
@@ -53,14 +53,14 @@ async def test_a_verification_that_has_begun_ends_with_the_verifier_it_began_wit
 ) -> None:
     settings = make_settings(signers_file=policy(tmp_path / "signers.yaml", SIGNER))
     begun, go_on = asyncio.Event(), asyncio.Event()
-    verify = Workers.verify
+    call = Workers.call
 
-    async def held_up(self: Workers, *arguments: Any) -> Any:
+    async def held_up(self: Workers, *arguments: Any, **files: Any) -> Any:
         begun.set()
         await go_on.wait()
-        return await verify(self, *arguments)
+        return await call(self, *arguments, **files)
 
-    monkeypatch.setattr(Workers, "verify", held_up)
+    monkeypatch.setattr(Workers, "call", held_up)
     async with claimed(settings, sigstore) as (fleet, runner, job):
         submit = asyncio.create_task(runner.submit(job))
         await begun.wait()

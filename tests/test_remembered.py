@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 
-from auth import remembered
-from auth.remembered import Remembered
+from broker.concurrency import ttl_cache
+from broker.concurrency.ttl_cache import Remembered
 
 
 class Answer:
@@ -24,7 +24,7 @@ async def test_an_answer_is_known_for_its_second_and_no_longer(
     assert (answers.get("a"), answers.get("b")) == (1, 2)
     answers.forget("a")
     assert (answers.get("a"), answers.get("b")) == (None, 2)
-    monkeypatch.setattr(remembered, "REMEMBERED_S", 0)
+    monkeypatch.setattr(ttl_cache, "REMEMBERED_S", 0)
     assert answers.get("b") is None
 
 
@@ -41,7 +41,7 @@ async def test_clearing_forgets_also_what_was_put_a_turn_ago() -> None:
 async def test_what_is_too_old_leaves_memory_though_nobody_asks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(remembered, "REMEMBERED_S", 0.01)
+    monkeypatch.setattr(ttl_cache, "REMEMBERED_S", 0.01)
     answers: Remembered[str, Answer] = Remembered()
     gone = asyncio.Event()
     answer = Answer()

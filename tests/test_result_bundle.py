@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from auth.signers import BundleVerifier, Signer, load_policy
-from broker.archive_rules import check_archivable
-from broker.bundles import (
+from broker.jobs.job import Job as HandedOut
+from broker.results.archive_rules import check_archivable
+from broker.results.bundle import (
     SIGNATURE,
     check_agreement,
     check_binding,
@@ -22,7 +23,6 @@ from broker.bundles import (
     check_names,
     parse_result,
 )
-from broker.jobs import Job as HandedOut
 from sandbox.answers import BuiltInRules, CellFailed, Outcome, cells_of, execute
 from sandbox.result_bundle import WARNING, Rig, build_bundle, build_result, model_score
 from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore

@@ -11,8 +11,8 @@ import pytest
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from broker.archiver import Archiver
-from broker.prune import Prune, retentions
+from broker.admin.archiver import Archiver
+from broker.admin.prune import Prune, retentions
 from cli.main import main
 from config.settings import Settings
 from db.migrate import migrate

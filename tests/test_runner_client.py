@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from auth.keys import RunnerKey
-from broker.documents import load_schema
+from broker.documents.schemas import load_schema
 from sandbox.runner_client import RENEWALS, RunnerClient
 from sandbox.runner_identity import Identity, load_key, public_key_text
 from sandbox.runner_wire import Backoff, Problem

@@ -1,4 +1,4 @@
-"""broker/documents.py (jsonschema-rs, arrays taken apart) against the reference, jsonschema.
+"""documents/schemas.py (jsonschema-rs, arrays taken apart) against the reference, jsonschema.
 
 For each schema, documents made from it and broken: both must give the same verdict and, where
 something is wrong, name the same places. They compare like this: of an unknown member, we name the
@@ -19,10 +19,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from broker import strict_json
-from broker.documents import FOLDER, load_schema
+from broker.documents import strict_json
+from broker.documents.schemas import FOLDER, load_schema
+from broker.documents.strict_json import MAX_VIOLATIONS, check_text, pointer
 from broker.errors import InvalidJson
-from broker.strict_json import MAX_VIOLATIONS, check_text, pointer
 from tests.fuzz import parsers
 from tests.schema_documents import documents
 

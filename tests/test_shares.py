@@ -8,9 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
-from broker import shares, waiting_room
-from broker.shares import RunnerShares, Shares
-from broker.waiting_room import WaitingRoom
+from broker.concurrency import shares
+from broker.concurrency.shares import RunnerShares, Shares
+from broker.leases import parked_claims
+from broker.leases.parked_claims import WaitingRoom
 from config.settings import Settings
 from handlers import rates
 from sandbox.sigstore_instance import ThrowawaySigstore
@@ -108,7 +109,7 @@ async def test_parked_claims_of_one_runner_come_behind_the_first_of_another(
 async def test_of_a_runner_with_too_many_parked_claims_the_oldest_stops_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(waiting_room, "PARKED_MAX", 2)
+    monkeypatch.setattr(parked_claims, "PARKED_MAX", 2)
     room = WaitingRoom(_nothing, 1000, most=100)
     offer = shares  # any hashable: nothing is looked up
 

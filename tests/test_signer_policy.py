@@ -8,7 +8,7 @@ from structlog.testing import capture_logs
 
 from auth.errors import PolicyRefused
 from auth.signers import BundleVerifier, Signer, SignerPolicy, check_signer, load_policy
-from broker.trusted import Trusted
+from broker.results.active_verifier import Trusted
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.cli_admin import Shell
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from broker.documents.strict_json import check_text, holds_more, parse, pointer, suspicious
 from broker.errors import DuplicateKey, InvalidJson, Violation
-from broker.strict_json import check_text, holds_more, parse, pointer, suspicious
 
 NOT_UTF8 = {
     "UTF-16": '{"a": 1}'.encode("utf-16"),

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from broker.submissions import WRITING_MIN
-from broker.workers import Workers
+from broker.concurrency.workers import Workers
+from broker.results.submissions import WRITING_MIN
 from config.settings import Settings
 from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
 from tests.fleet import SIGNER, Fleet, Runner, code_of, open_fleet, run_of
@@ -539,14 +539,14 @@ async def test_more_bundles_than_may_be_verified_are_told_to_come_again(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, gate = asyncio.Event(), asyncio.Event()
-    verify = Workers.verify
+    call = Workers.call
 
-    async def held_up(self: Workers, *arguments: Any) -> Any:
+    async def held_up(self: Workers, *arguments: Any, **files: Any) -> Any:
         begun.set()
         await gate.wait()
-        return await verify(self, *arguments)
+        return await call(self, *arguments, **files)
 
-    monkeypatch.setattr(Workers, "verify", held_up)
+    monkeypatch.setattr(Workers, "call", held_up)
     async with claimed(make_settings(verify_max=1), sigstore) as (fleet, runner, job):
         first = asyncio.create_task(runner.submit(job))
         await begun.wait()
@@ -567,17 +567,17 @@ async def test_only_so_many_results_are_written_at_once_that_heartbeats_go_on(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verified, all_verified = 0, asyncio.Event()
-    verify = Workers.verify
+    call = Workers.call
 
-    async def counted(self: Workers, *arguments: Any) -> Any:
+    async def counted(self: Workers, *arguments: Any, **files: Any) -> Any:
         nonlocal verified
-        outcome = await verify(self, *arguments)
+        outcome = await call(self, *arguments, **files)
         verified += 1
         if verified == 4:
             all_verified.set()
         return outcome
 
-    monkeypatch.setattr(Workers, "verify", counted)
+    monkeypatch.setattr(Workers, "call", counted)
     async with open_fleet(make_settings(verify_workers=1), sigstore) as fleet:
         runners = [await fleet.sign_on(f"runner-{n}") for n in range(4)]
         await fleet.admin("POST", "/queue", json={"runs": [run_of() for _ in runners]})

@@ -15,18 +15,22 @@ import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
-from broker import archiver, audit_chain, key_rings, liveness, supervision, wakeup
-from broker.archiver import Archiver
-from broker.audit_chain import AuditChain
-from broker.endings import cancel
-from broker.expiry import Sweep
-from broker.expiry_listener import ExpiryListener
-from broker.key_rings import KeyRings
-from broker.liveness import Liveness
-from broker.supervision import Succeeded, Supervisor
+from broker.admin import archiver, key_rings
+from broker.admin.archiver import Archiver
+from broker.admin.key_rings import KeyRings
+from broker.audit import chain
+from broker.audit.chain import AuditChain
+from broker.concurrency import supervision
+from broker.concurrency.cancel import cancel
+from broker.concurrency.supervision import Succeeded, Supervisor
+from broker.leases import notifications
+from broker.leases.expiry_listener import ExpiryListener
+from broker.leases.notifications import Wakeup
+from broker.leases.parked_claims import WaitingRoom
+from broker.leases.sweep import Sweep
+from broker.runners import liveness
+from broker.runners.liveness import Liveness
 from broker.telemetry import Telemetry
-from broker.waiting_room import WaitingRoom
-from broker.wakeup import Wakeup
 from config.log_writer import LogWriter
 from config.settings import Settings
 from handlers import connections
@@ -278,7 +282,7 @@ async def test_every_loop_of_the_server_survives_its_end_and_does_its_work_again
 ) -> None:
     monkeypatch.setattr(supervision, "FIRST_S", 0.001)
     monkeypatch.setattr(archiver, "INTERVAL_S", 0.01)
-    monkeypatch.setattr(audit_chain, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(chain, "INTERVAL_S", 0.01)
     monkeypatch.setattr(liveness, "INTERVAL_S", 0.01)
     monkeypatch.setattr(key_rings, "INTERVAL_S", 0.01)
     monkeypatch.setattr(connections, "PATROL_S", 0.01)
@@ -317,7 +321,7 @@ def ends_once(run: Callable[..., Any]) -> Callable[..., Any]:
 async def test_a_listening_connection_that_says_nothing_is_given_up(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wakeup, "RETRY_S", 0.001)
+    monkeypatch.setattr(notifications, "RETRY_S", 0.001)
     answers, heard, proved = iter([TimeoutError()]), 0, asyncio.Event()
 
     async def fetchval(self: asyncpg.Connection, *_: Any, **__: Any) -> str:
@@ -341,13 +345,21 @@ async def test_a_listening_connection_that_says_nothing_is_given_up(
 
 # Tasks that no supervisor keeps: why their end does no harm.
 SHORT_LIVED = {
-    "auth/revocation.py": "filled again at the next look; its watch catches whatever a Redis does",
-    "broker/claims.py": "the release of one undelivered claim: if it fails, the lease lapses",
-    "broker/coalesce.py": "one batch after the other: whatever ends it is told to all who wait",
-    "broker/expiry_listener.py": "a node's: one that ended is seen, and replaced at the next look",
-    "broker/expiry_node.py": "awaited by the node, which listens anew when one of them ends",
-    "broker/lease_keys.py": "one pipeline after the other: the next change starts it again",
-    "broker/supervision.py": "the supervisor's own: one that ends ends the process",
+    "broker/runners/revocations.py": (
+        "filled again at the next look; its watch catches whatever a Redis does"
+    ),
+    "broker/leases/claims.py": (
+        "the release of one undelivered claim: if it fails, the lease lapses"
+    ),
+    "broker/concurrency/batching.py": (
+        "one batch after the other: whatever ends it is told to all who wait"
+    ),
+    "broker/leases/expiry_listener.py": (
+        "a node's: one that ended is seen, and replaced at the next look"
+    ),
+    "broker/leases/expiry_node.py": "awaited by the node, which listens anew when one of them ends",
+    "broker/leases/lease_keys.py": "one pipeline after the other: the next change starts it again",
+    "broker/concurrency/supervision.py": "the supervisor's own: one that ends ends the process",
     "db/migrate.py": "awaited where they start: a migration, and the lines of its progress",
     "server.py": "awaited at once: which of the events that end the process comes first",
 }

@@ -9,9 +9,9 @@ import asyncpg
 import pytest
 import redis.asyncio
 
-from broker import expiry
-from broker.expiry import Breaker, Sweep
-from broker.lease_keys import LeaseKeys
+from broker.leases import sweep as expiry
+from broker.leases.lease_keys import LeaseKeys
+from broker.leases.sweep import Breaker, Sweep
 from config.settings import Settings
 from sandbox import servers
 from sandbox.sigstore_instance import ThrowawaySigstore

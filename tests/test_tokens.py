@@ -14,9 +14,10 @@ import pytest
 import redis.asyncio
 from structlog.testing import capture_logs
 
-from auth import remembered, revocation
 from auth.errors import InvalidToken, TokenExpired
 from auth.tokens import LEEWAY, RunnerClaims, Tokens
+from broker.concurrency import ttl_cache
+from broker.runners import revocations as revocation
 from config.settings import Settings
 from sandbox import servers
 from sandbox.sigstore_instance import ThrowawaySigstore
@@ -237,7 +238,7 @@ async def test_an_expired_token_is_renewed_and_the_lease_goes_on(
 async def test_a_token_that_the_leeway_alone_keeps_alive_can_be_revoked_all_the_same(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remembered, "REMEMBERED_S", 0)
+    monkeypatch.setattr(ttl_cache, "REMEMBERED_S", 0)
     settings = make_settings()
     async with (
         open_fleet(settings, sigstore) as fleet,
@@ -264,7 +265,7 @@ async def test_a_token_that_the_leeway_alone_keeps_alive_can_be_revoked_all_the_
 async def test_a_flushed_redis_does_not_unrevoke(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remembered, "REMEMBERED_S", 0)
+    monkeypatch.setattr(ttl_cache, "REMEMBERED_S", 0)
     settings = make_settings()
     async with (
         open_fleet(settings, sigstore) as fleet,
@@ -290,7 +291,7 @@ async def test_a_flushed_redis_does_not_unrevoke(
 async def test_a_revocation_that_redis_alone_was_told_of_by_another_process_is_seen(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remembered, "REMEMBERED_S", 0)
+    monkeypatch.setattr(ttl_cache, "REMEMBERED_S", 0)
     settings = make_settings()
     async with open_fleet(settings, sigstore) as fleet, open_fleet(settings, sigstore) as second:
         runner = await fleet.sign_on()
@@ -304,7 +305,7 @@ async def test_a_revocation_that_redis_alone_was_told_of_by_another_process_is_s
 async def test_without_redis_postgres_says_who_is_revoked(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remembered, "REMEMBERED_S", 0)
+    monkeypatch.setattr(ttl_cache, "REMEMBERED_S", 0)
     with servers.redis() as server:
         async with open_fleet(make_settings(redis_token_url=server.url(2)), sigstore) as fleet:
             good, gone = await fleet.sign_on(), await fleet.sign_on("runner-b")
@@ -344,7 +345,7 @@ async def test_an_answer_is_remembered_for_a_second_at_most(
             await revocations.write([])  # whoever revokes here forgets at once
             assert revocations.remembered(claims) is None
             await revocations.revoked_among([claims])
-            monkeypatch.setattr(remembered, "REMEMBERED_S", 0)
+            monkeypatch.setattr(ttl_cache, "REMEMBERED_S", 0)
             assert revocations.remembered(claims) is None
             assert seen == [claims.jti] * 2
             await revocations.close()

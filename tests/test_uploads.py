@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from broker.bundles import CAPS
 from broker.errors import InvalidBundle, TooLarge
-from broker.uploads import Spool
+from broker.results.bundle import CAPS
+from broker.results.uploads import Spool
 from config.settings import Settings
 from handlers.submit import Parts
 from sandbox.sigstore_instance import ThrowawaySigstore

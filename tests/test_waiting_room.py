@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from broker import waiting_room
-from broker.fitting import Capabilities, Offer
-from broker.waiting_room import LOOK_MAX, WaitingRoom
+from broker.leases import parked_claims
+from broker.leases.matching import Capabilities, Offer
+from broker.leases.parked_claims import LOOK_MAX, WaitingRoom
 
 NEVER_S = 1000.0
 BIG = Capabilities(80, ("fp16", "q8_0"))
@@ -153,7 +153,7 @@ async def test_one_look_serves_all_and_counts_no_further_than_they_are() -> None
 async def test_who_is_left_of_a_crowd_is_looked_after_soon(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(waiting_room, "CROWD_S", 0.01)
+    monkeypatch.setattr(parked_claims, "CROWD_S", 0.01)
     async with crowd([offer(LOOK_MAX)], [offer(1)]) as people:
         await people.enter(*range(LOOK_MAX + 1))
         people.room.ring()

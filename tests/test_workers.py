@@ -18,12 +18,12 @@ import httpx
 import pytest
 
 from auth.errors import AuthError, SignatureInvalid, SignerNotAllowed, Unverifiable
-from broker import verify_worker, workers
-from broker.bundles import CAPS, RESULT
+from broker.concurrency import worker_main, workers
+from broker.concurrency.worker_main import REQUEST
+from broker.concurrency.workers import Workers
 from broker.errors import BrokerError, DigestMismatch, InvalidBundle, RunMismatch, Violation
 from broker.errors import code_of as code_of_error
-from broker.verify_worker import REQUEST
-from broker.workers import Workers
+from broker.results.bundle import CAPS, RESULT
 from config.settings import Settings
 from sandbox.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, Runner, code_of, open_fleet
@@ -171,7 +171,7 @@ async def test_after_a_large_result_its_worker_is_replaced(
     async with one_worker(make_settings(), sigstore) as (fleet, runner, lent, pid):
         await fleet.enqueue()
         job = await runner.take()
-        files = runner.bundle(job, note="x" * verify_worker.LARGE_BYTES)
+        files = runner.bundle(job, note="x" * worker_main.LARGE_BYTES)
         assert (await runner.submit(job, files)).status_code == 201
         assert pid not in lent.pids
         assert await asyncio.to_thread(gone, pid)
@@ -182,7 +182,7 @@ def test_a_worker_whose_server_is_gone_ends_without_a_word() -> None:
     with (
         theirs,
         subprocess.Popen(
-            [sys.executable, "-P", "-m", "broker.verify_worker"],
+            [sys.executable, "-P", "-m", "broker.concurrency.worker_main"],
             stdin=theirs.fileno(),
             stderr=subprocess.PIPE,
             env={"PYTHONPATH": os.pathsep.join(sys.path)},

@@ -26,7 +26,7 @@ import structlog
 
 from auth.errors import PolicyRefused
 from auth.signers import load_policy
-from broker.workers import Workers
+from broker.concurrency.workers import Workers
 from config.settings import Settings
 from db.migrate import migrate
 from sandbox import servers

@@ -19,7 +19,7 @@ import jsonschema
 
 from tests.fuzz.bundle import DASHBOARD, ENVELOPE, MANIFEST, RESULT, SUMMARY, Bundle
 
-SCHEMAS = Path(__file__).parents[2] / "broker" / "schemas"
+SCHEMAS = Path(__file__).parents[2] / "broker" / "documents" / "json_schemas"
 Files = dict[str, bytes]
 Pair = tuple[bytes, bytes]  # result.json and its signature's file
 

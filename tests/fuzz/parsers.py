@@ -24,11 +24,11 @@ from nacl.signing import SigningKey
 from auth.errors import AuthError, SignatureInvalid, SignerNotAllowed, Unverifiable
 from auth.keys import RunnerKey
 from auth.signers import BundleVerifier, Signer, SignerPolicy
-from broker import bundles
 from broker.errors import BrokerError
-from broker.jobs import Job
-from broker.signatures import RunnerKeySignature
-from broker.uploads import Spool
+from broker.jobs.job import Job
+from broker.results import bundle as bundles
+from broker.results.signatures import RunnerKeySignature
+from broker.results.uploads import Spool
 from handlers.submit import Parts
 from tests.fuzz.forms import BOUNDARY
 from tests.fuzz.json_mutators import cut, flip, mutate_text, splice

@@ -10,8 +10,8 @@ from typing import cast
 import asyncpg
 
 from auth.signers import BundleVerifier, SignerEvidence
-from broker import submissions
-from broker.signatures import Signature, signature_of
+from broker.results import submissions
+from broker.results.signatures import Signature, signature_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,7 +121,7 @@ RINGS = (
     ),
     Guard(
         "key rings: a kid that a process has is not freed",
-        "broker/key_rings.py",
+        "broker/admin/key_rings.py",
         'if row["held"]:',
         "if False:",
         f"{KEY_RINGS}::test_a_kid_is_freed_once_no_process_has_it_and_may_be_another_key_then",
@@ -180,7 +180,7 @@ CLAIM = (
     ),
     Guard(
         "sign-off: the token ends before the leases are looked at",
-        "broker/registry.py",
+        "broker/runners/registration.py",
         "            await runner_keys.revoke_token(connection, claims.jti, claims.dead_at, key)\n",
         "",
         f"{RACES}::test_a_sign_off_waits_for_a_claim_in_flight_and_hands_its_lease_back",
@@ -336,42 +336,42 @@ CLAIM = (
     ),
     Guard(
         "claim: the run of a parked claim that is refused is the next one's",
-        "broker/claims.py",
+        "broker/leases/claims.py",
         "                    self.room.ring()  #",
         "                    pass  #",
         f"{RACES}::test_the_run_of_a_parked_claim_that_is_refused_goes_to_the_next_in_line",
     ),
     Guard(
         "claim: a draining runner does not wait before others",
-        "broker/claims.py",
+        "broker/leases/claims.py",
         'or row["draining"] ',
         "",
         f"{RACES}::test_a_draining_runner_is_not_parked_where_it_would_be_woken_before_others",
     ),
     Guard(
         "claim: a ring between the look and the wait is heard",
-        "broker/waiting_room.py",
+        "broker/leases/parked_claims.py",
         "if self.rings != heard:",
         "if False:",
         "tests/test_waiting_room.py",
     ),
     Guard(
         "claim: the longest waiting is woken first",
-        "broker/waiting_room.py",
+        "broker/leases/parked_claims.py",
         "            (turn, self._woken.get(runner_id, 0), place)\n",
         "            (turn, self._woken.get(runner_id, 0), -place)\n",
         "tests/test_waiting_room.py",
     ),
     Guard(
         "share: a runner's second claim comes behind the first of others",
-        "broker/waiting_room.py",
+        "broker/leases/parked_claims.py",
         "(turn, self._woken.get(runner_id, 0), place)",
         "(0, 0, place)",
         "tests/test_shares.py::test_parked_claims_of_one_runner_come_behind_the_first_of_another",
     ),
     Guard(
         "share: a claim that was woken in vain keeps its place",
-        "broker/waiting_room.py",
+        "broker/leases/parked_claims.py",
         "        insort(places, place)",
         "        places.append(place)",
         "tests/test_waiting_room.py"
@@ -379,21 +379,21 @@ CLAIM = (
     ),
     Guard(
         "share: parked claims",
-        "broker/waiting_room.py",
+        "broker/leases/parked_claims.py",
         "        if len(places) > PARKED_MAX:\n            _tell(self._waiters[places[0]], False)\n",
         "",
         "tests/test_shares.py::test_of_a_runner_with_too_many_parked_claims_the_oldest_stops_waiting",
     ),
     Guard(
         "share: uploads",
-        "broker/submissions.py",
+        "broker/results/submissions.py",
         "if not self._shares.uploads.take(runner_id):",
         "if not self._shares.uploads.take(runner_id) and False:",
         "tests/test_shares.py::test_uploads_that_trickle_leave_room_for_those_of_another_runner",
     ),
     Guard(
         "share: verifications",
-        "broker/submissions.py",
+        "broker/results/submissions.py",
         "if not self._shares.verifications.take(runner_id):",
         "if not self._shares.verifications.take(runner_id) and False:",
         "tests/test_shares.py::test_verifications_of_one_runner_leave_room_for_those_of_another",
@@ -449,14 +449,14 @@ CLAIM = (
     ),
     Guard(
         "claim: as many are woken as there are runs",
-        "broker/waiting_room.py",
+        "broker/leases/parked_claims.py",
         "left[i] -= 1",
         "pass",
         "tests/test_waiting_room.py",
     ),
     Guard(
         "tokens: a Redis that hangs is left alone",
-        "auth/revocation.py",
+        "broker/runners/revocations.py",
         "if not self._away:\n            try:",
         "if True:\n            try:",
         "tests/test_tokens.py::test_a_redis_that_hangs_is_left_alone_until_it_answers_again",
@@ -599,28 +599,28 @@ CLAIM = (
     ),
     Guard(
         "claim: the loser of a race for a slot looks again",
-        "broker/claims.py",
+        "broker/leases/claims.py",
         "            except asyncpg.UniqueViolationError:\n                continue\n",
         "            except asyncpg.UniqueViolationError:\n                raise\n",
         f"{GUARDS}::test_the_loser_of_a_race_for_a_lease_slot_looks_again_and_is_at_the_limit",
     ),
     Guard(
         "claim: another body under the same key is a conflict",
-        "broker/claims.py",
+        "broker/leases/claims.py",
         'if row["claim_digest"] != claimant.claim_digest:',
         "if False:",
         f"{RACES}::test_the_same_idempotency_key_gives_the_same_lease_while_it_lives",
     ),
     Guard(
         "claim: undone when its runner hung up during the statement",
-        "broker/claims.py",
+        "broker/leases/claims.py",
         "undelivered=self._undelivered",
         "undelivered=lambda row: None",
         f"{RACES}::test_a_claim_whose_runner_hung_up_during_the_statement_is_undone",
     ),
     Guard(
         "claim: a repeated answer undoes nothing",
-        "broker/claims.py",
+        "broker/leases/claims.py",
         '        if row["granted_at"] is None:\n            return\n',
         "",
         f"{RACES}::test_an_undo_leaves_a_lease_that_another_answer_has_delivered",
@@ -807,7 +807,7 @@ ENDS = (
     ),
     Guard(
         "fail: answered again from its own end only",
-        "broker/handbacks.py",
+        "broker/leases/releases.py",
         ' or set(ended["outcome"] or ()) != set(members)',
         "",
         "tests/test_lifecycle_findings.py",
@@ -1065,7 +1065,7 @@ SWEEP = (
     ),
     Guard(
         "order: a share for overtaken runs",
-        "broker/claims.py",
+        "broker/leases/claims.py",
         "        due = self._granted // AGED_SHARE",
         "        due = self._granted // 1_000",
         "tests/test_fairness.py::test_under_a_flow_of_urgent_runs_others_have_a_share_of_the_claims",
@@ -1177,14 +1177,14 @@ SWEEP = (
     ),
     Guard(
         "sweep: goes on until none is left",
-        "broker/expiry.py",
+        "broker/leases/sweep.py",
         "if len(rows) < BATCH:",
         "if True:",
         f"{EXPIRY}::test_a_pass_goes_on_until_no_overdue_lease_is_left",
     ),
     Guard(
         "breaker: more than three",
-        "broker/expiry.py",
+        "broker/leases/sweep.py",
         "MASS = 3\n",
         "MASS = 0\n",
         "tests/test_sweep_guards.py",
@@ -1300,7 +1300,7 @@ AUDITED = (
     ),
     Guard(
         "audit: a renewed token leaves no row",
-        "broker/registry.py",
+        "broker/runners/registration.py",
         "if before is None or _differs(before, runner):",
         "if True:",
         f"{AUDIT}::"
@@ -1340,7 +1340,7 @@ ADMIN = (
     ),
     Guard(
         "authorization: an admin's address asks its scope",
-        "broker/credentials.py",
+        "broker/runners/credentials.py",
         'if scope not in row["scopes"]:',
         "if False:",
         f"{MATRIX}_and_a_refused_one_changes_nothing",
@@ -1355,7 +1355,7 @@ ADMIN = (
     ),
     Guard(
         "admin tokens: an action without its row is rolled back",
-        "broker/audit.py",
+        "broker/audit/log.py",
         "if not await audit.record(connection, by, action, target, **detail):",
         "if await audit.record(connection, by, action, target, **detail) is None:",
         f"{AUTHORIZED}::"
@@ -1370,7 +1370,7 @@ ADMIN = (
     ),
     Guard(
         "admin tokens: the last one that can revoke others stays",
-        "broker/token_admin.py",
+        "broker/admin/admin_tokens.py",
         "if keepers == {token_id}:",
         "if False:",
         f"{ADMIN_TOKENS}::test_the_last_token_that_can_revoke_others_stays_also_of_two_at_once",
@@ -1384,7 +1384,7 @@ ADMIN = (
     ),
     Guard(
         "admin tokens: a token gives no scope that it has not",
-        "broker/token_admin.py",
+        "broker/admin/admin_tokens.py",
         "    if lacking:",
         "    if False:",
         f"{ADMIN_TOKENS}::test_a_token_gives_no_scope_that_it_has_not",
@@ -1412,7 +1412,7 @@ ADMIN = (
     ),
     Guard(
         "runners: a cursor is a runner's name",
-        "broker/paging.py",
+        "broker/documents/paging.py",
         "if not _RUNNER_ID.fullmatch(name) or write_name(name) != cursor:",
         "if write_name(name) != cursor:",
         "tests/test_admin_runners.py::test_a_query_that_makes_no_sense_is_422",
@@ -1489,7 +1489,7 @@ ADMIN = (
     ),
     Guard(
         "enqueue: a dry run is rolled back",
-        "broker/enqueue.py",
+        "broker/jobs/enqueue.py",
         "                await transaction.rollback()\n",
         "                await transaction.commit()\n",
         "tests/test_quantizations.py::test_a_dry_run_checks_all_that_the_server_checks_and_adds_nothing",
@@ -1510,7 +1510,7 @@ ADMIN = (
     ),
     Guard(
         "requeue: again only once",
-        "broker/queue_view.py",
+        "broker/admin/runs.py",
         "                if superseded is None:\n",
         "                if False:\n",
         "tests/test_requeue.py::test_a_run_whose_result_is_not_whole_is_run_again_under_another_id",
@@ -1650,7 +1650,7 @@ ADMIN = (
 BELL = (
     Guard(
         "listener: every (re)subscription sweeps",
-        "broker/expiry_node.py",
+        "broker/leases/expiry_node.py",
         "            self._subscribed.set()\n            self._ring()\n",
         "            self._subscribed.set()\n",
         "tests/test_expiry_listener.py::test_the_listener_sweeps_when_it_subscribes_and_proves_that_it_hears"
@@ -1658,7 +1658,7 @@ BELL = (
     ),
     Guard(
         "listener: a resubscription is proved anew",
-        "broker/expiry_node.py",
+        "broker/leases/expiry_node.py",
         "            self._mark(heard=False)\n            self._subscribed.set()",
         "            self._subscribed.set()",
         "tests/test_expiry_listener.py::test_the_listener_sweeps_and_proves_itself_again_when_it_had_to_reconnect"
@@ -1666,63 +1666,63 @@ BELL = (
     ),
     Guard(
         "lease keys: what a key waited to be written is off its life",
-        "broker/lease_keys.py",
+        "broker/leases/lease_keys.py",
         "(expires - now) * 1000",
         "(expires - now + GATHER_S) * 1000",
         "tests/test_lease_keys.py::test_a_key_does_not_live_longer_for_the_time_that_it_gathered",
     ),
     Guard(
         "lease keys: one of a lapsed lease is written with a life",
-        "broker/lease_keys.py",
+        "broker/leases/lease_keys.py",
         "max(1, int((expires - now) * 1000))",
         "int((expires - now) * 1000)",
         "tests/test_lease_keys.py::test_a_key_whose_lease_lapsed_while_it_gathered_still_rings",
     ),
     Guard(
         "listener: only lease keys ring",
-        "broker/expiry_node.py",
+        "broker/leases/expiry_node.py",
         'elif message["type"] == "message" and message["data"].startswith(PREFIX.encode()):',
         'elif message["type"] == "message":',
         "tests/test_expiry_listener.py::test_the_listener_rings_for_lease_keys_only",
     ),
     Guard(
         "listener: one lost self-test key is no reason",
-        "broker/expiry_node.py",
+        "broker/leases/expiry_node.py",
         "SELF_TESTS = 3",
         "SELF_TESTS = 1",
         "tests/test_expiry_listener.py::test_a_flush_that_takes_the_self_tests_key_is_no_reason_to_complain",
     ),
     Guard(
         "listener: proves itself at every interval",
-        "broker/expiry_node.py",
+        "broker/leases/expiry_node.py",
         "            except TimeoutError:\n                pass\n            self._subscribed.clear()",
         "            except TimeoutError:\n                continue\n            self._subscribed.clear()",
         "tests/test_expiry_listener.py::test_notifications_that_are_switched_off_are_noticed_and_so_is_their_return",
     ),
     Guard(
         "listener: healthy while every primary is heard",
-        "broker/expiry_listener.py",
+        "broker/leases/expiry_listener.py",
         "all(node.heard and",
         "any(node.heard and",
         "tests/test_redis_topology.py::test_a_cluster_is_healthy_only_while_each_primary_is_heard",
     ),
     Guard(
         "listener: the primaries are looked up again",
-        "broker/redis_topology.py",
+        "broker/leases/redis_topology.py",
         "        await self.client.nodes_manager.initialize()\n",
         "",
         "tests/test_redis_topology.py::test_after_a_resharding_the_primaries_are_looked_up_again",
     ),
     Guard(
         "listener: tells the sweep that it is deaf",
-        "broker/expiry_listener.py",
+        "broker/leases/expiry_listener.py",
         "        self._sweep.degraded = not healthy\n",
         "",
         "tests/test_expiry_listener.py tests/test_redis_topology.py::test_a_cluster_is_healthy_only_while_each_primary_is_heard",
     ),
     Guard(
         "cluster: a self-test key lies on its own node",
-        "broker/redis_topology.py",
+        "broker/leases/redis_topology.py",
         "            if node is not None and node.name == address:\n",
         "            if node is not None:\n",
         "tests/test_redis_topology.py",
@@ -1802,14 +1802,14 @@ SERVER = (
     ),
     Guard(
         "bundle: only the key's own kind of signature",
-        "broker/bundles.py",
+        "broker/results/bundle.py",
         "counted.keys() & SIGNATURES - {signature}\n",
         "set()\n",
         "tests/test_runner_key_policy.py",
     ),
     Guard(
         "result: what it says of the job is what was handed out",
-        "broker/bundles.py",
+        "broker/results/bundle.py",
         "chain(_unbound(result, job), unlike)",
         "_unbound(result, job)",
         f"{SUBMIT}::"
@@ -1817,14 +1817,14 @@ SERVER = (
     ),
     Guard(
         "result: numbers that cannot be are refused",
-        "broker/verification.py",
+        "broker/results/verify.py",
         "    check_measurements(result)\n",
         "",
         "tests/test_harness_results.py",
     ),
     Guard(
         "manifest: what it repeats of the result is what that says",
-        "broker/verification.py",
+        "broker/results/verify.py",
         "    bundles.check_agreement(manifest, result)\n",
         "",
         f"{SUBMIT}::"
@@ -1832,7 +1832,7 @@ SERVER = (
     ),
     Guard(
         "manifest: its signature is a file of the bundle",
-        "broker/bundles.py",
+        "broker/results/bundle.py",
         "    _refuse(InvalidBundle, _other_signature(document, submitted))\n",
         "",
         "tests/test_runner_key_policy.py",
@@ -1892,7 +1892,7 @@ RESULTS = (
     ),
     Guard(
         "moderate: along the legal edges",
-        "broker/moderation.py",
+        "broker/admin/moderation.py",
         "            check_edge(seen, state)\n",
         "",
         f"{ADMIN_RESULTS}::test_only_the_legal_decisions_can_be_taken",
@@ -1962,21 +1962,21 @@ RESULTS = (
     ),
     Guard(
         "reverify: the stored bytes are those accepted",
-        "broker/reverify.py",
+        "broker/results/reverify.py",
         "            lambda: check_digests(digests, stored.record),\n",
         "            lambda: None,\n",
         VERIFY,
     ),
     Guard(
         "reverify: the evidence is the record's",
-        "broker/reverify.py",
+        "broker/results/reverify.py",
         "            lambda: check_evidence(evidence, record),\n",
         "            lambda: None,\n",
         VERIFY,
     ),
     Guard(
         "reverify: a signature that was not checked verifies nothing",
-        "broker/reverify.py",
+        "broker/results/reverify.py",
         "return VERIFIED if signed else UNSIGNED",
         "return VERIFIED",
         VERIFY,
@@ -2136,7 +2136,7 @@ ARCHIVING = (
 WORKERS = (
     Guard(
         "worker: ends with a server that is killed",
-        "broker/verify_worker.py",
+        "broker/concurrency/worker_main.py",
         "    threading.Thread(target=_end_with_the_server, daemon=True).start()\n",
         "",
         f"{WORK}::"
@@ -2144,21 +2144,21 @@ WORKERS = (
     ),
     Guard(
         "worker: says nothing to a server that is gone",
-        "broker/verify_worker.py",
+        "broker/concurrency/worker_main.py",
         "contextlib.suppress(ConnectionError, EOFError)",
         "contextlib.suppress()",
         f"{WORK}::test_a_worker_that_finds_its_server_gone_at_its_work_says_nothing_either",
     ),
     Guard(
         "worker: leaves signals to the server",
-        "broker/verify_worker.py",
+        "broker/concurrency/worker_main.py",
         "        signal.signal(number, signal.SIG_IGN)\n",
         "        signal.signal(number, signal.SIG_DFL)\n",
         f"{WORK}::test_signals_of_a_terminal_or_a_service_manager_are_not_for_workers",
     ),
     Guard(
         "worker: is replaced after a large result, refused or not",
-        "broker/workers.py",
+        "broker/concurrency/workers.py",
         "            keep = not last\n",
         "            keep = True\n",
         f"{WORK}::test_after_a_large_result_its_worker_is_replaced"
@@ -2166,28 +2166,28 @@ WORKERS = (
     ),
     Guard(
         "worker: one that was not waited for is not lent again",
-        "broker/workers.py",
+        "broker/concurrency/workers.py",
         "        keep = False\n",
         "        keep = True\n",
         f"{WORK}::test_a_worker_that_does_not_come_to_an_end_is_ended",
     ),
     Guard(
         "worker: has so long and no longer",
-        "broker/workers.py",
+        "broker/concurrency/workers.py",
         "asyncio.timeout(LIMIT_S)",
         "asyncio.timeout(None)",
         f"{WORK}::test_a_worker_that_does_not_come_to_an_end_is_ended",
     ),
     Guard(
         "worker: one that died while idle is not lent",
-        "broker/workers.py",
+        "broker/concurrency/workers.py",
         "            if worker.process.poll() is None:\n",
         "            if worker:\n",
         f"{WORK}::test_a_worker_that_died_while_idle_is_replaced_before_anybody_notices",
     ),
     Guard(
         "worker: knows no secrets",
-        "broker/workers.py",
+        "broker/concurrency/workers.py",
         'env={"PYTHONPATH"',
         'env={**os.environ, "PYTHONPATH"',
         f"{WORK}::test_a_worker_knows_no_secrets",
@@ -2208,14 +2208,14 @@ WORKERS = (
     ),
     Guard(
         "worker: counts a result's values before it parses them",
-        "broker/bundles.py",
+        "broker/results/bundle.py",
         "if strict_json.holds_more(text, MAX_VALUES):",
         "if strict_json.holds_more(text, len(text)):",
         f"{BUNDLES}::test_a_million_tiny_records_are_refused_before_they_are_parsed",
     ),
     Guard(
         "worker: counts the records before the schema looks at them",
-        "broker/bundles.py",
+        "broker/results/bundle.py",
         "    _refuse(RunMismatch, _too_many_records(result, cells))\n",
         "",
         f"{BUNDLES}::"
@@ -2223,7 +2223,7 @@ WORKERS = (
     ),
     Guard(
         "worker: copies for an error only what a rule looks at",
-        "broker/documents.py",
+        "broker/documents/schemas.py",
         "self._thin(self._shell, document)",
         "document",
         f"{DOCUMENTS}::test_what_no_rule_looks_at_is_not_copied_for_each_error",
@@ -2285,7 +2285,7 @@ SECRET = (
     ),
     Guard(
         "secrets: a child gets none of our environment",
-        "broker/workers.py",
+        "broker/concurrency/workers.py",
         'env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},',
         'env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},',
         f"{SECRETS}::test_a_server_shows_no_secret_in_its_logs_answers_and_children",
@@ -2309,7 +2309,7 @@ SECRET = (
 UPSTREAM = (
     Guard(
         "binding: the config hash is of the result's own config",
-        "broker/bundles.py",
+        "broker/results/bundle.py",
         """    if result["provenance"]["config_hash"] != harness_hash(result["config"]):
         yield Violation("/provenance/config_hash", OTHER_HASH)
 """,
@@ -2318,21 +2318,21 @@ UPSTREAM = (
     ),
     Guard(
         "binding: a complete run has every main cell",
-        "broker/bundles.py",
+        "broker/results/bundle.py",
         "        yield from _missing(job, seen)\n",
         "        pass\n",
         f"{BINDING}::test_a_complete_run_has_every_main_cell",
     ),
     Guard(
         "binding: a comparison is of the job's model on both sides",
-        "broker/bundles.py",
+        "broker/results/bundle.py",
         'for member in ("a_model", "b_model") if pairwise else',
         'for member in ("a_model",) if pairwise else',
         f"{BINDING}::test_a_comparison_of_two_models_is_none_of_a_run_of_one",
     ),
     Guard(
         "binding: the weights are those of the job",
-        "broker/agreement.py",
+        "broker/results/consistency.py",
         """        yield from _other_weights(job.config["models"][0], model, ("config", "models", index))
 """,
         "        pass\n",
@@ -2340,7 +2340,7 @@ UPSTREAM = (
     ),
     Guard(
         "binding: the judge is that of the job",
-        "broker/agreement.py",
+        "broker/results/consistency.py",
         """    yield from _other_weights(_members(job.config.get("judge")), config.get("judge"), _JUDGE)
 """,
         "",
@@ -2348,7 +2348,7 @@ UPSTREAM = (
     ),
     Guard(
         "submit: what the archive refuses is refused",
-        "broker/verification.py",
+        "broker/results/verify.py",
         "    check_archivable(manifest, result)\n",
         "",
         NEVER,
@@ -2362,7 +2362,7 @@ UPSTREAM = (
     ),
     Guard(
         "rows: a judge that failed leaves no score",
-        "broker/cells.py",
+        "broker/jobs/cells.py",
         "        if judged.score is None:\n            return None\n",
         "        if judged.score is None:\n            return 0.0\n",
         f"{CELLS}::test_a_judge_that_failed_leaves_no_score_and_says_why",
@@ -2397,14 +2397,14 @@ UPSTREAM = (
     ),
     Guard(
         "enqueue: pairwise for one model is refused",
-        "broker/enqueue_request.py",
+        "broker/jobs/enqueue_request.py",
         'if judge.get("mode", PAIRWISE) == PAIRWISE:',
         "if False:",
         f"{JUDGES}::test_a_judge_that_cannot_judge_one_model_is_refused_with_the_fix",
     ),
     Guard(
         "enqueue: a descriptor's uuid is the id that follows from it",
-        "broker/model_descriptors.py",
+        "broker/jobs/model_rows.py",
         'if not wrong and descriptor.get("uuid") not in (None, str(model_id_of(descriptor))):',
         "if False:",
         f"{JUDGES}::test_a_descriptor_is_taken_as_bakeoffs_store_keeps_it",
@@ -2455,7 +2455,7 @@ UPSTREAM = (
     ),
     Guard(
         "loops: one that fails is started again",
-        "broker/supervision.py",
+        "broker/concurrency/supervision.py",
         "    except BaseException as error:  # a panic",
         "    except ZeroDivisionError as error:  # a panic",
         "tests/test_supervision.py::test_a_loop_that_ends_is_started_again_and_told",
@@ -2514,7 +2514,7 @@ HTTP = (
     ),
     Guard(
         "sockets: claims wait on nine tenths of them",
-        "broker/claims.py",
+        "broker/leases/claims.py",
         " or self.room.is_full:",
         ":",
         f"{SOCKETS}::test_more_parked_claims_than_connections_are_answered_and_others_get_through",
@@ -2584,28 +2584,28 @@ HTTP = (
     ),
     Guard(
         "loops: one that is cancelled from within is started again",
-        "broker/supervision.py",
+        "broker/concurrency/supervision.py",
         "        if asked_to_stop():\n            raise\n",
         "        raise\n",
         f"{LOOPS}::test_a_loop_that_ends_is_started_again_and_told",
     ),
     Guard(
         "loops: a vital one that never gets to work ends the process",
-        "broker/supervision.py",
+        "broker/concurrency/supervision.py",
         "            if loop.vital and loop.failures >= GIVE_UP:\n                return\n",
         "",
         f"{LOOPS}::test_a_server_whose_loop_cannot_be_kept_running_drains_and_ends",
     ),
     Guard(
         "loops: one that nobody keeps running ends the process",
-        "broker/supervision.py",
+        "broker/concurrency/supervision.py",
         "        task.add_done_callback(self._ended)\n",
         "",
         f"{LOOPS}::test_a_loop_that_nobody_keeps_running_any_more_ends_the_process",
     ),
     Guard(
         "loops: a Redis node's that ended is replaced",
-        "broker/expiry_listener.py",
+        "broker/leases/expiry_listener.py",
         "            del self._nodes[address]\n",
         "",
         "tests/test_expiry_listener.py::"
@@ -2613,7 +2613,7 @@ HTTP = (
     ),
     Guard(
         "loops: who waits for a shared call hears of its end, however it ends",
-        "broker/coalesce.py",
+        "broker/concurrency/batching.py",
         "        except BaseException as error:",
         "        except ZeroDivisionError as error:",
         "tests/test_coalesce.py::"
@@ -2642,7 +2642,7 @@ HTTP = (
     ),
     Guard(
         "register: a nonce is kept as long as any machine takes its signature",
-        "broker/registry.py",
+        "broker/runners/registration.py",
         "seconds=2 * self._settings.clock_skew_s) + 2 * LEEWAY",
         "seconds=2 * self._settings.clock_skew_s)",
         "tests/test_register.py::test_a_nonce_is_kept_as_long_as_its_signature_may_be_replayed",

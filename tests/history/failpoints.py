@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from broker.submissions import Submissions
+from broker.results.submissions import Submissions
 from db import run_queue, runner_keys
 
 # How long a killed statement may have been on its way: PostgreSQL decides whether it counts.

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
-from broker.expiry import Sweep
-from broker.expiry_node import ExpiryNode
-from broker.lease_keys import PREFIX
+from broker.leases.expiry_node import ExpiryNode
+from broker.leases.lease_keys import PREFIX
+from broker.leases.sweep import Sweep
 from db import run_queue
 
 FENCE = "AND q.lease_id = $2 AND q.claimed_by = $3"
