@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev serve test lint history fuzz fuzz-parsers guards upstream bench bench-quick bench-claims bench-heartbeats bench-peers bench-depth bench-wakeup bench-parked bench-expiry bench-balanced bench-floods bench-submits bench-finished bench-charts bench-page soak fleet rolling requirements audit sbom pinned clean
+.PHONY: help demo dev serve test lint history fuzz fuzz-parsers guards upstream bench requirements audit sbom pinned clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,59 +63,8 @@ guards: $(VENV)/.test  ## remove each guard in a copy and show the test that fai
 upstream: $(VENV)/.test  ## replay real files of bakeoff through real servers: DIR=... (harness/*/job.json)
 	@$(BIN)/python -m tests.upstream $(DIR)
 
-bench: $(VENV)/.bench  ## B1 to B12 of the performance page: the table, and bench/results/latest.json
-	@$(BIN)/python -m bench.all $(ARGS)
-
-bench-quick: $(VENV)/.bench  ## the same in small: shows that every benchmark works, never its timing
-	@$(BIN)/python -m bench.all --quick
-
-bench-claims: $(VENV)/.test  ## B1: claims/s against a no-op and a handler without the broker
-	@$(BIN)/python -m bench.claims $(ARGS)
-
-bench-heartbeats: $(VENV)/.test  ## B2: heartbeats/s with 10,000 live leases, against a no-op
-	@$(BIN)/python -m bench.heartbeats $(ARGS)
-
-bench-peers: $(VENV)/.bench  ## B3: B1's claims/s against procrastinate and pgqueuer
-	@$(BIN)/python -m bench.peers $(ARGS)
-
-bench-depth: $(VENV)/.test  ## B4: a claim with 1,000,000 runs waiting, fitting or not
-	@$(BIN)/python -m bench.depth $(ARGS)
-
-bench-wakeup: $(VENV)/.test  ## B5: from an enqueue to the answer of a parked runner
-	@$(BIN)/python -m bench.wakeup $(ARGS)
-
-bench-parked: $(VENV)/.test  ## B6: 5,000 parked claims: memory, connections, idle CPU
-	@$(BIN)/python -m bench.parked $(ARGS)
-
-bench-expiry: $(VENV)/.test  ## B7: from a runner's silence to a claimable run, with Redis and without
-	@$(BIN)/python -m bench.expiry $(ARGS)
-
-bench-submits: $(VENV)/.test  ## B8: what 2 MB results cost the heartbeats beside them
-	@$(BIN)/python -m bench.submits $(ARGS)
-
-bench-balanced: $(VENV)/.test  ## B9: two processes behind nginx against one
-	@$(BIN)/python -m bench.balanced $(ARGS)
-
-bench-floods: $(VENV)/.test  ## B12: an honest heartbeat's p99 beside floods from another address
-	@$(BIN)/python -m bench.floods $(ARGS)
-
-bench-charts: $(VENV)/.bench  ## claims/s and latency against depth and parked runners: docs/performance-*
-	@$(BIN)/python -m bench.charts $(ARGS)
-
-bench-page: $(VENV)/.test  ## the tables of docs/performance.md, from bench/results/
-	@$(BIN)/python -m bench.page
-
-soak: $(VENV)/.test  ## a day of churn on the queue's table, with an old snapshot open: CYCLES=1000000
-	@$(BIN)/python -m bench.soak $(if $(CYCLES),--cycles $(CYCLES)) $(ARGS)
-
-fleet: $(VENV)/.test  ## 10,000 runners at their real rates against one process: RUNNERS=, SECONDS=
-	@$(BIN)/python -m bench.fleet $(if $(RUNNERS),--runners $(RUNNERS)) $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
-
-bench-finished: $(VENV)/.test  ## what finished runs cost the hot statements, archived or not: RUNS=100000
-	@$(BIN)/python -m bench.finished_runs $(if $(RUNS),--runs $(RUNS))
-
-rolling: $(VENV)/.test  ## replace three servers behind nginx, twice, with runners at work
-	@$(BIN)/python -m bench.rolling_restart
+bench: $(VENV)/.bench  ## B1 to B12: the table, and bench/results/latest.json: ONLY=claims,depth ARGS=--quick
+	@$(BIN)/python -m bench.all $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 requirements: $(VENV)/.test  ## resolve setup.cfg for every Python into the pinned, hashed requirements.txt
 	@$(PIP) install uv

@@ -3,17 +3,16 @@
 A full run writes bench/results/latest.json; `--quick` shows that each works and keeps nothing.
 
     make bench
-    make bench-quick
+    make bench ARGS=--quick
 """
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
 import time
 
-from bench import report
+from bench.support import report
 
 MODULES = {
     "B1": "claims", "B2": "heartbeats", "B3": "peers", "B4": "depth", "B5": "wakeup",
@@ -22,28 +21,37 @@ MODULES = {
 }  # fmt: skip
 
 
+# Named by --only: they measure for hours, draw, or write the page.
+OTHERS = ("charts", "page", "finished_runs", "soak", "fleet", "rolling_restart")
+
+
 def main() -> int:
-    """Run them. Returns 1 when one did not work, whatever the figures are."""
+    """Run all of MODULES, or those named. Returns 1 when one failed, whatever the figures are."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--only", help=f"of {', '.join((*MODULES.values(), *OTHERS))}: a,b")
     parser.add_argument("--quick", action="store_true", help="tiny: shows that each works")
-    quick = parser.parse_args().quick
+    # What one of them takes (--seconds, --runners) goes to it as it is.
+    given, passed_on = parser.parse_known_args()
+    wanted = given.only.split(",") if given.only else list(MODULES.values())
+    if unknown := set(wanted) - {*MODULES.values(), *OTHERS}:
+        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
+    numbers = {module: number for number, module in MODULES.items()}
     failed = []
-    for name, module in MODULES.items():
-        if importlib.util.find_spec(f"bench.{module}") is None:
-            print(f"{name}: bench/{module}.py is not there", flush=True)
-            continue
+    for module in wanted:
         began = time.monotonic()
-        argv = [sys.executable, "-m", f"bench.{module}", *(["--quick"] if quick else [])]
-        code = subprocess.run(argv, check=False).returncode
+        arguments = [*(["--quick"] if given.quick else []), *passed_on]
+        code = subprocess.run(
+            [sys.executable, "-m", f"bench.{module}", *arguments], check=False
+        ).returncode
         if code not in (0, report.NOT_HERE):
-            failed.append(name)
+            failed.append(module)
         done = "not measured" if code == report.NOT_HERE else f"{time.monotonic() - began:.0f} s"
-        print(f"{name}: {done}", flush=True)
-    if not quick:
+        print(f"{numbers.get(module, '')} {module}: {done}".strip(), flush=True)
+    if not given.quick and len(wanted) > 1:
         found = json.loads(report.LATEST.read_text())
         report.print_table({name: found[name] for name in MODULES if name in found})
     if failed:
-        print(f"did not work: {', '.join(failed)}", file=sys.stderr)
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -3,7 +3,7 @@
 B1's claims through the balancer's file of deploy/. During each round /proc says which program used
 how much of the cores: the second process helps only until they are used up.
 
-    make bench-balanced
+    make bench ONLY=balanced
 """
 
 import asyncio
@@ -18,14 +18,14 @@ from pathlib import Path
 
 import asyncpg
 
-from bench import report, seeding
-from bench.balancer import NginxMissing, balancer
 from bench.claims import ARMS, CONNECTIONS, MODELS, PENDING, RUNNERS_PER_S, SETTLE_S, plan_of
-from bench.load import Load, plan, send
-from bench.procfs import cores_between, cpu_by_program
-from bench.report import Figure, Limit, Options, in_turn
-from bench.seeding import open_connection
-from bench.stage import Stage, open_stage
+from bench.support import report, seeding
+from bench.support.balancer import NginxMissing, balancer
+from bench.support.load import Load, plan, send
+from bench.support.procfs import cores_between, cpu_by_program
+from bench.support.report import Figure, Limit, Options, in_turn
+from bench.support.seeding import open_connection
+from bench.support.stage import Stage, open_stage
 
 TARGET = 1.5
 SATURATED = 0.9  # of a core, or of the machine

@@ -5,7 +5,7 @@ docs/performance-parked.png and .json. A point is the median of its rounds; the 
 deeper, so the points are not taken in turn. A queue of 1,000 would be empty within a second of 64
 connections: it has the latency on one connection only.
 
-    make bench-charts       # installs the extra `bench`
+    make bench ONLY=charts       # installs the extra `bench`
 """
 
 import asyncio
@@ -15,13 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import report, seeding
 from bench.claims import ARMS, MODELS, RUNNERS_PER_S, SETTLE_S, Scene, plan_of
-from bench.load import Load, plan, send
 from bench.parked import Parked, raise_file_limit
-from bench.report import Options
-from bench.seeding import open_connection
-from bench.stage import Stage, open_stage
+from bench.support import report, seeding
+from bench.support.load import Load, plan, send
+from bench.support.report import Options
+from bench.support.seeding import open_connection
+from bench.support.stage import Stage, open_stage
 
 DOCS = Path(__file__).parents[1] / "docs"
 DEPTHS = (1_000, 10_000, 100_000, 1_000_000)

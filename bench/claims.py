@@ -1,12 +1,12 @@
 """B1: claims/s over HTTP, one process, 64 connections, one run per request, 200,000 PENDING.
 
 Against the same process's authenticated no-op, and against a handler that runs one claim statement
-per request (both in bench/server.py), with the same tokens, headers, bodies and connections.
+per request (both in support/server.py), with the same tokens, headers, bodies and connections.
 Thousands of runners with one lease each, so each claims once per round; between rounds the leases
 are put back and the table is vacuumed. Twice: all runners alike, which is B1's figure, and runners
 of five kinds, which the broker must serve by a statement per kind.
 
-    make bench-claims
+    make bench ONLY=claims
     python -m bench.claims --only claim --seconds 20    # for a profiler: prints the process id
 
 An `--only` measures runners alike, and keeps no figure.
@@ -22,11 +22,11 @@ from pathlib import Path
 
 import asyncpg
 
-from bench import report, seeding
-from bench.load import Load, LoadFailed, Request, plan, send
-from bench.report import Figure, Limit, Options, in_turn
-from bench.seeding import BenchRunner, open_connection
-from bench.stage import Stage, open_stage
+from bench.support import report, seeding
+from bench.support.load import Load, LoadFailed, Request, plan, send
+from bench.support.report import Figure, Limit, Options, in_turn
+from bench.support.seeding import BenchRunner, open_connection
+from bench.support.stage import Stage, open_stage
 
 CONNECTIONS = 64
 PENDING = 200_000

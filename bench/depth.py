@@ -5,7 +5,7 @@ PENDING against 1,000; and with 1,000 behind 1,000,000 that come first and do no
 quantization the runner lacks, deferred until tomorrow. Also with 1,000,000 runs of 300 models.
 Every state is a database of its own on one PostgreSQL, so that the rounds can be taken in turn.
 
-    make bench-depth
+    make bench ONLY=depth
 """
 
 import asyncio
@@ -21,12 +21,12 @@ from uuid import uuid4
 
 import asyncpg
 
-from bench import report, seeding
 from bench.claims import ARMS, MODELS, SETTLE_S, plan_of
-from bench.load import plan, send
-from bench.report import Figure, Limit, Options, in_turn
-from bench.seeding import OFFER, BenchRunner, open_connection
-from bench.stage import Server, Stage, open_stage
+from bench.support import report, seeding
+from bench.support.load import plan, send
+from bench.support.report import Figure, Limit, Options, in_turn
+from bench.support.seeding import OFFER, BenchRunner, open_connection
+from bench.support.stage import Server, Stage, open_stage
 from db import run_queue
 from db.run_queue import Claimant
 

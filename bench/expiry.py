@@ -4,7 +4,7 @@ By the database's clock, from the ledger; with Redis, whose expiry events ring t
 without, where the sweep comes by itself. More leases live on beside them: the sweep's breaker holds
 when most of what is live is overdue at once. Each has its own database and server; rounds in turn.
 
-    make bench-expiry
+    make bench ONLY=expiry
 """
 
 import asyncio
@@ -19,10 +19,10 @@ from datetime import timedelta
 
 import httpx
 
-from bench import report, seeding
-from bench.report import Figure, Limit, Options, in_turn
-from bench.seeding import Lease, open_connection
-from bench.stage import Stage, open_stage
+from bench.support import report, seeding
+from bench.support.report import Figure, Limit, Options, in_turn
+from bench.support.seeding import Lease, open_connection
+from bench.support.stage import Stage, open_stage
 
 TTL_S, QUICK_TTL_S = 6, 3
 SWEEP_S = 5  # the default, with Redis

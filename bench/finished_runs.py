@@ -4,7 +4,7 @@ Each is run by EXPLAIN (ANALYZE, BUFFERS) in a transaction that is rolled back, 
 PENDING and live runs: without a finished run, with RUNS of them (a million), and after the archiver
 has taken those. Rounds of a state are medians; buffers do not depend on the machine's load.
 
-    make bench-finished RUNS=100000
+    make bench ONLY=finished_runs RUNS=100000
 """
 
 import argparse
@@ -25,7 +25,7 @@ from rich.table import Table
 from broker.admin.archiver import BATCH
 from db import archive, migrate, run_queue
 from db.pool import open_pool
-from sandbox import servers
+from sandbox.services import servers
 
 ROUNDS = 15
 PENDING = 5_000

@@ -7,7 +7,7 @@ are in a fleet. Reported: the cores that the server, PostgreSQL and Redis used, 
 each kind of request, how often one was sent again after a 503, and every answer that was not a
 success in the end.
 
-    make fleet RUNNERS=10000 SECONDS=120
+    make bench ONLY=fleet RUNNERS=10000 SECONDS=120
 """
 
 import argparse
@@ -28,14 +28,14 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from bench import procfs, report, seeding
 from bench.fleet_member import INTERVAL_S, SIGNER, Member, Seen
 from bench.parked import raise_file_limit
-from bench.seeding import JOB, BenchRunner, open_connection
-from bench.stage import Server, Stage, open_stage
-from sandbox.admin_token import new_token
-from sandbox.runner_wire import Job
-from sandbox.sigstore_instance import ThrowawaySigstore
+from bench.support import procfs, report, seeding
+from bench.support.seeding import JOB, BenchRunner, open_connection
+from bench.support.stage import Server, Stage, open_stage
+from sandbox.runner.wire import Job
+from sandbox.services.admin_token import new_token
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 
 RESULT = report.LATEST.with_name("fleet.json")
 TTL_S = 300

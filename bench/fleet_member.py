@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import httpx
 
-from sandbox.answers import BuiltInRules, execute
-from sandbox.result_bundle import Rig, build_bundle
-from sandbox.runner_wire import Job
-from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
+from sandbox.runner.answers import BuiltInRules, execute
+from sandbox.runner.result_bundle import Rig, build_bundle
+from sandbox.runner.wire import Job
+from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore
 
 INTERVAL_S = 30
 RUN_S = 20 * 60

@@ -6,7 +6,7 @@ the last ones have been answered or not. Each flood is measured from its first r
 rates of the settings' defaults, and, for a third of the time, without them, as a ratio to the quiet
 process.
 
-    make bench-floods
+    make bench ONLY=floods
 """
 
 import asyncio
@@ -24,10 +24,10 @@ from nacl.signing import SigningKey
 from rich.console import Console
 from rich.table import Table
 
-from bench import report, seeding
-from bench.report import Figure, Limit, Options
-from bench.seeding import Lease, open_connection
-from bench.stage import Stage, open_stage
+from bench.support import report, seeding
+from bench.support.report import Figure, Limit, Options
+from bench.support.seeding import Lease, open_connection
+from bench.support.stage import Stage, open_stage
 
 BEATS_S = 20
 LEASES = 50

@@ -3,7 +3,7 @@
 Against the same process's authenticated no-op with the same tokens, headers, bodies and
 connections. Every lease beats in turn, so each is renewed every few seconds.
 
-    make bench-heartbeats
+    make bench ONLY=heartbeats
 """
 
 import asyncio
@@ -12,11 +12,11 @@ import sys
 from contextlib import ExitStack
 from datetime import timedelta
 
-from bench import report, seeding
-from bench.load import Load, Request, plan, send
-from bench.report import Figure, Limit, Options, in_turn
-from bench.seeding import Lease, open_connection
-from bench.stage import Stage, open_stage
+from bench.support import report, seeding
+from bench.support.load import Load, Request, plan, send
+from bench.support.report import Figure, Limit, Options, in_turn
+from bench.support.seeding import Lease, open_connection
+from bench.support.stage import Stage, open_stage
 
 CONNECTIONS = 64
 LEASES = 10_000

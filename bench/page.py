@@ -1,6 +1,6 @@
 """The tables of docs/performance.md, from bench/results/: the text between the marks is replaced.
 
-make bench-page
+make bench ONLY=page
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.all import MODULES
-from bench.report import LATEST
+from bench.support.report import LATEST
 
 PAGE = Path(__file__).parents[1] / "docs/performance.md"
 MARKS = "<!-- {name}: begin -->", "<!-- {name}: end -->"

@@ -4,7 +4,7 @@ A round parks 5,000 claims on connections of their own, looks for a while, and h
 is the same in all rounds, warmed up before the first. Memory is the server's resident set: before,
 parked, and after the last release.
 
-    make bench-parked
+    make bench ONLY=parked
 """
 
 import asyncio
@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 import asyncpg
 
-from bench import procfs, report, seeding
-from bench.load import Request, plan, send
-from bench.report import Figure, Limit, Options
-from bench.seeding import BenchRunner, open_connection
-from bench.stage import Server, Stage, open_stage
+from bench.support import procfs, report, seeding
+from bench.support.load import Request, plan, send
+from bench.support.report import Figure, Limit, Options
+from bench.support.seeding import BenchRunner, open_connection
+from bench.support.stage import Server, Stage, open_stage
 from db.pool import fetch_one
 
 PARKED = 5_000
@@ -33,7 +33,7 @@ AT_A_TIME = 200  # connections being made; the listen queue is bounded
 SETTLE_S = 3
 SPARE_FILES = 200
 POOL = 10
-CONNECTIONS = POOL + 2  # the listener's own, and the yardsticks' pool of bench/server.py
+CONNECTIONS = POOL + 2  # the listener's own, and the yardsticks' pool of bench/support/server.py
 KIB_MOST, CPU_MOST, LEFT_MOST = 40, 0.05, 1.2
 STATES = """
 SELECT count(*) AS all, count(*) FILTER (WHERE state LIKE 'idle in transaction%') AS held,

@@ -21,7 +21,7 @@ from uuid import uuid4
 
 import asyncpg
 
-from bench.seeding import JOB, OFFER
+from bench.support.seeding import JOB, OFFER
 from config.logging import configure_logging
 from config.settings import load_settings
 from db.run_queue import Claimant

@@ -4,7 +4,7 @@ procrastinate's `fetch_job` and pgqueuer's `dequeue(batch_size=1)`, on the same 
 databases of their own with as many jobs. For comparison, without a target: our broker without HTTP,
 called by as many workers. The rounds of all are taken in turn.
 
-    make bench-peers      # installs the extra `bench`
+    make bench ONLY=peers      # installs the extra `bench`
 """
 
 import asyncio
@@ -17,13 +17,13 @@ from importlib.metadata import version
 
 import asyncpg
 
-from bench import report, seeding
 from bench.claims import ARMS, MODELS, PENDING, RUNNERS_PER_S, Scene, plan_of
-from bench.load import plan
 from bench.peer_process import SEED
-from bench.report import Figure, Limit, Options, in_turn
-from bench.seeding import open_connection
-from bench.stage import Stage, open_stage
+from bench.support import report, seeding
+from bench.support.load import plan
+from bench.support.report import Figure, Limit, Options, in_turn
+from bench.support.seeding import open_connection
+from bench.support.stage import Stage, open_stage
 
 WORKERS = 16
 TARGET = 1.5

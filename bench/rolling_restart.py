@@ -4,7 +4,7 @@ Runners claim, beat, compute and submit all the while, through a private nginx w
 file of `deploy/`. Counted: every request and its answer. A request is lost when its client got no
 whole answer, or a gateway's 502 or 504. What was acknowledged must be in the database.
 
-    make rolling
+    make bench ONLY=rolling_restart
 """
 
 import asyncio
@@ -21,20 +21,20 @@ import asyncpg
 import httpx
 
 from bench.acknowledged import Tally, Witness
-from bench.balancer import Balancer, balancer, free_port
-from cli.client import AdminClient
-from cli.harness_config import read_runs
+from bench.support.balancer import Balancer, balancer, free_port
+from client.admin_api import AdminClient
+from client.harness_config import read_runs
 from config.settings import Settings
 from db.pool import DatabaseUnready, open_pool
-from sandbox.answers import BuiltInRules
-from sandbox.children import ENDED, Child, Event
-from sandbox.leash import SandboxError
-from sandbox.result_bundle import Rig
-from sandbox.runner_client import RunnerClient
-from sandbox.runner_identity import Identity, load_key
-from sandbox.runner_life import Patience, Runner
-from sandbox.sigstore_instance import EmailSubject
-from sandbox.stack import (
+from sandbox.runner.answers import BuiltInRules
+from sandbox.runner.client import RunnerClient
+from sandbox.runner.identity import Identity, load_key
+from sandbox.runner.life import Patience, Runner
+from sandbox.runner.result_bundle import Rig
+from sandbox.services.children import ENDED, Child, Event
+from sandbox.services.leash import SandboxError
+from sandbox.services.sigstore_instance import EmailSubject
+from sandbox.services.stack import (
     CATALOGUE,
     CATALOGUE_FILES,
     ISSUER,
@@ -43,7 +43,7 @@ from sandbox.stack import (
     admin_api,
     open_stack,
 )
-from sandbox.stopping import Stopped, stoppable
+from sandbox.services.stopping import Stopped, stoppable
 
 PUBLIC_URL = "http://queue.bench.test"
 SERVERS = 3

@@ -6,7 +6,7 @@ leases. For part of the time another session sits idle in a transaction with an 
 that vacuum may remove nothing that died since. New runs keep the queue at its length; finished ones
 beyond a number are archived with their ledger, as the service does after a week.
 
-    make soak CYCLES=1000000
+    make bench ONLY=soak ARGS='--cycles 1000000'
     python -m bench.soak --cycles 100000 --models 300 --silent 0.3 --snapshot 0.3 0.35
 """
 
@@ -29,9 +29,9 @@ import asyncpg
 from rich.console import Console
 from rich.table import Table
 
-from bench import report, seeding
-from bench.seeding import ADD_RUNS, JOB, OFFER, BenchRunner, open_connection
-from bench.stage import open_stage
+from bench.support import report, seeding
+from bench.support.seeding import ADD_RUNS, JOB, OFFER, BenchRunner, open_connection
+from bench.support.stage import open_stage
 from broker.admin.archiver import BATCH
 from db import archive, run_queue
 from db.pool import fetch_one

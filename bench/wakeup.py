@@ -5,7 +5,7 @@ is from before the enqueue to the answer's first bytes, whoever of the 1,000 get
 then takes its place. Between the samples the same client times a no-op on a kept connection.
 The parked claims' own re-check is put off, so that every claim statement is a wake-up's.
 
-    make bench-wakeup
+    make bench ONLY=wakeup
 """
 
 import asyncio
@@ -21,11 +21,11 @@ from uuid import UUID, uuid4
 import asyncpg
 import httpx
 
-from bench import report, seeding
 from bench.parked import WAIT_S, Parked, raise_file_limit
-from bench.report import Figure, Limit, Options
-from bench.seeding import JOB, BenchRunner, open_connection
-from bench.stage import Stage, open_stage
+from bench.support import report, seeding
+from bench.support.report import Figure, Limit, Options
+from bench.support.seeding import JOB, BenchRunner, open_connection
+from bench.support.stage import Stage, open_stage
 from db import run_queue
 from db.run_queue import QueuedRun
 

@@ -14,8 +14,9 @@ import typer
 from auth.audit_chain import HEAD_PURPOSE, ChainCheck, Witness
 from auth.errors import AuthError
 from auth.receipts import PURPOSE, verify_receipt
-from cli.client import DEFAULT_URL, AdminClient, Token, Url, connect, next_cursor
-from cli.output import (
+from cli.receipts import WELL_KNOWN, public_keys, read_object
+from client.admin_api import DEFAULT_URL, AdminClient, Token, Url, connect, next_cursor
+from client.output import (
     AsJson,
     CommandFailed,
     note,
@@ -24,7 +25,6 @@ from cli.output import (
     print_table,
     usage_error,
 )
-from cli.receipts import WELL_KNOWN, public_keys, read_object
 
 AUDIT = "/api/admin/audit"
 CHAIN = f"{AUDIT}/chain"

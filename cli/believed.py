@@ -19,8 +19,8 @@ from broker.results.signatures import (
     Signature,
     SigstoreSignature,
 )
-from cli.output import CommandFailed, note, usage_error
 from cli.settings import read_settings
+from client.output import CommandFailed, note, usage_error
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.output import AsJson, CommandFailed, ExitCode, note, print_json, print_members
 from cli.settings import read_settings
+from client.output import AsJson, CommandFailed, ExitCode, note, print_json, print_members
 
 if TYPE_CHECKING:
     from config.settings import Settings

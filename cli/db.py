@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.output import AsJson, CommandFailed, ExitCode, Yes, needs_yes, note, print_json
 from cli.settings import in_database, read_settings
+from client.output import AsJson, CommandFailed, ExitCode, Yes, needs_yes, note, print_json
 
 app = typer.Typer(help="The database: migrate it, or see whether it is.", no_args_is_help=True)
 

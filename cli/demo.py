@@ -6,16 +6,16 @@ from contextlib import contextmanager
 
 import typer
 
-from cli.output import CommandFailed, note
 from cli.settings import read_settings
+from client.output import CommandFailed, note
 
 
 def demo() -> None:
     """Watch runs go from PENDING to COMPLETE on private servers; leaves nothing behind."""
-    from sandbox.demo import run_demo
-    from sandbox.demo_report import print_report
-    from sandbox.demo_view import open_view
-    from sandbox.stopping import Stopped, stoppable
+    from sandbox.demo.demo import run_demo
+    from sandbox.demo.report import print_report
+    from sandbox.demo.view import open_view
+    from sandbox.services.stopping import Stopped, stoppable
 
     settings = read_settings()
     try:
@@ -35,7 +35,7 @@ def demo() -> None:
 def in_one_line() -> Iterator[None]:
     """Turn what keeps private services from starting into a CommandFailed."""
     from db.pool import DatabaseUnready
-    from sandbox.leash import SandboxError
+    from sandbox.services.leash import SandboxError
 
     try:
         yield

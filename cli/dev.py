@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from cli.demo import in_one_line
-from cli.output import note
 from cli.settings import read_settings
+from client.output import note
 
 
 def dev(
@@ -18,8 +18,8 @@ def dev(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 8400,
 ) -> None:
     """Serve from private servers until Ctrl-C; prints the URL, an admin token and a curl line."""
-    from sandbox.dev import run_dev
-    from sandbox.stopping import Stopped, stoppable
+    from sandbox.demo.dev import run_dev
+    from sandbox.services.stopping import Stopped, stoppable
 
     settings = read_settings()
     try:

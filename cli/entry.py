@@ -40,7 +40,7 @@ class Closed(io.TextIOBase):
 
 def main() -> int:
     """Run the command line; an interruption or a reader that left ends it without a traceback."""
-    from cli.output import OutputFailed, print_failure
+    from client.output import OutputFailed, print_failure
 
     _take_stdout()
     try:
@@ -84,7 +84,7 @@ def _give_up_stdout() -> None:
 
 
 def _refuse(error: OSError) -> NoReturn:
-    from cli.output import OutputFailed
+    from client.output import OutputFailed
 
     if isinstance(error, BrokenPipeError):
         raise error

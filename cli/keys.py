@@ -8,8 +8,8 @@ import typer
 
 from auth.errors import InvalidKey
 from auth.keys import RunnerKey
-from cli.client import DEFAULT_URL, AdminClient, Token, Url, connect
-from cli.output import (
+from client.admin_api import DEFAULT_URL, AdminClient, Token, Url, connect
+from client.output import (
     AsJson,
     CommandFailed,
     ExitCode,

@@ -29,8 +29,8 @@ from cli import (
     serve,
     tokens,
 )
-from cli.client import refusing_unreadable
-from cli.output import CommandFailed, ExitCode, OutputFailed, note, print_failure
+from client.admin_api import refusing_unreadable
+from client.output import CommandFailed, ExitCode, OutputFailed, note, print_failure
 
 PROGRAM = "bakeoff-queue"
 

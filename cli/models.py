@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from cli.client import DEFAULT_URL, Token, Url, connect
-from cli.output import AsJson, Yes, needs_yes, note, print_json, print_table
+from client.admin_api import DEFAULT_URL, Token, Url, connect
+from client.output import AsJson, Yes, needs_yes, note, print_json, print_table
 
 NEEDS = "/api/admin/model-needs"
 COLUMNS = ("model_id", "name", "quantization", "rule_gb", "need_gb", "learned_from", "learned_at")

@@ -6,8 +6,8 @@ nothing from the connections that serve runners.
 
 from typing import TYPE_CHECKING, Any
 
-from cli.output import AsJson, Yes, needs_yes, note, print_json, print_table
 from cli.settings import in_database, read_settings
+from client.output import AsJson, Yes, needs_yes, note, print_json, print_table
 
 if TYPE_CHECKING:
     from broker.admin.prune import Retention

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.client import DEFAULT_URL, AdminClient, Token, Url, connect
-from cli.harness_config import Beside, JudgeMode, Run, read_runs
-from cli.output import (
+from cli.receipts import WELL_KNOWN
+from client.admin_api import DEFAULT_URL, AdminClient, Token, Url, connect
+from client.harness_config import Beside, JudgeMode, Run, read_runs
+from client.output import (
     BY_JSON,
     AsJson,
     CommandFailed,
@@ -26,7 +27,6 @@ from cli.output import (
     print_members,
     print_table,
 )
-from cli.receipts import WELL_KNOWN
 
 QUEUE = "/api/admin/queue"
 BATCH = 1000  # runs that one request may carry

@@ -7,9 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.client import DEFAULT_URL, Url, connect_openly
-from cli.documents import parse_json
-from cli.output import AsJson, CommandFailed, ExitCode, note, print_json, print_members, usage_error
+from client.admin_api import DEFAULT_URL, Url, connect_openly
+from client.documents import parse_json
+from client.output import (
+    AsJson,
+    CommandFailed,
+    ExitCode,
+    note,
+    print_json,
+    print_members,
+    usage_error,
+)
 
 WELL_KNOWN = "/.well-known/bakeoff-queue.json"
 

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from cli import results_export, results_verify
-from cli.client import DEFAULT_URL, AdminClient, Token, Url, connect
 from cli.keys import find_key
-from cli.output import (
+from cli.results_api import RESULTS, listed
+from client.admin_api import DEFAULT_URL, AdminClient, Token, Url, connect
+from client.output import (
     BY_JSON,
     AsJson,
     CommandFailed,
@@ -24,7 +25,6 @@ from cli.output import (
     print_table,
     usage_error,
 )
-from cli.results_api import RESULTS, listed
 
 COLUMNS = ("run_id", "state", "model", "run_status", "runner_id", "trust", "accepted_at", "signer")
 OPEN = ("accepted", "disputed")  # what a decision about all results of a key may touch

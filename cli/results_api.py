@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cli.client import AdminClient
-from cli.output import moment
+from client.admin_api import AdminClient
+from client.output import moment
 
 RESULTS = "/api/admin/results"
 EVERYTHING = 1_000_000

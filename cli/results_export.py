@@ -16,8 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.client import DEFAULT_URL, AdminClient, Token, Url, connect
-from cli.output import (
+from cli.results_api import RESULTS, accepted_since, download
+from cli.unfinished import delete_stale, unfinished
+from client.admin_api import DEFAULT_URL, AdminClient, Token, Url, connect
+from client.output import (
     AsJson,
     CommandFailed,
     ExitCode,
@@ -27,8 +29,6 @@ from cli.output import (
     tracked,
     usage_error,
 )
-from cli.results_api import RESULTS, accepted_since, download
-from cli.unfinished import delete_stale, unfinished
 
 # The archive is a repository that is checked out anywhere: no hidden folder, no dots at an end, no
 # separators, and no device of Windows, which opens `nul.txt` as one, too.

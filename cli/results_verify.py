@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.client import DEFAULT_URL, AdminClient, Token, Url, connect
 from cli.files import NotAFile, read_file
-from cli.output import (
+from cli.receipts import WELL_KNOWN, public_keys, read_object
+from cli.results_api import RESULTS, accepted_since, download
+from client.admin_api import DEFAULT_URL, AdminClient, Token, Url, connect
+from client.output import (
     AsJson,
     CommandFailed,
     ExitCode,
@@ -28,8 +30,6 @@ from cli.output import (
     tracked,
     usage_error,
 )
-from cli.receipts import WELL_KNOWN, public_keys, read_object
-from cli.results_api import RESULTS, accepted_since, download
 
 SHOWN = 5
 ONLY_SIGNED = "signed is result.json alone: nobody vouches for the manifest, summary and dashboard"

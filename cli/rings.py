@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.output import AsJson, Yes, needs_yes, note, print_json, print_table
 from cli.settings import as_database_admin
+from client.output import AsJson, Yes, needs_yes, note, print_json, print_table
 
 if TYPE_CHECKING:
     from broker.admin.key_rings import RingAdmin

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.client import DEFAULT_URL, Token, Url, connect
-from cli.output import AsJson, Yes, moment, needs_yes, print_json, print_members, print_table
+from client.admin_api import DEFAULT_URL, Token, Url, connect
+from client.output import AsJson, Yes, moment, needs_yes, print_json, print_members, print_table
 
 RUNNERS = "/api/admin/runners"
 RunnerId = Annotated[str, typer.Argument(help="The runner's name on the allowlist.")]

@@ -2,8 +2,8 @@
 
 import httpx
 
-from cli.output import CommandFailed, ExitCode
 from cli.settings import read_settings
+from client.output import CommandFailed, ExitCode
 
 HEALTH_TIMEOUT_S = 5
 

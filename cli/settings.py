@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
-from cli.output import CommandFailed, ExitCode
+from client.output import CommandFailed, ExitCode
 
 if TYPE_CHECKING:
     from broker.audit.log import Admin

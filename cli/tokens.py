@@ -12,8 +12,9 @@ from uuid import UUID
 import typer
 
 from auth import admin_tokens
-from cli.client import DEFAULT_URL, Token, Url, connect
-from cli.output import (
+from cli.settings import as_database_admin
+from client.admin_api import DEFAULT_URL, Token, Url, connect
+from client.output import (
     AsJson,
     Yes,
     needs_yes,
@@ -23,7 +24,6 @@ from cli.output import (
     print_table,
     usage_error,
 )
-from cli.settings import as_database_admin
 
 if TYPE_CHECKING:
     from broker.admin.admin_tokens import TokenAdmin

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from auth.errors import SignatureInvalid, SignerNotAllowed
 from auth.signers import BundleVerifier, Signer, SignerPolicy
-from sandbox.sigstore_ca import EmailSubject, Subject, WorkflowSubject
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_ca import EmailSubject, Subject, WorkflowSubject
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 
 RESULT = b'{"run_id": "r1", "records": []}'
 PASSES, REFUSED, INVALID = "+", "-", "x"

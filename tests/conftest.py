@@ -14,8 +14,8 @@ import redis
 from config.settings import Settings
 from db import migrate
 from db import pool as pools
-from sandbox import servers
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services import servers
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import WORKERS, settings_of, write_signers
 
 _numbers = count(1)

@@ -27,10 +27,10 @@ from config.settings import Settings
 from db.pool import open_pool
 from db.run_queue import CHANNEL, Capabilities, Claimant
 from handlers.connections import Server
-from sandbox import servers
-from sandbox.admin_token import new_token
-from sandbox.runner_identity import Identity, public_key_text
-from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
+from sandbox.runner.identity import Identity, public_key_text
+from sandbox.services import servers
+from sandbox.services.admin_token import new_token
+from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore
 from server import make_app, make_server, open_services
 from tests.result_factory import bundle_files, result_for
 

@@ -13,7 +13,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from sandbox.servers import find_redis
+from sandbox.services.servers import find_redis
 
 SLOTS = 16_384
 READY_S = 20

@@ -16,9 +16,9 @@ import tornado.testing
 import tornado.web
 from nacl.signing import SigningKey
 
-from sandbox.runner_client import RunnerClient
-from sandbox.runner_identity import Identity
-from sandbox.runner_wire import Backoff, Job
+from sandbox.runner.client import RunnerClient
+from sandbox.runner.identity import Identity
+from sandbox.runner.wire import Backoff, Job
 
 RUN_ID = "6d1c7f0e-3b1a-4b62-9a43-6f2f3d1d0a01"
 LEASE_ID = "0e4b8f52-8e36-4d3a-9a7f-7c1b2f6a9d02"

@@ -8,7 +8,7 @@ from typing import Any
 
 import asyncpg
 
-from sandbox import servers
+from sandbox.services import servers
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ import pytest
 from nacl.signing import SigningKey
 
 from config.settings import Settings
-from sandbox.runner_identity import public_key_text
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.runner.identity import public_key_text
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, code_of, open_fleet
 
 MakeSettings = Callable[..., Settings]

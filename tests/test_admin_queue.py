@@ -12,7 +12,7 @@ import pytest
 
 from broker.jobs.job import comparable_hash
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import SMALL, Fleet, code_of, open_fleet, run_of
 
 MakeSettings = Callable[..., Settings]

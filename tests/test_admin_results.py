@@ -14,7 +14,7 @@ import pytest
 from broker.admin import results
 from broker.admin.moderation import EDGES, STATES
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import SIGNER, Fleet, Runner, code_of, open_fleet
 from tests.test_submit import listed
 

@@ -13,8 +13,8 @@ from auth import admin_tokens
 from config.settings import Settings
 from db import admin
 from db.migrate import migrate, roll_back, status
-from sandbox.admin_token import new_token
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.admin_token import new_token
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, code_of, open_fleet, quiet_sweep
 from tests.test_cli_runners import operating
 

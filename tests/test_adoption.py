@@ -13,7 +13,7 @@ from config.settings import Settings
 from db.migrate import migrate, roll_back, status
 from db.migration_files import MIGRATIONS
 from db.pool import DatabaseUnready
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.archived import aged, archive_once
 from tests.fleet import SMALL, code_of, open_fleet, run_of
 from tests.result_factory import hardware

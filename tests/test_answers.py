@@ -16,8 +16,8 @@ import yaml
 
 from broker.documents.schemas import load_schema
 from broker.jobs.model_rows import model_id_of
-from sandbox import built_in_rules
-from sandbox.answers import (
+from sandbox.runner import built_in_rules
+from sandbox.runner.answers import (
     BuiltInRules,
     CellFailed,
     EndpointUnusable,
@@ -25,10 +25,10 @@ from sandbox.answers import (
     cells_of,
     execute,
 )
-from sandbox.runner_wire import Job
+from sandbox.runner.wire import Job
 from tests.runner_stage import JOB
 
-CATALOGUE = Path(built_in_rules.__file__).parent / "catalogue"
+CATALOGUE = Path(built_in_rules.__file__).parents[1] / "catalogue"
 HUGE_B = 1e9
 
 

@@ -10,7 +10,7 @@ import asyncpg
 import httpx
 import pytest
 
-from bench import seeding
+from bench.support import seeding
 from broker.admin import archiver
 from broker.admin.archiver import Archiver
 from broker.admin.runs import QueueView
@@ -18,7 +18,7 @@ from config.settings import Settings
 from db import archive
 from db.migrate import migrate, roll_back
 from db.pool import open_pool
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.archived import DAY_S, aged, archive_once, archived, quiet_archiver, where
 from tests.fleet import Fleet, Runner, code_of, open_fleet, quiet_sweep, run_of
 from tests.test_adoption import columns, on

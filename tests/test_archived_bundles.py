@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.cli_admin import Outcome, Shell
 from tests.fleet import SIGNER
 from tests.harness_shapes import CONFIG, RUN, Json, harness_files, harness_result, written

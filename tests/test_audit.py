@@ -17,8 +17,8 @@ from broker.audit.chain import AuditChain
 from config.settings import Settings
 from db import audit
 from db.audit import SYSTEM
-from sandbox.runner_identity import Identity
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.runner.identity import Identity
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.cli_admin import Outcome
 from tests.fleet import AUDIENCE, CAPABILITIES, Fleet, Runner, code_of, open_fleet, quiet_sweep
 from tests.test_cli_runners import Desk, operating

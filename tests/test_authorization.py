@@ -21,9 +21,9 @@ from auth import admin_tokens
 from auth.tokens import Tokens
 from config.settings import Settings
 from db import admin
-from sandbox.admin_token import new_token
-from sandbox.runner_identity import public_key_text
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.runner.identity import public_key_text
+from sandbox.services.admin_token import new_token
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from server import make_app
 from tests.fleet import Fleet, Runner, code_of, open_fleet, quiet_sweep, run_of
 from tests.raw_http import BOUNDARY, FORM_TYPE, form, head, line_to

@@ -9,8 +9,8 @@ import pytest
 
 from config.settings import Settings
 from db import attempts, run_queue, runners, submissions
-from sandbox.runner_identity import Identity
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.runner.identity import Identity
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import AUDIENCE, CAPABILITIES, Fleet, code_of, open_fleet
 
 MakeSettings = Callable[..., Settings]

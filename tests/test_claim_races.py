@@ -18,7 +18,7 @@ from config.settings import Settings
 from db import run_queue, runner_keys
 from db.audit import Actor
 from db.run_queue import LeaseGuard
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import code_of, model_of, open_fleet, run_of
 
 MakeSettings = Callable[..., Settings]

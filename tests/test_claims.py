@@ -10,7 +10,7 @@ import pytest
 from broker.jobs.job import comparable_hash
 from config.settings import Settings
 from db import run_queue
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import SMALL, Fleet, Runner, about, code_of, model_of, open_fleet, run_of
 
 MakeSettings = Callable[..., Settings]

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cli.client import AdminClient, connect
-from cli.output import CommandFailed, ExitCode, print_failure
+from client.admin_api import AdminClient, connect
+from client.output import CommandFailed, ExitCode, print_failure
 from tests.cli_admin import TOKEN, Admin, Shell, playing, problem
 
 BODY = {"runs": []}

@@ -11,7 +11,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from cli.output import ExitCode
+from client.output import ExitCode
 from config.settings import Settings
 from tests.test_cli_service import ROOT, environment
 

@@ -9,9 +9,9 @@ import pytest
 from nacl.signing import SigningKey
 from structlog.testing import capture_logs
 
-from cli import client
+from client import admin_api
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.cli_admin import Outcome, Shell
 from tests.fleet import Fleet, model_of, open_fleet, quiet_sweep
 
@@ -78,7 +78,7 @@ async def test_ls_shows_all_runners_however_many_pages_they_take(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     names = [f"runner-{letter}" for letter in "abcde"]
-    monkeypatch.setattr(client, "PAGE", 2)
+    monkeypatch.setattr(admin_api, "PAGE", 2)
     async with operating(make_settings(), sigstore, monkeypatch, capsys) as (fleet, desk):
         for name in names:
             await fleet.sign_on(name)

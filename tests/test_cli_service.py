@@ -23,7 +23,7 @@ import redis
 from cli.config import reference_page
 from config.settings import PREFIX, Settings
 from db.migration_files import newest_version, read_migrations
-from sandbox import servers
+from sandbox.services import servers
 
 ROOT = Path(__file__).parents[1]
 KEY_RING = f"test:{'k' * 32}"

@@ -9,7 +9,7 @@ import pytest
 from broker.errors import InvalidRequest
 from broker.runners.declared_vram import check, sold_gb
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import code_of, open_fleet
 
 MakeSettings = Callable[..., Settings]

@@ -16,10 +16,10 @@ from typing import IO, Any
 import httpx
 import pytest
 
-from sandbox.children import Event
-from sandbox.demo import demo_runs
-from sandbox.demo_board import Board
-from sandbox.demo_report import Report, verdict
+from sandbox.demo.board import Board
+from sandbox.demo.demo import demo_runs
+from sandbox.demo.report import Report, verdict
+from sandbox.services.children import Event
 from tests.fleet import run_of
 
 PROGRAM = str(Path(sys.executable).with_name("bakeoff-queue"))

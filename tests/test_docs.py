@@ -19,10 +19,10 @@ from typer.main import get_command
 from auth.signer_policy import load_policy
 from broker.documents.schemas import load_schema
 from cli.main import app
-from cli.output import ExitCode
+from client.output import ExitCode
 from config.settings import CLIENT_VARIABLES, CONFIG_VARIABLE, PREFIX, Settings
 from handlers.errors import STATUS, code_of
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from server import make_app
 from tests.fleet import code_of as code_of_answer
 from tests.fleet import open_fleet
@@ -42,7 +42,7 @@ FOREIGN = {
     "docker": {"--ulimit"},
     "bakeoff's harness": {"--config", "--output-dir", "--dry-run", "--resume-from", "--sign",
                           "--public-key"},
-    "sandbox.runner": {"--help"},
+    "sandbox.runner.main": {"--help"},
 }  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from broker.documents.schemas import FOLDER
 from broker.errors import code_of
 from config.settings import Settings
 from handlers.errors import STATUS
-from sandbox.dev import ONE_RUN
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.demo.dev import ONE_RUN
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from server import make_app
 from tests.fleet import AUDIENCE, Runner, open_fleet
 from tests.fleet import code_of as code_of_answer

@@ -14,7 +14,7 @@ from broker.jobs.job import Job, comparable_hash
 from broker.results.archive_rules import check_archivable
 from broker.results.bundle import check_binding, parse_result
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import open_fleet
 from tests.harness_shapes import RUN, Json, harness_files, harness_result, written
 from tests.test_runner_key_policy import signed

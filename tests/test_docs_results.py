@@ -11,7 +11,7 @@ import pytest
 from broker.admin.moderation import EDGES
 from config.settings import Settings
 from handlers.errors import STATUS, code_of
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.result_factory import result_for
 from tests.test_runner_key_policy import claimed
 

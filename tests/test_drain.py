@@ -15,7 +15,7 @@ import pytest
 
 from broker.in_flight import InFlight
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, Runner, code_of, open_fleet
 from tests.raw_http import FORM_TYPE, Line, form, head, line_to
 from tests.test_two_processes import Server, reaching, started, url_of

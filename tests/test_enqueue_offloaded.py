@@ -19,7 +19,7 @@ from broker.jobs import enqueue_request, task_rows
 from broker.jobs.enqueue_request import MAX_CELLS_TOGETHER, TEXT_LENGTH, TEXT_ROWS
 from config.settings import Settings
 from db import models, run_queue, tasks
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import SMALL, code_of, open_fleet, run_of
 from tests.test_admin_queue import counts, post
 from tests.test_workers import one_worker

@@ -8,7 +8,7 @@ import pytest
 
 from broker.leases import sweep
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, code_of, open_fleet, quiet_sweep
 
 MakeSettings = Callable[..., Settings]

@@ -19,8 +19,8 @@ from broker.leases.sweep import Sweep
 from broker.telemetry import Telemetry
 from config.settings import Settings
 from db.pool import open_pool
-from sandbox import servers
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services import servers
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import open_fleet
 
 MakeSettings = Callable[..., Settings]

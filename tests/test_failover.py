@@ -16,7 +16,7 @@ from config.urls import check_url, hosts_of, without_hosts
 from db import pool as pools
 from db.migrate import migrate, status
 from db.pool import DatabaseUnready, Primary, ReadOnly, open_pool, replication_risk
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from server import open_services
 from tests.fleet import Fleet, Runner, open_fleet
 from tests.standby import Pair, on, replicated

@@ -8,7 +8,7 @@ import pytest
 
 from config.settings import Settings
 from db import run_queue
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, Runner, model_of, open_fleet, quiet_sweep
 
 MakeSettings = Callable[..., Settings]

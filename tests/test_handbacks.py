@@ -11,7 +11,7 @@ import pytest
 
 from config.settings import Settings
 from db import run_queue
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, about, code_of, open_fleet, quiet_sweep
 
 MakeSettings = Callable[..., Settings]

@@ -11,12 +11,12 @@ import yaml
 
 from broker.documents.schemas import load_schema
 from broker.jobs.quantizations import KNOWN, find, in_file_name
-from cli.descriptors import Undescribed, describe, read_folder
-from cli.documents import TEXT_MEMBERS, read_document
-from cli.harness_config import Beside, JudgeMode, read_runs
-from cli.output import CommandFailed
 from cli.receipts import read_object
-from sandbox.stack import CATALOGUE, CATALOGUE_FILES
+from client.descriptors import Undescribed, describe, read_folder
+from client.documents import TEXT_MEMBERS, read_document
+from client.harness_config import Beside, JudgeMode, read_runs
+from client.output import CommandFailed
+from sandbox.services.stack import CATALOGUE, CATALOGUE_FILES
 
 BATCH = "3f1a7ad2-9f0e-4b0a-8a52-0d6ad8a3c001"
 MODEL = {"id": "m-q4_0", "alias": "M", "gguf": "o/r/M-Q4_0.gguf", "ctx": 4096, "num_params": 7.6}

@@ -18,7 +18,7 @@ from broker.errors import InvalidBundle
 from broker.results.archive_rules import NO_COMMIT, check_archivable
 from config.settings import Settings
 from db.migrate import migrate
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.archive import problems
 from tests.fleet import SIGNER, Fleet, Runner, code_of, open_fleet
 from tests.harness_shapes import KINDS, RUN, Json, harness_files, harness_result

@@ -9,8 +9,8 @@ from structlog.testing import capture_logs
 
 from config.settings import Settings
 from db.migrate import migrate
-from sandbox import servers
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services import servers
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, open_fleet
 
 MakeSettings = Callable[..., Settings]

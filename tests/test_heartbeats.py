@@ -14,7 +14,7 @@ from broker.leases.heartbeats import Heartbeats
 from broker.leases.lease_keys import LeaseKeys
 from config.settings import Settings
 from db.run_queue import Beat
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, Runner, about, code_of, open_fleet, quiet_sweep
 
 MakeSettings = Callable[..., Settings]

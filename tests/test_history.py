@@ -11,8 +11,8 @@ import asyncpg
 import pytest
 
 from db import run_queue
-from sandbox import servers
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services import servers
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, Runner, open_fleet
 from tests.history import check, failpoints, invariants, mutants, runners, server_logs
 from tests.history.faults import Faults

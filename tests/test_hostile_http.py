@@ -22,7 +22,7 @@ from config.settings import Settings
 from handlers import connections
 from handlers.base import HEADERS
 from handlers.errors import ERRORS_PATH, STATUS
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from server import make_app
 from tests.fleet import AUDIENCE, Fleet, Runner, code_of, open_fleet, run_of
 from tests.raw_http import Line, exchange, head, line_to

@@ -1,4 +1,4 @@
-"""Imports point one way: server, cli -> handlers -> broker -> {auth, db} -> config."""
+"""Imports point one way: cli -> server -> handlers -> broker -> {auth, db} -> config."""
 
 import ast
 from pathlib import Path
@@ -13,8 +13,9 @@ MAY_IMPORT = {
     "broker": {"auth", "db", "config"},
     "handlers": {"broker", "auth", "db", "config"},
     "server": {"handlers", "broker", "auth", "db", "config"},
-    "cli": {"server", "handlers", "broker", "auth", "db", "config"},
-    "sandbox": {"cli", "broker", "auth", "db", "config"},
+    "client": {"broker", "auth", "db", "config"},
+    "sandbox": {"client", "broker", "auth", "db", "config"},
+    "cli": {"client", "sandbox", "server", "handlers", "broker", "auth", "db", "config"},
 }
 # Inside `broker/`: what a folder, or a module beside the folders, may import of the others. Each is
 # allowed what the ones below it are allowed.

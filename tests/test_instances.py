@@ -13,7 +13,7 @@ from auth.tokens import RunnerClaims
 from broker.errors import LeaseLost
 from broker.runners.liveness import Liveness
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, Runner, code_of, open_fleet
 
 MakeSettings = Callable[..., Settings]

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from server import make_app
 from tests.fleet import Fleet, Runner, open_fleet
 from tests.raw_http import Line, head, line_to

@@ -13,10 +13,10 @@ from structlog.testing import capture_logs
 
 from broker.admin.key_rings import LATELY, KeyRings
 from cli.main import main
-from cli.output import ExitCode
+from client.output import ExitCode
 from config.settings import PREFIX, Settings, SettingsRefused
 from db.pool import DatabaseUnready, open_pool
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from server import ServerRefused, open_services
 from tests.fleet import Fleet, open_fleet
 

@@ -19,7 +19,7 @@ import pytest
 from config.settings import Settings
 from db import run_queue
 from db.run_queue import Beat, Capabilities, Claimant, LeaseGuard
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, code_of, open_fleet, quiet_sweep
 
 MakeSettings = Callable[..., Settings]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import quiet_sweep
 from tests.lifecycle_model import Lease
 from tests.served_in_steps import serving

@@ -10,7 +10,7 @@ import pytest
 from broker.runners import liveness
 from broker.runners.liveness import Liveness
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, open_fleet
 
 MakeSettings = Callable[..., Settings]

@@ -16,7 +16,7 @@ from broker.leases.sweep import Sweep
 from broker.telemetry import LOOP_TICK_S, Telemetry
 from config.settings import Settings
 from db import run_queue
-from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
+from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore
 from tests.fleet import Fleet, open_fleet, quiet_sweep
 from tests.raw_http import exchange, head
 from tests.result_factory import result_for

@@ -14,7 +14,7 @@ import pytest
 
 from auth.errors import SignatureInvalid
 from auth.signers import BundleVerifier, Signer, load_policy
-from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
+from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore
 
 ROOT = Path(__file__).parents[1]
 REAL = sorted((ROOT / "tests/assets/sigstore").glob("*.sigstore"))

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from config.settings import Settings
 from db.pool import Primary, Unreachable
 from handlers.errors import refusal_of
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, code_of, open_fleet, quiet_sweep
 
 MakeSettings = Callable[..., Settings]

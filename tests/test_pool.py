@@ -11,7 +11,7 @@ import pytest
 from config.settings import Settings
 from db import pool as pools
 from db.pool import LOST, TRIES, DatabaseUnready, check_migrated, open_pool, retried
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, code_of, open_fleet, quiet_sweep
 
 MakeSettings = Callable[..., Settings]

@@ -11,7 +11,7 @@ import pytest
 from broker.admin import prune as verb
 from broker.admin.prune import Prune, Retention, retentions
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.archived import DAY_S, aged, archive_once, archived, quiet_archiver, where
 from tests.fleet import Fleet, code_of, open_fleet, quiet_sweep, run_of
 from tests.test_adoption import columns, contents, on

@@ -7,7 +7,7 @@ import pytest
 from broker.concurrency import ttl_cache
 from broker.jobs.quantizations import KNOWN
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import CAPABILITIES, SMALL, code_of, open_fleet, run_of
 
 MakeSettings = Callable[..., Settings]

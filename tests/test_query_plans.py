@@ -14,11 +14,11 @@ from typing import Any
 import asyncpg
 import pytest
 
-from bench import seeding
-from bench.seeding import BenchRunner, Lease
+from bench.support import seeding
+from bench.support.seeding import BenchRunner, Lease
 from db.pool import fetch_one
 from db.queries import load
-from sandbox import servers
+from sandbox.services import servers
 
 SQL = {**load("run_queue"), **load("archive")}
 RUNNERS = load("runners")

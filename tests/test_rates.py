@@ -10,7 +10,7 @@ from config.settings import Settings
 from db import admin
 from handlers import rates
 from handlers.rates import BURST_S, CLIENTS_MAX, Rates
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import AUDIENCE, Fleet, code_of, open_fleet
 from tests.raw_http import head, line_to
 

@@ -18,8 +18,8 @@ from auth.errors import BadSignature, InvalidKey
 from auth.receipts import ReceiptKeys, verify_receipt
 from config.settings import Settings
 from db.migration_files import MIGRATIONS
-from sandbox.runner_receipts import ReceiptDoubtful, digest, read_receipt
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.runner.receipts import ReceiptDoubtful, digest, read_receipt
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import AUDIENCE, open_fleet
 from tests.test_cli_runners import operating
 

@@ -18,7 +18,7 @@ from broker.leases.redis_topology import RedisUrlRefused, open_topology
 from broker.runners import revocations as revocation
 from broker.runners.revocations import Revocations, Revoked
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from server import ServerRefused, open_services
 from tests import redis_nodes
 from tests.fleet import open_fleet

@@ -17,8 +17,8 @@ from auth.keys import canonical_json
 from auth.tokens import LEEWAY
 from config.settings import Settings
 from db import runner_keys
-from sandbox.runner_identity import public_key_text
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.runner.identity import public_key_text
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import AUDIENCE, CAPABILITIES, Runner, code_of, open_fleet
 
 MakeSettings = Callable[..., Settings]

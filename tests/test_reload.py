@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 
 from broker.concurrency.workers import Workers
 from config.settings import CONFIG_VARIABLE, NO_RECEIPT_KEYS, Settings, SettingsRefused
-from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
+from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore
 from tests.fleet import SIGNER, code_of, open_fleet
 from tests.held_verification import held
 from tests.raw_http import FORM_TYPE, form, head, line_to

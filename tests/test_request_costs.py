@@ -15,7 +15,7 @@ from tornado.httputil import HTTPServerRequest
 from config.settings import Settings
 from db import pool as pool_module
 from handlers.base import Handler
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, Runner, open_fleet
 
 MakeSettings = Callable[..., Settings]

@@ -8,7 +8,7 @@ import pytest
 
 from config.settings import Settings
 from db import run_queue
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import SIGNER, Runner, code_of, open_fleet, quiet_sweep
 from tests.result_factory import bundle_files, result_for
 from tests.test_steering import audited, lapse, requeue, run_status

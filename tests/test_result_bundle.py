@@ -23,9 +23,9 @@ from broker.results.bundle import (
     check_names,
     parse_result,
 )
-from sandbox.answers import BuiltInRules, CellFailed, Outcome, cells_of, execute
-from sandbox.result_bundle import WARNING, Rig, build_bundle, build_result, model_score
-from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
+from sandbox.runner.answers import BuiltInRules, CellFailed, Outcome, cells_of, execute
+from sandbox.runner.result_bundle import WARNING, Rig, build_bundle, build_result, model_score
+from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore
 from tests import harness_shapes
 from tests.runner_stage import BODY, JOB, RUN_ID
 

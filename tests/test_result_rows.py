@@ -13,7 +13,7 @@ import pytest
 from config.settings import Settings
 from db import metrics
 from db.metrics import HardwareMetrics, MetricsText
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import open_fleet, run_of
 from tests.result_factory import failed_record, hardware
 from tests.test_admin_results import accepted

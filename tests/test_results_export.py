@@ -14,10 +14,10 @@ import httpx
 import pytest
 
 from cli import results_export
-from cli.client import BYTES, AdminClient
 from cli.unfinished import delete_stale, unfinished
+from client.admin_api import BYTES, AdminClient
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.archive import problems
 from tests.fleet import Fleet
 from tests.test_admin_results import decide, hand_in, shown

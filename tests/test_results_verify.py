@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from cli import client
-from cli.descriptors import read_folder
 from cli.files import NotAFile, read_file
 from cli.main import main
-from cli.output import CommandFailed
+from client import admin_api
+from client.descriptors import read_folder
+from client.output import CommandFailed
 from config.settings import Settings
-from sandbox.runner_identity import public_key_text
-from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
+from sandbox.runner.identity import public_key_text
+from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore
 from tests.cli_admin import Outcome, Shell
 from tests.fleet import SIGNER, Fleet, Runner
 from tests.result_factory import digests, failed_record, result_for
@@ -92,7 +92,7 @@ async def test_a_result_verifies_long_after_its_certificate_has_expired(
         logged = f"{AGES_AGO + timedelta(minutes=1):%Y-%m-%dT%H:%M:%SZ}"
         assert (SIGNER.identity in signature, logged in signature) == (True, True)
         with monkeypatch.context() as patched:
-            patched.setattr(client, "PAGE", 1)  # the rows come in several pages
+            patched.setattr(admin_api, "PAGE", 1)  # the rows come in several pages
             paged = await desk("results", "verify", run_id, *trust, "--json")
         assert paged.json == verified.json
         printed = await desk("results", "verify", run_id, *trust)

@@ -11,8 +11,8 @@ import pytest
 
 from config.settings import Settings
 from db import runner_keys
-from sandbox.runner_identity import Identity
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.runner.identity import Identity
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import AUDIENCE, CAPABILITIES, Fleet, Runner, code_of, open_fleet
 from tests.raw_http import head, line_to
 from tests.test_two_processes import reaching, serving

@@ -18,7 +18,7 @@ from config.settings import Settings
 from db.migrate import migrate
 from db.queries import SQL_FOLDER, load
 from db.roles import OWNER, READER, SERVICE, make
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import open_fleet, quiet_sweep
 from tests.test_authorization import ROWS, RUNNER, bearer, staged
 

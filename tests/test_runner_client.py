@@ -15,9 +15,9 @@ import pytest
 
 from auth.keys import RunnerKey
 from broker.documents.schemas import load_schema
-from sandbox.runner_client import RENEWALS, RunnerClient
-from sandbox.runner_identity import Identity, load_key, public_key_text
-from sandbox.runner_wire import Backoff, Problem
+from sandbox.runner.client import RENEWALS, RunnerClient
+from sandbox.runner.identity import Identity, load_key, public_key_text
+from sandbox.runner.wire import Backoff, Problem
 from tests.runner_stage import BODY, JOB, LEASE_ID, RUN_ID, Line, Stage, refusal
 
 FILES = {"result.json": b'{"run_id": 1}\n', "signature.sigstore.json": b"\x00\xff"}

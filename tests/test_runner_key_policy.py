@@ -13,7 +13,7 @@ from nacl.signing import SigningKey
 
 from auth.keys import canonical_json
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, Runner, code_of, open_fleet
 from tests.result_factory import digests, manifest_for, result_for
 from tests.test_submit import assert_still_mine, counts

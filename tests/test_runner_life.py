@@ -13,11 +13,11 @@ import httpx
 import pytest
 
 from auth.receipts import ReceiptKeys
-from sandbox.answers import BuiltInRules, Cell, Executor, Reply
-from sandbox.result_bundle import Rig
-from sandbox.runner_life import Patience, Runner
-from sandbox.runner_wire import Job, Problem
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.runner.answers import BuiltInRules, Cell, Executor, Reply
+from sandbox.runner.life import Patience, Runner
+from sandbox.runner.result_bundle import Rig
+from sandbox.runner.wire import Job, Problem
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.runner_stage import BODY, LEASE_ID, RUN_ID, Line, Stage, refusal
 
 CLAIMED = Line(200, {**BODY, "heartbeat_interval_s": 0.01})
@@ -362,5 +362,5 @@ async def _process(stage: Stage, folder: Path, *more: str) -> asyncio.subprocess
     line = [word for pair in facts.items() for word in pair]
     pipe = asyncio.subprocess.PIPE
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sandbox.runner", *line, *more, stdout=pipe, stderr=pipe
+        sys.executable, "-m", "sandbox.runner.main", *line, *more, stdout=pipe, stderr=pipe
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sandbox.scorers import score
+from sandbox.runner.scorers import score
 
 
 @pytest.mark.parametrize(

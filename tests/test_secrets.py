@@ -20,9 +20,9 @@ from pydantic import SecretStr
 from config.settings import PREFIX, Settings, SettingsRefused, load_settings
 from config.urls import HIDDEN, check_url, without_password
 from db.pool import open_pool
-from sandbox import servers
-from sandbox.admin_token import new_token
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services import servers
+from sandbox.services.admin_token import new_token
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import AUDIENCE, Fleet, Runner, run_of
 from tests.test_cli_service import ROOT, environment
 

@@ -14,7 +14,7 @@ from broker.leases import parked_claims
 from broker.leases.parked_claims import WaitingRoom
 from config.settings import Settings
 from handlers import rates
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, Runner, code_of, open_fleet
 from tests.raw_http import line_to
 from tests.test_uploads import submit_head

@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 from auth.errors import PolicyRefused
 from auth.signers import BundleVerifier, Signer, SignerPolicy, check_signer, load_policy
 from broker.results.active_verifier import Trusted
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.cli_admin import Shell
 
 ROOT = Path(__file__).parents[1]

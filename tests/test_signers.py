@@ -27,8 +27,8 @@ from auth.signers import (
     SignerPolicy,
     load_policy,
 )
-from sandbox.sigstore_ca import new_authority
-from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore, WorkflowSubject
+from sandbox.services.sigstore_ca import new_authority
+from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore, WorkflowSubject
 
 ROOT = Path(__file__).parents[1]
 RESULT = b'{"run_id": "r1", "records": []}'

@@ -12,7 +12,7 @@ from sigstore.errors import VerificationError
 from sigstore.models import Bundle, TrustedRoot
 from sigstore.verify import Verifier, policy
 
-from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore, WorkflowSubject
+from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore, WorkflowSubject
 
 BLOB = b'{"run_id": "r1"}'
 EMAIL = EmailSubject("runner@example.org")

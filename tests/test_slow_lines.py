@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from config.settings import Settings
 from handlers import connections
 from handlers.connections import HEAD_S, IDLE_S, WINDOW_S
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from server import make_app
 from tests.fleet import Fleet, Runner, code_of, open_fleet
 from tests.raw_http import Line, form, head, line_to

@@ -15,7 +15,7 @@ from config import descriptors
 from config.settings import Settings, SettingsRefused, load_settings
 from handlers import connections
 from handlers.addresses import Proxies, client_of
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import open_fleet
 from tests.raw_http import Line, head, line_to
 from tests.test_slow_lines import server_of, until

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 )
 
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests import lifecycle_model as model
 from tests.fleet import (
     CAPABILITIES,

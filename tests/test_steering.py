@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, Runner, code_of, open_fleet, quiet_sweep
 
 MakeSettings = Callable[..., Settings]

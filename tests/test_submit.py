@@ -13,7 +13,7 @@ import pytest
 from broker.concurrency.workers import Workers
 from broker.results.submissions import WRITING_MIN
 from config.settings import Settings
-from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
+from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore
 from tests.fleet import SIGNER, Fleet, Runner, code_of, open_fleet, run_of
 from tests.result_factory import failed_record, manifest_for, result_for
 

@@ -35,7 +35,7 @@ from config.log_writer import LogWriter
 from config.settings import Settings
 from handlers import connections
 from handlers.connections import Server
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from server import ServerLost, serve
 from tests.fleet import open_fleet
 from tests.test_health import until_ready

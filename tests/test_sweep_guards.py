@@ -13,8 +13,8 @@ from broker.leases import sweep as expiry
 from broker.leases.lease_keys import LeaseKeys
 from broker.leases.sweep import Breaker, Sweep
 from config.settings import Settings
-from sandbox import servers
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services import servers
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, Runner, open_fleet, quiet_sweep
 
 MakeSettings = Callable[..., Settings]

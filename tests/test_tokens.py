@@ -19,8 +19,8 @@ from auth.tokens import LEEWAY, RunnerClaims, Tokens
 from broker.concurrency import ttl_cache
 from broker.runners import revocations as revocation
 from config.settings import Settings
-from sandbox import servers
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services import servers
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Runner, code_of, open_fleet
 
 MakeSettings = Callable[..., Settings]

@@ -19,8 +19,8 @@ import pytest
 from broker.services import Services
 from config.settings import PREFIX, Settings
 from db.pool import open_pool
-from sandbox.admin_token import new_token
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.admin_token import new_token
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, code_of
 
 MakeSettings = Callable[..., Settings]

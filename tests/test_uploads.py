@@ -18,7 +18,7 @@ from broker.results.bundle import CAPS
 from broker.results.uploads import Spool
 from config.settings import Settings
 from handlers.submit import Parts
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, Runner, code_of, open_fleet
 from tests.raw_http import BOUNDARY, FORM_TYPE, exchange, form, head, line_to
 

@@ -25,7 +25,7 @@ from broker.errors import BrokerError, DigestMismatch, InvalidBundle, RunMismatc
 from broker.errors import code_of as code_of_error
 from broker.results.bundle import CAPS, RESULT
 from config.settings import Settings
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import Fleet, Runner, code_of, open_fleet
 from tests.held_verification import held
 from tests.test_two_processes import Server, reaching, started, url_of

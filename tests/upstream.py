@@ -29,8 +29,8 @@ from auth.signers import load_policy
 from broker.concurrency.workers import Workers
 from config.settings import Settings
 from db.migrate import migrate
-from sandbox import servers
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services import servers
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.archive import problems
 from tests.fleet import SIGNER, Fleet, Runner, open_fleet, settings_of, write_signers
 from tests.schema_facts import facts, not_kept

@@ -25,7 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from sandbox.stopping import Stopped, stoppable
+from sandbox.services.stopping import Stopped, stoppable
 from tests.fuzz.driver import Campaign, Driver
 from tests.fuzz.world import Servers, open_servers, open_world
 

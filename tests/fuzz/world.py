@@ -16,10 +16,10 @@ from nacl.signing import SigningKey
 from config.settings import PREFIX
 from db.migrate import migrate
 from db.pool import open_pool
-from sandbox import servers
-from sandbox.admin_token import new_token
-from sandbox.leash import Leash
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services import servers
+from sandbox.services.admin_token import new_token
+from sandbox.services.leash import Leash
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fleet import AUDIENCE, Fleet, Runner, run_of
 from tests.fuzz.bundle import (
     OURS,

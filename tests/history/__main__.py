@@ -9,7 +9,7 @@ import secrets
 import sys
 from collections import Counter
 
-from sandbox.stopping import Stopped, stoppable
+from sandbox.services.stopping import Stopped, stoppable
 from tests.history.check import (
     deaths_at_points,
     open_world,

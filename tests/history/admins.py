@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sandbox.runner_identity import public_key_text
+from sandbox.runner.identity import public_key_text
 from tests.fleet import run_of
 from tests.history.network import Answer, Network, Request
 from tests.history.plans import Plan

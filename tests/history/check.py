@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from db.migrate import migrate
-from sandbox import servers
-from sandbox.leash import Leash
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services import servers
+from sandbox.services.leash import Leash
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.history.failpoints import POINTS
 from tests.history.plans import KILLS, SHAPES, SOUND, WITHOUT_REDIS, Plan, the_mutants_storm
 from tests.history.report import tell, tell_verdict

@@ -18,7 +18,7 @@ import asyncpg
 import redis.asyncio
 
 from db.pool import LOST
-from sandbox import servers
+from sandbox.services import servers
 from tests.history.failpoints import POINTS
 from tests.history.plans import TTL_S, Plan
 from tests.history.server_group import ServerGroup

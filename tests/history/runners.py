@@ -15,8 +15,8 @@ from typing import Any
 
 from nacl.signing import SigningKey
 
-from sandbox.runner_identity import Identity
-from sandbox.sigstore_instance import EmailSubject, ThrowawaySigstore
+from sandbox.runner.identity import Identity
+from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore
 from tests.history.network import CALM, Answer, Network, Request, Weather
 from tests.history.plans import TTL_S, Plan
 from tests.result_factory import bundle_files, result_for

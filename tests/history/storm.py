@@ -20,9 +20,9 @@ import asyncpg
 import redis.asyncio
 
 from db.pool import LOST, open_pool
-from sandbox import servers
-from sandbox.admin_token import new_token
-from sandbox.sigstore_instance import ThrowawaySigstore
+from sandbox.services import servers
+from sandbox.services.admin_token import new_token
+from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.history import invariants, server_logs
 from tests.history.admins import Admin
 from tests.history.faults import Faults
