@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev serve test lint history fuzz fuzz-parsers guards upstream bench requirements audit sbom pinned clean
+.PHONY: unit help demo dev serve test lint history fuzz fuzz-parsers guards upstream bench requirements audit sbom pinned clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ serve: $(VENV)/.demo  ## one production-style process from the settings (BAKEOFF
 
 test: $(VENV)/.test  ## run all tests on private servers
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+unit: $(VENV)/.test  ## run the tests that need no server
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)
 
 lint: $(VENV)/.test  ## ruff and pyrefly
 	@$(BIN)/ruff check .

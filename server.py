@@ -72,13 +72,13 @@ from config.settings import PREFIX, Settings, SettingsRefused, load_settings
 from db.migration_files import newest_version
 from db.pool import DatabaseUnready, check_migrated, describe, open_pool
 from handlers import (
-    admin,
     admin_audit,
+    admin_keys,
     admin_models,
+    admin_queue,
     admin_results,
     admin_runners,
     admin_tokens,
-    error_page,
     health,
     public,
     queue,
@@ -88,7 +88,7 @@ from handlers import (
 from handlers.addresses import Proxies
 from handlers.base import log_request
 from handlers.connections import PATROL_S, Limits, Server
-from handlers.no_such_path import NoSuchPath
+from handlers.not_found import NotFoundHandler
 from handlers.rates import ClientRates
 
 CLOSE_S = 2
@@ -210,12 +210,12 @@ async def open_services(
 def make_app(services: Services) -> Application:
     """Return the application: every address of every module."""
     modules = (
-        runners, queue, submit, admin, admin_audit, admin_models, admin_runners, admin_results,
-        admin_tokens, health, public, error_page,
+        runners, queue, submit, admin_keys, admin_queue, admin_audit, admin_models, admin_runners,
+        admin_results, admin_tokens, health, public,
     )  # fmt: skip
     return Application(
         [route for module in modules for route in module.routes(services)],
-        default_handler_class=NoSuchPath,
+        default_handler_class=NotFoundHandler,
         default_handler_args={"services": services},
         log_function=log_request,
         proxies=Proxies(services.settings.proxy_networks),

@@ -6,7 +6,7 @@ from tornado.web import URLSpec
 
 from broker.audit.log import FILTERS
 from broker.services import Services
-from handlers.admin import AdminHandler
+from handlers.admin_base import AdminHandler
 
 
 class AuditHandler(AdminHandler):

@@ -6,7 +6,7 @@ from uuid import UUID
 from tornado.web import URLSpec
 
 from broker.services import Services
-from handlers.admin import AdminHandler
+from handlers.admin_base import AdminHandler
 from handlers.base import UUID_PATH
 
 

@@ -10,7 +10,7 @@ from tornado.web import URLSpec
 from broker.admin.results import wanted_by
 from broker.results.bundle import CAPS
 from broker.services import Services
-from handlers.admin import AdminHandler
+from handlers.admin_base import AdminHandler
 from handlers.base import UUID_PATH
 
 FILTERS = ("state", "runner_id", "key", "trust", "since")

@@ -5,7 +5,7 @@ from typing import ClassVar
 from tornado.web import URLSpec
 
 from broker.services import Services
-from handlers.admin import AdminHandler
+from handlers.admin_base import AdminHandler
 
 RUNNER_PATH = r"([A-Za-z0-9][A-Za-z0-9._-]{0,127})"
 

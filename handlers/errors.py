@@ -9,7 +9,7 @@ from auth import errors as auth
 from broker import errors as broker
 from broker.errors import Violation, code_of
 
-# Where this service explains its codes, below its public URL (handlers/error_page.py).
+# Where this service explains its codes, below its public URL (handlers/public.py).
 ERRORS_PATH = "/errors"
 RETRY_AFTER_S = 5
 

@@ -1,12 +1,15 @@
-"""What anybody may ask about this service: its version, its public keys, its metrics."""
+"""Public endpoints: version, public keys, metrics, and the page of error codes."""
 
+from html import escape
 from secrets import compare_digest
 
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from tornado.web import URLSpec
 
 from auth.errors import InvalidToken
+from broker.errors import code_of
 from broker.services import Services
+from handlers.errors import ERRORS_PATH, STATUS
 from handlers.health import PlainHandler
 from handlers.runners import BUNDLE_SCHEMAS
 
@@ -61,6 +64,34 @@ class MetricsHandler(PlainHandler):
     head = get
 
 
+class ErrorPageHandler(PlainHandler):
+    """/errors: every code, its status and what it means, for people."""
+
+    def get(self) -> None:
+        """Answer a page with an anchor per code."""
+        self.set_header("Content-Type", "text/html; charset=utf-8")
+        self.finish(_PAGE)
+
+    head = get
+
+
+def _page() -> str:
+    rows = "\n".join(_row(error, status) for error, status in STATUS.items())
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>bakeoff-queue: errors</title>'
+        f"<h1>What the errors mean</h1>\n<dl>\n{rows}\n</dl></html>\n"
+    )
+
+
+def _row(error: type[Exception], status: int) -> str:
+    code = code_of(error.__new__(error))
+    meaning = escape(" ".join((error.__doc__ or "").split()))
+    return f'<dt id="{code}"><code>{code}</code> ({status})</dt><dd>{meaning}</dd>'
+
+
+_PAGE = _page()
+
+
 def routes(services: Services) -> list[URLSpec]:
     """The addresses of this module."""
     given = {"services": services}
@@ -68,4 +99,5 @@ def routes(services: Services) -> list[URLSpec]:
         URLSpec(r"/api/version", VersionHandler, given),
         URLSpec(r"/\.well-known/bakeoff-queue\.json", WellKnownHandler, given),
         URLSpec(r"/metrics", MetricsHandler, given),
+        URLSpec(ERRORS_PATH, ErrorPageHandler, given),
     ]

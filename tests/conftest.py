@@ -16,7 +16,7 @@ from db import migrate
 from db import pool as pools
 from sandbox.services import servers
 from sandbox.services.sigstore_instance import ThrowawaySigstore
-from tests.fleet import WORKERS, settings_of, write_signers
+from tests.support.fleet import WORKERS, settings_of, write_signers
 
 _numbers = count(1)
 # pytest-tornado asks asyncio for the current loop before it makes its own; asked for the first time

@@ -31,9 +31,9 @@ from config.settings import Settings
 from db.migrate import migrate
 from sandbox.services import servers
 from sandbox.services.sigstore_instance import ThrowawaySigstore
-from tests.archive import problems
-from tests.fleet import SIGNER, Fleet, Runner, open_fleet, settings_of, write_signers
-from tests.schema_facts import facts, not_kept
+from tests.support.archive import problems
+from tests.support.fleet import SIGNER, Fleet, Runner, open_fleet, settings_of, write_signers
+from tests.support.schema_facts import facts, not_kept
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PROGRAM = Path(sys.executable).with_name("bakeoff-queue")

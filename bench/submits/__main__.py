@@ -33,7 +33,7 @@ from config.settings import PREFIX
 from db import migrate
 from sandbox.services import servers
 from sandbox.services.sigstore_instance import ThrowawaySigstore
-from tests.fleet import SIGNER
+from tests.support.fleet import SIGNER
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from broker.jobs import cells
 from broker.jobs.job import Job
 from broker.results import bundle
 from sandbox.services.sigstore_instance import ThrowawaySigstore
-from tests.fleet import SIGNER, SMALL
-from tests.result_factory import bundle_files, result_for
+from tests.support.fleet import SIGNER, SMALL
+from tests.support.result_factory import bundle_files, result_for
 
 BOUNDARY = "bench-submits-boundary"
 

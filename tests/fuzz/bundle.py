@@ -11,7 +11,7 @@ from nacl.signing import SigningKey
 from auth.keys import canonical_json
 from sandbox.services.sigstore_ca import EmailSubject, Subject, WorkflowSubject
 from sandbox.services.sigstore_instance import ThrowawaySigstore
-from tests.result_factory import digests, manifest_for, result_for
+from tests.support.result_factory import digests, manifest_for, result_for
 
 RESULT, MANIFEST, SUMMARY = "result.json", "manifest.json", "summary.md"
 SIGSTORE, ENVELOPE, DASHBOARD = (

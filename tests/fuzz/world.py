@@ -20,7 +20,6 @@ from sandbox.services import servers
 from sandbox.services.admin_token import new_token
 from sandbox.services.leash import Leash
 from sandbox.services.sigstore_instance import ThrowawaySigstore
-from tests.fleet import AUDIENCE, Fleet, Runner, run_of
 from tests.fuzz.bundle import (
     OURS,
     STRANGERS,
@@ -32,6 +31,7 @@ from tests.fuzz.bundle import (
     make_bundle,
 )
 from tests.fuzz.server_process import SABOTAGE
+from tests.support.fleet import AUDIENCE, Fleet, Runner, run_of
 
 ROOT = Path(__file__).parents[2]
 LEASES = 64

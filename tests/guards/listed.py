@@ -14,33 +14,33 @@ RUNNERS = "db/sql/runners.sql"
 TABLES = "db/migrations/20261123000002_queue.sql"
 HEADS = "db/migrations/20261126000001_judges.sql"
 ARCHIVE = "db/sql/archive.sql"
-MIGRATE = "tests/test_migrations.py"
+MIGRATE = "tests/service/test_migrations.py"
 PRUNE = "db/sql/prune.sql"
 RING_KEYS = "db/sql/key_rings.sql"
 
-CLAIMS = "tests/test_claims.py"
-KEY_RINGS = "tests/test_key_rings.py"
-RACES = "tests/test_claim_races.py"
-GUARDS = "tests/test_lease_guards.py"
-EXPIRY = "tests/test_expiry.py"
-STEERING = "tests/test_steering.py"
-SUBMIT = "tests/test_submit.py"
-ARCHIVED = "tests/test_archive.py"
-PRUNED = "tests/test_prune.py"
-ENQUEUE = "tests/test_enqueue_offloaded.py"
-WORK = "tests/test_workers.py"
-RELOAD = "tests/test_reload.py"
-BUNDLES = "tests/test_bundles.py"
-DOCUMENTS = "tests/test_documents.py"
-AUTHORIZED = "tests/test_authorization.py"
+CLAIMS = "tests/service/test_claims.py"
+KEY_RINGS = "tests/service/test_key_rings.py"
+RACES = "tests/service/test_claim_races.py"
+GUARDS = "tests/service/test_lease_guards.py"
+EXPIRY = "tests/service/test_sweep.py"
+STEERING = "tests/service/test_steering.py"
+SUBMIT = "tests/service/test_submit.py"
+ARCHIVED = "tests/service/test_archive.py"
+PRUNED = "tests/service/test_prune.py"
+ENQUEUE = "tests/service/test_enqueue_offloaded.py"
+WORK = "tests/service/test_workers.py"
+RELOAD = "tests/service/test_reload.py"
+BUNDLES = "tests/unit/test_bundle.py"
+DOCUMENTS = "tests/service/test_schemas.py"
+AUTHORIZED = "tests/service/test_authorization.py"
 _ANEW = (
-    "tests/test_audit.py::"
+    "tests/service/test_audit.py::"
     "test_a_chain_that_was_calculated_anew_is_caught_by_a_receipt_and_by_its_signed_heads"
 )
-_TAKEN = "tests/test_audit.py::test_every_lease_that_is_taken_from_somebody_leaves_a_row"
+_TAKEN = "tests/service/test_audit.py::test_every_lease_that_is_taken_from_somebody_leaves_a_row"
 MATRIX = f"{AUTHORIZED}::test_every_credential_gets_what_the_matrix_says"
-TOKENS = "tests/test_tokens.py"
-ADMIN_TOKENS = "tests/test_admin_tokens.py"
+TOKENS = "tests/service/test_tokens.py"
+ADMIN_TOKENS = "tests/service/test_admin_tokens.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,28 +290,28 @@ CLAIM = (
         f"{QUEUE}:claim",
         " OR another_fits(f.run_id, r.runner_id)",
         "",
-        "tests/test_handbacks.py::test_a_run_goes_to_another_that_fits_before_it_comes_back_to_who_failed_it",
+        "tests/service/test_releases.py::test_a_run_goes_to_another_that_fits_before_it_comes_back_to_who_failed_it",
     ),
     Guard(
         "claim: not before the time that the runner asked for",
         f"{QUEUE}:claim",
         "f.until > clock_timestamp() OR another_fits",
         "another_fits",
-        "tests/test_handbacks.py::test_a_runners_wish_delays_the_run_for_that_runner_and_for_nobody_else",
+        "tests/service/test_releases.py::test_a_runners_wish_delays_the_run_for_that_runner_and_for_nobody_else",
     ),
     Guard(
         "claim: runners that avoid runs are a kind of their own",
         f"{QUEUE}:claim",
         "k.kind = e.kind AND k.avoided = e.avoided AND",
         "k.kind = e.kind AND",
-        "tests/test_handbacks.py::test_a_runner_that_avoids_a_run_is_served_beside_one_of_the_same_kind_that_does_not",
+        "tests/service/test_releases.py::test_a_runner_that_avoids_a_run_is_served_beside_one_of_the_same_kind_that_does_not",
     ),
     Guard(
         "requeue: for every runner",
         f"{QUEUE}:requeue",
         "DELETE FROM run_deferrals AS d USING put_back AS p WHERE d.run_id = p.run_id",
         "SELECT",
-        "tests/test_handbacks.py::test_a_wish_ends_by_itself_and_by_a_requeue",
+        "tests/service/test_releases.py::test_a_wish_ends_by_itself_and_by_a_requeue",
     ),
     Guard(
         "claim: not before retry_after",
@@ -353,28 +353,28 @@ CLAIM = (
         "broker/leases/parked_claims.py",
         "if self.rings != heard:",
         "if False:",
-        "tests/test_waiting_room.py",
+        "tests/unit/test_parked_claims.py",
     ),
     Guard(
         "claim: the longest waiting is woken first",
         "broker/leases/parked_claims.py",
         "            (turn, self._woken.get(runner_id, 0), place)\n",
         "            (turn, self._woken.get(runner_id, 0), -place)\n",
-        "tests/test_waiting_room.py",
+        "tests/unit/test_parked_claims.py",
     ),
     Guard(
         "share: a runner's second claim comes behind the first of others",
         "broker/leases/parked_claims.py",
         "(turn, self._woken.get(runner_id, 0), place)",
         "(0, 0, place)",
-        "tests/test_shares.py::test_parked_claims_of_one_runner_come_behind_the_first_of_another",
+        "tests/service/test_shares.py::test_parked_claims_of_one_runner_come_behind_the_first_of_another",
     ),
     Guard(
         "share: a claim that was woken in vain keeps its place",
         "broker/leases/parked_claims.py",
         "        insort(places, place)",
         "        places.append(place)",
-        "tests/test_waiting_room.py"
+        "tests/unit/test_parked_claims.py"
         "::test_a_claim_that_comes_back_goes_before_a_later_one_of_its_runner",
     ),
     Guard(
@@ -382,84 +382,84 @@ CLAIM = (
         "broker/leases/parked_claims.py",
         "        if len(places) > PARKED_MAX:\n            _tell(self._waiters[places[0]], False)\n",
         "",
-        "tests/test_shares.py::test_of_a_runner_with_too_many_parked_claims_the_oldest_stops_waiting",
+        "tests/service/test_shares.py::test_of_a_runner_with_too_many_parked_claims_the_oldest_stops_waiting",
     ),
     Guard(
         "share: uploads",
         "broker/results/submissions.py",
         "if not self._shares.uploads.take(runner_id):",
         "if not self._shares.uploads.take(runner_id) and False:",
-        "tests/test_shares.py::test_uploads_that_trickle_leave_room_for_those_of_another_runner",
+        "tests/service/test_shares.py::test_uploads_that_trickle_leave_room_for_those_of_another_runner",
     ),
     Guard(
         "share: verifications",
         "broker/results/submissions.py",
         "if not self._shares.verifications.take(runner_id):",
         "if not self._shares.verifications.take(runner_id) and False:",
-        "tests/test_shares.py::test_verifications_of_one_runner_leave_room_for_those_of_another",
+        "tests/service/test_shares.py::test_verifications_of_one_runner_leave_room_for_those_of_another",
     ),
     Guard(
         "share: requests in flight",
         "handlers/runner_base.py",
         "        if not self.hold(self.services.shares.requests, runner_id):\n",
         "        if False:\n",
-        "tests/test_shares.py::test_a_runner_has_so_many_requests_in_flight_and_no_more",
+        "tests/service/test_shares.py::test_a_runner_has_so_many_requests_in_flight_and_no_more",
     ),
     Guard(
         "share: jobs given again",
         "handlers/queue.py",
         '        if row["granted_at"] is None:\n            self.hold_replay()\n',
         "",
-        "tests/test_shares.py::test_a_job_that_is_given_again_without_end_is_not_held_for_slow_readers",
+        "tests/service/test_shares.py::test_a_job_that_is_given_again_without_end_is_not_held_for_slow_readers",
     ),
     Guard(
         "rate: anonymous requests",
         "handlers/base.py",
         '        await self.limit(known.anonymous.take(client), "address")\n',
         "",
-        "tests/test_rates.py::test_an_address_that_floods_is_refused_and_runners_and_admins_are_not",
+        "tests/service/test_rates.py::test_an_address_that_floods_is_refused_and_runners_and_admins_are_not",
     ),
     Guard(
         "rate: wrong admin tokens are refused before they are looked up",
-        "handlers/admin.py",
+        "handlers/admin_base.py",
         "            await self.throttle()\n",
         "            pass\n",
-        "tests/test_rates.py::test_an_address_that_floods_is_refused_and_runners_and_admins_are_not",
+        "tests/service/test_rates.py::test_an_address_that_floods_is_refused_and_runners_and_admins_are_not",
     ),
     Guard(
         "rate: an admin's own token is not counted",
-        "handlers/admin.py",
+        "handlers/admin_base.py",
         "        if not self.services.credentials.was_good(token):\n",
         "        if True:\n",
-        "tests/test_rates.py::test_an_address_that_floods_is_refused_and_runners_and_admins_are_not",
+        "tests/service/test_rates.py::test_an_address_that_floods_is_refused_and_runners_and_admins_are_not",
     ),
     Guard(
         "rate: a runner's requests",
         "handlers/runner_base.py",
         '        await self.limit(self.settings["rates"].runners.take(runner_id), "runner")\n',
         "",
-        "tests/test_rates.py::test_a_runner_that_floods_is_refused_and_another_is_not",
+        "tests/service/test_rates.py::test_a_runner_that_floods_is_refused_and_another_is_not",
     ),
     Guard(
         "rate: a refusal comes late",
         "handlers/base.py",
         "        await asyncio.sleep(rates.DELAY_S * random.uniform(1, 3))  # noqa: S311 (no secret)\n",
         "",
-        "tests/test_rates.py::test_a_refusal_comes_late_so_that_a_flood_in_a_loop_is_slow",
+        "tests/service/test_rates.py::test_a_refusal_comes_late_so_that_a_flood_in_a_loop_is_slow",
     ),
     Guard(
         "claim: as many are woken as there are runs",
         "broker/leases/parked_claims.py",
         "left[i] -= 1",
         "pass",
-        "tests/test_waiting_room.py",
+        "tests/unit/test_parked_claims.py",
     ),
     Guard(
         "tokens: a Redis that hangs is left alone",
         "broker/runners/revocations.py",
         "if not self._away:\n            try:",
         "if True:\n            try:",
-        "tests/test_tokens.py::test_a_redis_that_hangs_is_left_alone_until_it_answers_again",
+        "tests/service/test_tokens.py::test_a_redis_that_hangs_is_left_alone_until_it_answers_again",
     ),
     Guard(
         "claim: PENDING runs only",
@@ -703,77 +703,77 @@ ENDS = (
         f"{QUEUE}:end_leases_of_key",
         " AND ($6 = 'revoked' OR lease_instance = $8)",
         "",
-        "tests/test_instances.py::test_the_old_process_signs_off_and_the_new_ones_result_is_accepted",
+        "tests/service/test_instances.py::test_the_old_process_signs_off_and_the_new_ones_result_is_accepted",
     ),
     Guard(
         "instance: a release is by the process that holds the lease",
         f"{QUEUE}:release",
         "            q.lease_instance = $8\n",
         "            true\n",
-        "tests/test_instances.py::test_the_old_process_hands_back_and_fails_nothing_of_the_new_one",
+        "tests/service/test_instances.py::test_the_old_process_hands_back_and_fails_nothing_of_the_new_one",
     ),
     Guard(
         "instance: a failure is by the process that holds the lease",
         f"{QUEUE}:fail",
         "            q.lease_instance = $9\n",
         "            true\n",
-        "tests/test_instances.py::test_the_old_process_hands_back_and_fails_nothing_of_the_new_one",
+        "tests/service/test_instances.py::test_the_old_process_hands_back_and_fails_nothing_of_the_new_one",
     ),
     Guard(
         "instance: a new process hands back what nobody beats for",
         f"{QUEUE}:release",
         "u.instance_id = $8 AND coalesce(q.last_heartbeat, q.claimed_at) < u.started_at",
         "u.instance_id = $8",
-        "tests/test_instances.py::test_a_new_process_hands_back_nothing_that_another_still_beats_for",
+        "tests/service/test_instances.py::test_a_new_process_hands_back_nothing_that_another_still_beats_for",
     ),
     Guard(
         "instance: a renewal makes no newer process",
         f"{RUNNERS}:upsert",
         "        WHEN r.previous_instance_id = excluded.instance_id THEN r.previous_started_at\n",
         "",
-        "tests/test_instances.py::test_the_old_process_hands_back_and_fails_nothing_of_the_new_one",
+        "tests/service/test_instances.py::test_the_old_process_hands_back_and_fails_nothing_of_the_new_one",
     ),
     Guard(
         "instance: a heartbeat takes the lease to its process",
         f"{QUEUE}:beat",
         "    lease_instance = b.instance_id, -- who works on it holds it\n",
         "",
-        "tests/test_instances.py::test_a_process_that_beats_for_a_lease_holds_it",
+        "tests/service/test_instances.py::test_a_process_that_beats_for_a_lease_holds_it",
     ),
     Guard(
         "instance: a resumed lease has another lease_id",
         f"{QUEUE}:take_over",
         "CASE WHEN h.other THEN gen_random_uuid() ELSE q.lease_id END",
         "q.lease_id",
-        "tests/test_instances.py::test_a_process_that_lost_its_job_resumes_it_and_the_old_one_is_fenced_off",
+        "tests/service/test_instances.py::test_a_process_that_lost_its_job_resumes_it_and_the_old_one_is_fenced_off",
     ),
     Guard(
         "instance: a resume of its own lease changes nothing",
         f"{QUEUE}:take_over",
         "CASE WHEN h.other THEN gen_random_uuid() ELSE q.lease_id END",
         "gen_random_uuid()",
-        "tests/test_instances.py::test_a_process_that_lost_its_job_resumes_it_and_the_old_one_is_fenced_off",
+        "tests/service/test_instances.py::test_a_process_that_lost_its_job_resumes_it_and_the_old_one_is_fenced_off",
     ),
     Guard(
         "instance: a resume of the runner's own leases",
         f"{QUEUE}:take_over",
         " AND q.claimed_by = $2\n",
         "\n",
-        "tests/test_instances.py::test_what_is_not_held_is_not_resumed_and_nothing_else_is_granted",
+        "tests/service/test_instances.py::test_what_is_not_held_is_not_resumed_and_nothing_else_is_granted",
     ),
     Guard(
         "instance: a resume by a token that has not ended",
         f"{QUEUE}:take_over",
         " AND $8 <> all(k.ended_tokens)",
         "",
-        "tests/test_instances.py::test_a_token_that_signed_off_resumes_nothing",
+        "tests/service/test_instances.py::test_a_token_that_signed_off_resumes_nothing",
     ),
     Guard(
         "instance: a request from before a restart is no second process",
         f"{RUNNERS}:seen",
         "            AND clock_timestamp() - (h.age_s + 5) * interval '1 second' > r.started_at\n",
         "",
-        "tests/test_instances.py::test_two_live_processes_of_one_key_are_shown_and_logged_once",
+        "tests/service/test_instances.py::test_two_live_processes_of_one_key_are_shown_and_logged_once",
     ),
     Guard(
         "release: an undo finds the lease untouched",
@@ -787,8 +787,8 @@ ENDS = (
         f"{QUEUE}:release",
         "status = CASE WHEN h.cancel_requested_at IS NULL THEN 'PENDING' ELSE 'CANCELLED' END,",
         "status = 'PENDING',",
-        "tests/test_admin_queue.py::test_the_runner_of_a_live_run_is_told_at_its_next_heartbeat"
-        " tests/test_lifecycle_findings.py::test_a_cancelled_run_that_was_released_did_not_fail",
+        "tests/service/test_admin_queue.py::test_the_runner_of_a_live_run_is_told_at_its_next_heartbeat"
+        " tests/service/test_lifecycle_findings.py::test_a_cancelled_run_that_was_released_did_not_fail",
     ),
     *_held("fail"),
     Guard(
@@ -796,21 +796,21 @@ ENDS = (
         f"{QUEUE}:fail",
         "            WHEN h.cancel_requested_at IS NOT NULL THEN 'CANCELLED'\n",
         "",
-        "tests/test_handbacks.py::test_a_failure_of_a_run_that_was_to_be_cancelled_cancels_it",
+        "tests/service/test_releases.py::test_a_failure_of_a_run_that_was_to_be_cancelled_cancels_it",
     ),
     Guard(
         "fail: attempts are used up",
         f"{QUEUE}:fail",
         "            WHEN h.failures >= h.max_attempts THEN 'FAILED'\n",
         "",
-        "tests/test_handbacks.py::test_a_failure_counts_waits_longer_each_time_and_goes_further_back",
+        "tests/service/test_releases.py::test_a_failure_counts_waits_longer_each_time_and_goes_further_back",
     ),
     Guard(
         "fail: answered again from its own end only",
         "broker/leases/releases.py",
         ' or set(ended["outcome"] or ()) != set(members)',
         "",
-        "tests/test_lifecycle_findings.py",
+        "tests/service/test_lifecycle_findings.py",
     ),
     Guard("beat: this run", f"{QUEUE}:beat", "q.run_id = b.run_id AND ", "", _RIGHT),
     Guard("beat: the secret", f"{QUEUE}:beat", "    AND q.lease_id = b.lease_id\n", "", _RIGHT),
@@ -838,7 +838,7 @@ ENDS = (
         "least(\n        clock_timestamp() + $6::interval,\n"
         "        q.claimed_at + coalesce(q.max_runtime_s, $7) * interval '1 second'\n    ),",
         "clock_timestamp() + $6::interval,",
-        "tests/test_heartbeats.py::test_no_heartbeat_carries_a_lease_beyond_the_longest_runtime",
+        "tests/service/test_heartbeats.py::test_no_heartbeat_carries_a_lease_beyond_the_longest_runtime",
     ),
     Guard(
         "complete: this run",
@@ -921,7 +921,7 @@ SWEEP = (
         f"{QUEUE}:lapse",
         "        AND q.lease_slot IS NOT NULL -- of every lease that is live, and of the index\n",
         "",
-        "tests/test_query_plans.py",
+        "tests/service/test_query_plans.py",
     ),
     Guard(
         "lapse: bakeoff's own rows stay",
@@ -998,77 +998,77 @@ SWEEP = (
         "db/sql/models.sql:raise_need",
         "had_gb + 1, $1",
         "had_gb, $1",
-        "tests/test_learned_needs.py::test_an_oom_raises_the_need_above_the_vram_that_failed_and_a_result_lowers_it",
+        "tests/service/test_learned_needs.py::test_an_oom_raises_the_need_above_the_vram_that_failed_and_a_result_lowers_it",
     ),
     Guard(
         "need: never by a machine with twice the rule",
         "db/sql/models.sql:raise_need",
         " AND had_gb < 2 * rule_gb",
         "",
-        "tests/test_learned_needs.py::test_a_large_machine_that_runs_out_of_memory_teaches_nothing",
+        "tests/service/test_learned_needs.py::test_a_large_machine_that_runs_out_of_memory_teaches_nothing",
     ),
     Guard(
         "need: never lowered by an oom",
         "db/sql/models.sql:raise_need",
         "    WHERE l.need_gb < excluded.need_gb\n",
         "",
-        "tests/test_learned_needs.py::test_a_smaller_machines_oom_does_not_lower_what_was_learned",
+        "tests/service/test_learned_needs.py::test_a_smaller_machines_oom_does_not_lower_what_was_learned",
     ),
     Guard(
         "need: of an admin's cap where there is one",
         "db/sql/models.sql:raise_need",
         "least((r.capabilities ->> 'vram_gb')::int, (k.capability_caps ->> 'vram_gb')::int)",
         "(r.capabilities ->> 'vram_gb')::int",
-        "tests/test_learned_needs.py::test_an_admins_cap_is_the_vram_that_failed",
+        "tests/service/test_learned_needs.py::test_an_admins_cap_is_the_vram_that_failed",
     ),
     Guard(
         "need: never raised by a result",
         "db/sql/models.sql:lower_need",
         "\n    AND l.need_gb > ceil($2::int / 1024.0)",
         "",
-        "tests/test_learned_needs.py::test_a_result_with_a_larger_peak_does_not_raise_the_need",
+        "tests/service/test_learned_needs.py::test_a_result_with_a_larger_peak_does_not_raise_the_need",
     ),
     Guard(
         "need: of the run's models only",
         "db/sql/models.sql:lower_need",
         " AND l.model_id IN (q.model_id, q.judge_model_id)",
         "",
-        "tests/test_learned_needs.py::test_what_was_learned_of_another_model_stays",
+        "tests/service/test_learned_needs.py::test_what_was_learned_of_another_model_stays",
     ),
     Guard(
         "order: the largest among equals",
         "db/sql/run_queue.sql:claim",
         "h.priority, CASE WHEN $11 THEN h.need_gb END DESC,",
         "h.priority, CASE WHEN $11 THEN NULL END DESC,",
-        "tests/test_fairness.py::test_the_only_large_machine_takes_the_run_that_only_it_can_do",
+        "tests/service/test_fairness.py::test_the_only_large_machine_takes_the_run_that_only_it_can_do",
     ),
     Guard(
         "order: overtaken by younger ones",
         "db/sql/run_queue.sql:promote_aged",
         " AND o.created_at > h.created_at + $1::interval",
         "",
-        "tests/test_fairness.py::test_a_run_that_younger_ones_overtake_for_longer_than_a_day_comes_to_the_front",
+        "tests/service/test_fairness.py::test_a_run_that_younger_ones_overtake_for_longer_than_a_day_comes_to_the_front",
     ),
     Guard(
         "order: overtaken by equals as well",
         "db/sql/run_queue.sql:promote_aged",
         "h.priority >= o.priority",
         "h.priority > o.priority",
-        "tests/test_fairness.py::test_equals_that_are_larger_overtake_no_longer_than_a_day",
+        "tests/service/test_fairness.py::test_equals_that_are_larger_overtake_no_longer_than_a_day",
     ),
     Guard(
         "order: the oldest overtaken run first",
         "db/sql/run_queue.sql:promote_aged",
         "    ORDER BY h.created_at\n    LIMIT",
         "    ORDER BY h.created_at DESC\n    LIMIT",
-        "tests/test_fairness.py::test_the_oldest_come_first_and_as_many_as_are_asked_for",
+        "tests/service/test_fairness.py::test_the_oldest_come_first_and_as_many_as_are_asked_for",
     ),
     Guard(
         "order: a share for overtaken runs",
         "broker/leases/claims.py",
         "        due = self._granted // AGED_SHARE",
         "        due = self._granted // 1_000",
-        "tests/test_fairness.py::test_under_a_flow_of_urgent_runs_others_have_a_share_of_the_claims",
+        "tests/service/test_fairness.py::test_under_a_flow_of_urgent_runs_others_have_a_share_of_the_claims",
     ),
     Guard(
         "breaker: three failures in a row",
@@ -1159,7 +1159,7 @@ SWEEP = (
         f"{QUEUE}:lapse",
         "                    AND f.claimed_at > coalesce(s.resumed_at, '-infinity')\n",
         "",
-        "tests/test_lifecycle_findings.py",
+        "tests/service/test_lifecycle_findings.py",
     ),
     Guard(
         "lapse: leases from before a resume do not count, in the ledger",
@@ -1173,7 +1173,7 @@ SWEEP = (
         f"{QUEUE}:lapse",
         "                    CASE WHEN f.status = 'CANCELLED' THEN 'cancelled' ELSE 'lapsed' END AS how,\n",
         "                    'lapsed' AS how,\n",
-        "tests/test_lifecycle_findings.py",
+        "tests/service/test_lifecycle_findings.py",
     ),
     Guard(
         "sweep: goes on until none is left",
@@ -1187,22 +1187,22 @@ SWEEP = (
         "broker/leases/sweep.py",
         "MASS = 3\n",
         "MASS = 0\n",
-        "tests/test_sweep_guards.py",
+        "tests/service/test_sweep_guards.py",
     ),
     Guard(
         "breaker: counts our leases only",
         f"{QUEUE}:overdue_share",
         " AND job IS NOT NULL",
         "",
-        "tests/test_sweep_guards.py tests/test_expiry.py",
+        "tests/service/test_sweep_guards.py tests/service/test_sweep.py",
     ),
 )
 
 _RUNNER_PAGES = (
-    "tests/test_admin_runners.py::test_pages_are_in_one_order_lose_none_and_show_none_twice"
+    "tests/service/test_admin_runners.py::test_pages_are_in_one_order_lose_none_and_show_none_twice"
 )
 
-AUDIT = "tests/test_audit.py"
+AUDIT = "tests/service/test_audit.py"
 TAMPERED = f"{AUDIT}::test_what_was_changed_in_the_trail_is_named"
 CHECK = "auth/audit_chain.py"
 
@@ -1311,7 +1311,7 @@ AUDITED = (
         "db/sql/roles.sql:grant",
         "WHEN each.bare = any(only_added) THEN 'SELECT, INSERT'",
         "WHEN false THEN 'SELECT, INSERT'",
-        "tests/test_roles.py::"
+        "tests/service/test_roles.py::"
         "test_the_service_changes_and_removes_nothing_of_the_audit_and_the_bundles",
     ),
     Guard(
@@ -1319,14 +1319,14 @@ AUDITED = (
         "db/sql/roles.sql:grant",
         "AND a.attname <> all(secret)",
         "",
-        "tests/test_roles.py::test_a_reader_reads_all_but_secrets_and_writes_nothing",
+        "tests/service/test_roles.py::test_a_reader_reads_all_but_secrets_and_writes_nothing",
     ),
     Guard(
         "roles: a reader sees no secret table",
         "db/sql/roles.sql:grant",
         "IF each.bare <> all(hidden) THEN",
         "IF true THEN",
-        "tests/test_roles.py::test_a_reader_reads_all_but_secrets_and_writes_nothing",
+        "tests/service/test_roles.py::test_a_reader_reads_all_but_secrets_and_writes_nothing",
     ),
 )
 
@@ -1415,112 +1415,112 @@ ADMIN = (
         "broker/documents/paging.py",
         "if not _RUNNER_ID.fullmatch(name) or write_name(name) != cursor:",
         "if write_name(name) != cursor:",
-        "tests/test_admin_runners.py::test_a_query_that_makes_no_sense_is_422",
+        "tests/service/test_admin_runners.py::test_a_query_that_makes_no_sense_is_422",
     ),
     Guard(
         "cancel: a run that nobody works on",
         f"{QUEUE}:cancel_pending",
         " AND status = 'PENDING'",
         "",
-        "tests/test_admin_queue.py",
+        "tests/service/test_admin_queue.py",
     ),
     Guard(
         "cancel: bakeoff's own rows stay",
         f"{QUEUE}:cancel_pending",
         " AND job IS NOT NULL",
         "",
-        "tests/test_admin_queue.py::test_a_run_that_this_queue_did_not_make_is_not_touched",
+        "tests/service/test_admin_queue.py::test_a_run_that_this_queue_did_not_make_is_not_touched",
     ),
     Guard(
         "cancel: a run that somebody works on",
         f"{QUEUE}:cancel_live",
         " AND status IN ('CLAIMED', 'IN_PROGRESS')",
         "",
-        "tests/test_admin_queue.py::test_a_run_that_has_ended_cannot_be_cancelled",
+        "tests/service/test_admin_queue.py::test_a_run_that_has_ended_cannot_be_cancelled",
     ),
     Guard(
         "requeue: only what ended without a result",
         f"{QUEUE}:requeue",
         "status IN ('FAILED', 'CANCELLED') OR",
         "status IN ('FAILED', 'CANCELLED', 'COMPLETE', 'CLAIMED') OR",
-        "tests/test_requeue.py",
+        "tests/service/test_requeue.py",
     ),
     Guard(
         "pool: no connection with an open transaction is given back",
         "db/pool.py",
         " or _is_in_transaction(self.connection)",
         "",
-        "tests/test_pool.py::test_a_connection_with_an_open_transaction_is_closed_and_nobody_complains",
+        "tests/service/test_pool.py::test_a_connection_with_an_open_transaction_is_closed_and_nobody_complains",
     ),
     Guard(
         "rate: requests whose end is unclear",
         "handlers/base.py",
         "        except MalformedRequest:\n            await self.throttle()\n",
         "        except MalformedRequest:\n",
-        "tests/test_rates.py::test_a_request_whose_end_is_unclear_is_counted_as_well",
+        "tests/service/test_rates.py::test_a_request_whose_end_is_unclear_is_counted_as_well",
     ),
     Guard(
         "rate: anonymous requests in flight",
         "handlers/base.py",
         "        if known.anonymous.is_limited and not self.hold(known.in_flight, client):\n",
         "        if False:\n",
-        "tests/test_rates.py::test_an_address_has_so_many_requests_in_flight_and_no_more",
+        "tests/service/test_rates.py::test_an_address_has_so_many_requests_in_flight_and_no_more",
     ),
     Guard(
         "metrics: the token of the settings",
         "handlers/public.py",
         "not compare_digest(self.bearer_token().encode(), wanted.encode())",
         "not self.bearer_token()",
-        "tests/test_rates.py::test_metrics_may_want_a_token",
+        "tests/service/test_rates.py::test_metrics_may_want_a_token",
     ),
     Guard(
         "requeue: failures of that runner since the last requeue",
         "db/sql/run_queue.sql:failed_by",
         "    AND a.ended_at > coalesce(q.requeued_at, '-infinity')\n",
         "",
-        "tests/test_requeue.py::test_what_a_runner_failed_is_put_back_in_one_request",
+        "tests/service/test_requeue.py::test_what_a_runner_failed_is_put_back_in_one_request",
     ),
     Guard(
         "requeue: failures of that time",
         "db/sql/run_queue.sql:failed_by",
         " AND ended_at > clock_timestamp() - $2::interval",
         " AND $2::interval IS NOT NULL",
-        "tests/test_requeue.py::test_what_a_runner_failed_is_put_back_in_one_request",
+        "tests/service/test_requeue.py::test_what_a_runner_failed_is_put_back_in_one_request",
     ),
     Guard(
         "enqueue: a dry run is rolled back",
         "broker/jobs/enqueue.py",
         "                await transaction.rollback()\n",
         "                await transaction.commit()\n",
-        "tests/test_quantizations.py::test_a_dry_run_checks_all_that_the_server_checks_and_adds_nothing",
+        "tests/service/test_quantizations.py::test_a_dry_run_checks_all_that_the_server_checks_and_adds_nothing",
     ),
     Guard(
         "requeue: one that waits only when its failures are undone",
         f"{QUEUE}:requeue",
         "status = 'PENDING' AND $2::boolean",
         "status = 'PENDING'",
-        "tests/test_requeue.py::test_a_requeue_leaves_a_pending_run_and_its_history_as_they_are",
+        "tests/service/test_requeue.py::test_a_requeue_leaves_a_pending_run_and_its_history_as_they_are",
     ),
     Guard(
         "requeue: again only of a result that is not complete",
         f"{QUEUE}:again",
         "        AND r.run_status IN ('incomplete', 'failed')\n",
         "",
-        "tests/test_requeue.py",
+        "tests/service/test_requeue.py",
     ),
     Guard(
         "requeue: again only once",
         "broker/admin/runs.py",
         "                if superseded is None:\n",
         "                if False:\n",
-        "tests/test_requeue.py::test_a_run_whose_result_is_not_whole_is_run_again_under_another_id",
+        "tests/service/test_requeue.py::test_a_run_whose_result_is_not_whole_is_run_again_under_another_id",
     ),
     Guard(
         "breaker: results without a measurement",
         "db/sql/runners.sql:pause_failing",
         " AND s.model_metrics = 0",
         " AND s.model_metrics < 0",
-        "tests/test_requeue.py::test_three_results_without_a_measurement_pause_the_runner",
+        "tests/service/test_requeue.py::test_three_results_without_a_measurement_pause_the_runner",
     ),
     Guard(
         "requeue: the lease of before cannot submit",
@@ -1528,21 +1528,21 @@ ADMIN = (
         # Either alone keeps it out.
         "cancel_reason = NULL, lease_id = NULL,\n        claimed_by = NULL, claimed_at",
         "cancel_reason = NULL,\n        claimed_at",
-        "tests/test_requeue.py::test_the_lease_of_before_a_requeue_cannot_submit",
+        "tests/service/test_requeue.py::test_the_lease_of_before_a_requeue_cannot_submit",
     ),
     Guard(
         "enqueue: a run_id is queued once",
         TABLES,
         "CREATE UNIQUE INDEX run_queue_run_id",
         "CREATE INDEX run_queue_run_id",
-        "tests/test_admin_queue.py",
+        "tests/service/test_admin_queue.py",
     ),
     Guard(
         "revoke: ends the leases of this key",
         f"{QUEUE}:end_leases_of_key",
         "        lease_key = $1 AND ",
         "        $1::text <> '' AND ",
-        "tests/test_admin_keys.py::test_a_revocation_frees_runs_names_results_and_is_final",
+        "tests/service/test_admin_keys.py::test_a_revocation_frees_runs_names_results_and_is_final",
     ),
     Guard(
         "revoke: forgets the secrets of lapsed leases",
@@ -1559,91 +1559,95 @@ ADMIN = (
         f"{GUARDS}::test_a_revocation_forgets_the_secrets_of_lapsed_leases_and_leaves_their_record",
     ),
     Guard(
-        "revoke: once", f"{KEYS}:revoke", " AND revoked_at IS NULL", "", "tests/test_admin_keys.py"
+        "revoke: once",
+        f"{KEYS}:revoke",
+        " AND revoked_at IS NULL",
+        "",
+        "tests/service/test_admin_keys.py",
     ),
     Guard(
         "bound: the attempts that a claim tells of",
         f"{QUEUE}:claim",
         "ORDER BY b.lease_seq DESC LIMIT 20",
         "",
-        "tests/test_bounds.py",
+        "tests/service/test_bounds.py",
     ),
     Guard(
         "bound: the attempts that a page shows",
         "db/sql/attempts.sql:of_run",
         " LIMIT $3",
         " LIMIT $3 + 1000",
-        "tests/test_bounds.py",
+        "tests/service/test_bounds.py",
     ),
     Guard(
         "bound: the released leases that a run keeps",
         f"{QUEUE}:release",
         "a.run_id = f.run_id AND a.lease_seq <= f.lease_seq - $7::int",
         "a.run_id = f.run_id AND a.lease_seq <= f.lease_seq - $7::int * 1000",
-        "tests/test_bounds.py",
+        "tests/service/test_bounds.py",
     ),
     Guard(
         "bound: what changed a run is not forgotten",
         f"{QUEUE}:release",
         " AND a.how = 'released'\n",
         "\n",
-        "tests/test_bounds.py",
+        "tests/service/test_bounds.py",
     ),
     Guard(
         "bound: the registrations that a key keeps",
         f"{RUNNERS}:remember_nonce",
         "OFFSET $9::int - 1",
         "OFFSET $9::int + 1000",
-        "tests/test_bounds.py",
+        "tests/service/test_bounds.py",
     ),
     Guard(
         "bound: the refusals that a runner keeps",
         "db/sql/submissions.sql:refuse",
         "OFFSET $6::int - 1",
         "OFFSET $6::int + 1000",
-        "tests/test_bounds.py",
+        "tests/service/test_bounds.py",
     ),
     Guard(
         "refusal: a revoked key is told so",
         f"{QUEUE}:why_refused",
         " AND k.revoked_at IS NULL",
         "",
-        "tests/test_heartbeats.py",
+        "tests/service/test_heartbeats.py",
     ),
     Guard(
         "refusal: a key whose time is over is told so",
         f"{QUEUE}:why_refused",
         "\n            AND (k.not_after IS NULL OR k.not_after > clock_timestamp())",
         "",
-        "tests/test_heartbeats.py",
+        "tests/service/test_heartbeats.py",
     ),
     Guard(
         "revoke: waits for no lock that is asked for later",
         "db/runner_keys.py",
         '    await connection.execute(SQL["keep_others_out"])\n',
         "",
-        "tests/test_revocation_first.py",
+        "tests/service/test_revocation_first.py",
     ),
     Guard(
         "register: waits for a revocation in flight",
         f"{KEYS}:find_for_share",
         " FOR SHARE",
         "",
-        "tests/test_register.py::test_a_registration_waits_for_a_revocation_in_flight_and_is_then_refused",
+        "tests/service/test_register.py::test_a_registration_waits_for_a_revocation_in_flight_and_is_then_refused",
     ),
     Guard(
         "revocation: an unknown or expired key is none",
         f"{KEYS}:revoked_among",
         "\n        AND (k.not_after IS NULL OR k.not_after > clock_timestamp())",
         "",
-        "tests/test_tokens.py tests/test_claims.py tests/test_health.py",
+        "tests/service/test_tokens.py tests/service/test_claims.py tests/service/test_health.py",
     ),
     Guard(
         "liveness: bakeoff's own runners are bakeoff's",
         f"{RUNNERS}:bury",
         " AND key_fingerprint IS NOT NULL",
         "",
-        "tests/test_liveness.py::test_bakeoffs_own_runners_are_left_to_bakeoff",
+        "tests/service/test_liveness.py::test_bakeoffs_own_runners_are_left_to_bakeoff",
     ),
 )
 
@@ -1653,79 +1657,79 @@ BELL = (
         "broker/leases/expiry_node.py",
         "            self._subscribed.set()\n            self._ring()\n",
         "            self._subscribed.set()\n",
-        "tests/test_expiry_listener.py::test_the_listener_sweeps_when_it_subscribes_and_proves_that_it_hears"
-        " tests/test_expiry_listener.py::test_the_listener_sweeps_and_proves_itself_again_when_it_had_to_reconnect",
+        "tests/service/test_expiry_listener.py::test_the_listener_sweeps_when_it_subscribes_and_proves_that_it_hears"
+        " tests/service/test_expiry_listener.py::test_the_listener_sweeps_and_proves_itself_again_when_it_had_to_reconnect",
     ),
     Guard(
         "listener: a resubscription is proved anew",
         "broker/leases/expiry_node.py",
         "            self._mark(heard=False)\n            self._subscribed.set()",
         "            self._subscribed.set()",
-        "tests/test_expiry_listener.py::test_the_listener_sweeps_and_proves_itself_again_when_it_had_to_reconnect"
-        " tests/test_expiry_listener.py::test_a_restart_that_loses_the_notification_setting_is_noticed_when_we_reconnect",
+        "tests/service/test_expiry_listener.py::test_the_listener_sweeps_and_proves_itself_again_when_it_had_to_reconnect"
+        " tests/service/test_expiry_listener.py::test_a_restart_that_loses_the_notification_setting_is_noticed_when_we_reconnect",
     ),
     Guard(
         "lease keys: what a key waited to be written is off its life",
         "broker/leases/lease_keys.py",
         "(expires - now) * 1000",
         "(expires - now + GATHER_S) * 1000",
-        "tests/test_lease_keys.py::test_a_key_does_not_live_longer_for_the_time_that_it_gathered",
+        "tests/service/test_lease_keys.py::test_a_key_does_not_live_longer_for_the_time_that_it_gathered",
     ),
     Guard(
         "lease keys: one of a lapsed lease is written with a life",
         "broker/leases/lease_keys.py",
         "max(1, int((expires - now) * 1000))",
         "int((expires - now) * 1000)",
-        "tests/test_lease_keys.py::test_a_key_whose_lease_lapsed_while_it_gathered_still_rings",
+        "tests/service/test_lease_keys.py::test_a_key_whose_lease_lapsed_while_it_gathered_still_rings",
     ),
     Guard(
         "listener: only lease keys ring",
         "broker/leases/expiry_node.py",
         'elif message["type"] == "message" and message["data"].startswith(PREFIX.encode()):',
         'elif message["type"] == "message":',
-        "tests/test_expiry_listener.py::test_the_listener_rings_for_lease_keys_only",
+        "tests/service/test_expiry_listener.py::test_the_listener_rings_for_lease_keys_only",
     ),
     Guard(
         "listener: one lost self-test key is no reason",
         "broker/leases/expiry_node.py",
         "SELF_TESTS = 3",
         "SELF_TESTS = 1",
-        "tests/test_expiry_listener.py::test_a_flush_that_takes_the_self_tests_key_is_no_reason_to_complain",
+        "tests/service/test_expiry_listener.py::test_a_flush_that_takes_the_self_tests_key_is_no_reason_to_complain",
     ),
     Guard(
         "listener: proves itself at every interval",
         "broker/leases/expiry_node.py",
         "            except TimeoutError:\n                pass\n            self._subscribed.clear()",
         "            except TimeoutError:\n                continue\n            self._subscribed.clear()",
-        "tests/test_expiry_listener.py::test_notifications_that_are_switched_off_are_noticed_and_so_is_their_return",
+        "tests/service/test_expiry_listener.py::test_notifications_that_are_switched_off_are_noticed_and_so_is_their_return",
     ),
     Guard(
         "listener: healthy while every primary is heard",
         "broker/leases/expiry_listener.py",
         "all(node.heard and",
         "any(node.heard and",
-        "tests/test_redis_topology.py::test_a_cluster_is_healthy_only_while_each_primary_is_heard",
+        "tests/service/test_redis_topology.py::test_a_cluster_is_healthy_only_while_each_primary_is_heard",
     ),
     Guard(
         "listener: the primaries are looked up again",
         "broker/leases/redis_topology.py",
         "        await self.client.nodes_manager.initialize()\n",
         "",
-        "tests/test_redis_topology.py::test_after_a_resharding_the_primaries_are_looked_up_again",
+        "tests/service/test_redis_topology.py::test_after_a_resharding_the_primaries_are_looked_up_again",
     ),
     Guard(
         "listener: tells the sweep that it is deaf",
         "broker/leases/expiry_listener.py",
         "        self._sweep.degraded = not healthy\n",
         "",
-        "tests/test_expiry_listener.py tests/test_redis_topology.py::test_a_cluster_is_healthy_only_while_each_primary_is_heard",
+        "tests/service/test_expiry_listener.py tests/service/test_redis_topology.py::test_a_cluster_is_healthy_only_while_each_primary_is_heard",
     ),
     Guard(
         "cluster: a self-test key lies on its own node",
         "broker/leases/redis_topology.py",
         "            if node is not None and node.name == address:\n",
         "            if node is not None:\n",
-        "tests/test_redis_topology.py",
+        "tests/service/test_redis_topology.py",
     ),
 )
 
@@ -1735,77 +1739,77 @@ SERVER = (
         "server.py",
         "        stack.push_async_callback(keys.flush)  # when all who put keys have ended\n",
         "",
-        "tests/test_lease_keys.py::test_a_server_whose_body_raises_writes_the_keys_that_gathered",
+        "tests/service/test_lease_keys.py::test_a_server_whose_body_raises_writes_the_keys_that_gathered",
     ),
     Guard(
         "stop: a second signal ends it at once",
         "server.py",
         "            loop.remove_signal_handler(number)\n            signal.signal(number, signal.SIG_DFL)\n",
         "            pass\n",
-        "tests/test_drain.py::test_during_the_notice_all_but_claims_are_served_and_a_second_signal_ends_it",
+        "tests/service/test_drain.py::test_during_the_notice_all_but_claims_are_served_and_a_second_signal_ends_it",
     ),
     Guard(
         "stop: parked claims are answered at once",
         "server.py",
         "    services.claims.drain()\n",
         "",
-        "tests/test_drain.py::test_a_parked_claim_is_answered_at_once_and_may_be_sent_again_at_once",
+        "tests/service/test_drain.py::test_a_parked_claim_is_answered_at_once_and_may_be_sent_again_at_once",
     ),
     Guard(
         "stop: waits for what is in flight",
         "broker/in_flight.py",
         "                await self.wait_idle()\n",
         "                pass\n",
-        "tests/test_drain.py::test_a_bundle_that_is_arriving_is_taken_in_full_and_then_the_process_ends",
+        "tests/service/test_drain.py::test_a_bundle_that_is_arriving_is_taken_in_full_and_then_the_process_ends",
     ),
     Guard(
         "stop: what comes after it is refused",
         "broker/in_flight.py",
         "        self.closed = True\n        return",
         "        return",
-        "tests/test_drain.py::test_what_comes_when_nothing_is_in_flight_any_more_is_refused_before_it_is_begun",
+        "tests/service/test_drain.py::test_what_comes_when_nothing_is_in_flight_any_more_is_refused_before_it_is_begun",
     ),
     Guard(
         "stop: nothing holds it up for ever",
         "server.py",
         "async with asyncio.timeout(CLOSE_S):",
         "async with asyncio.timeout(None):",
-        "tests/test_drain.py::test_a_request_that_never_ends_is_cut_after_the_longest_wait",
+        "tests/service/test_drain.py::test_a_request_that_never_ends_is_cut_after_the_longest_wait",
     ),
     Guard(
         "submit: a whole bundle outlives its connection",
         "handlers/submit.py",
         "        if not self._whole:\n",
         "        if True:\n",
-        "tests/test_uploads.py::test_a_bundle_that_has_arrived_is_taken_though_its_runner_hung_up",
+        "tests/service/test_uploads.py::test_a_bundle_that_has_arrived_is_taken_though_its_runner_hung_up",
     ),
     Guard(
         "envelope: names the runner whose lease it is",
         "auth/envelopes.py",
         '    if sig["runner_id"] != runner_id:\n',
         "    if False:\n",
-        "tests/test_runner_key_policy.py",
+        "tests/service/test_runner_key_policy.py",
     ),
     Guard(
         "signer: a workflow that outsiders start, or that ran elsewhere",
         "auth/signers.py",
         "        children.append(_RunAs(signer.allow))\n",
         "",
-        "tests/test_certificate_matrix.py",
+        "tests/tools/test_certificate_matrix.py",
     ),
     Guard(
         "envelope: verifies under the runner key",
         "auth/envelopes.py",
         '        key.verify(result, sig["sha256"], sig["signature"])\n',
         "        pass\n",
-        "tests/test_runner_key_policy.py",
+        "tests/service/test_runner_key_policy.py",
     ),
     Guard(
         "bundle: only the key's own kind of signature",
         "broker/results/bundle.py",
         "counted.keys() & SIGNATURES - {signature}\n",
         "set()\n",
-        "tests/test_runner_key_policy.py",
+        "tests/service/test_runner_key_policy.py",
     ),
     Guard(
         "result: what it says of the job is what was handed out",
@@ -1820,7 +1824,7 @@ SERVER = (
         "broker/results/verify.py",
         "    check_measurements(result)\n",
         "",
-        "tests/test_harness_results.py",
+        "tests/service/test_harness_results.py",
     ),
     Guard(
         "manifest: what it repeats of the result is what that says",
@@ -1835,17 +1839,17 @@ SERVER = (
         "broker/results/bundle.py",
         "    _refuse(InvalidBundle, _other_signature(document, submitted))\n",
         "",
-        "tests/test_runner_key_policy.py",
+        "tests/service/test_runner_key_policy.py",
     ),
 )
 
 RESULTS_SQL = "db/sql/submissions.sql"
-ADMIN_RESULTS = "tests/test_admin_results.py"
-ROWS = "tests/test_result_rows.py"
-VERIFY = "tests/test_results_verify.py"
-EXPORT = "tests/test_results_export.py"
+ADMIN_RESULTS = "tests/service/test_admin_results.py"
+ROWS = "tests/service/test_result_rows.py"
+VERIFY = "tests/service/test_results_verify.py"
+EXPORT = "tests/service/test_results_export.py"
 
-_STALE = "tests/test_results_export.py"
+_STALE = "tests/service/test_results_export.py"
 
 RESULTS = (
     Guard(
@@ -2204,7 +2208,7 @@ WORKERS = (
         "auth/signers.py",
         "        _require_one_reading(raw, model)\n",
         "",
-        "tests/test_one_reading.py::test_a_real_bundle_with_a_second_reading_is_refused_for_that",
+        "tests/unit/test_one_reading.py::test_a_real_bundle_with_a_second_reading_is_refused_for_that",
     ),
     Guard(
         "worker: counts a result's values before it parses them",
@@ -2230,10 +2234,10 @@ WORKERS = (
     ),
 )
 
-HARNESS = "tests/test_harness_results.py"
-JUDGES = "tests/test_judges.py"
-BINDING = "tests/test_binding.py"
-CELLS = "tests/test_cells.py"
+HARNESS = "tests/service/test_harness_results.py"
+JUDGES = "tests/service/test_judges.py"
+BINDING = "tests/unit/test_binding.py"
+CELLS = "tests/unit/test_cells.py"
 NEVER = f"{HARNESS}::test_what_the_harness_never_writes_is_refused_by_pointer_and_keeps_the_lease"
 
 MIGRATING = (
@@ -2274,7 +2278,7 @@ MIGRATING = (
     ),
 )
 
-SECRETS = "tests/test_secrets.py"
+SECRETS = "tests/service/test_secrets.py"
 SECRET = (
     Guard(
         "secrets: an error quotes no row",
@@ -2415,7 +2419,7 @@ UPSTREAM = (
         "        children.append("
         "certificate_policy.OIDCSourceRepositoryOwnerIdentifier(signer.owner_id))\n",
         "        pass\n",
-        "tests/test_signers.py::test_a_repository_of_the_same_name_with_other_ids_is_not_allowed",
+        "tests/unit/test_signers.py::test_a_repository_of_the_same_name_with_other_ids_is_not_allowed",
     ),
     Guard(
         "signer policy: GitHub's id of the repository",
@@ -2423,7 +2427,7 @@ UPSTREAM = (
         "        children.append("
         "certificate_policy.OIDCSourceRepositoryIdentifier(signer.repository_id))\n",
         "        pass\n",
-        "tests/test_signers.py::test_a_repository_of_the_same_name_with_other_ids_is_not_allowed",
+        "tests/unit/test_signers.py::test_a_repository_of_the_same_name_with_other_ids_is_not_allowed",
     ),
     Guard(
         "signer policy: a reload tells of entries that never match",
@@ -2437,44 +2441,44 @@ UPSTREAM = (
         "auth/signer_policy.py",
         "    if problems or not signers:",
         "    if problems:",
-        "tests/test_signer_policy.py::test_a_policy_of_nothing_but_such_entries_is_refused",
+        "tests/unit/test_signer_policy.py::test_a_policy_of_nothing_but_such_entries_is_refused",
     ),
     Guard(
         "log: a line that cannot be written is dropped",
         "config/log_writer.py",
         "            except Exception:  # a full disk",
         "            except ZeroDivisionError:  # a full disk",
-        "tests/test_supervision.py::test_a_program_goes_on_and_ends_whatever_becomes_of_its_log",
+        "tests/service/test_supervision.py::test_a_program_goes_on_and_ends_whatever_becomes_of_its_log",
     ),
     Guard(
         "log: a line that does not fit is dropped",
         "config/log_writer.py",
         "        except queue.Full:\n            self.dropped += 1\n",
         "        except ZeroDivisionError:\n            self.dropped += 1\n",
-        "tests/test_supervision.py::test_what_does_not_fit_into_memory_is_dropped_and_counted",
+        "tests/service/test_supervision.py::test_what_does_not_fit_into_memory_is_dropped_and_counted",
     ),
     Guard(
         "loops: one that fails is started again",
         "broker/concurrency/supervision.py",
         "    except BaseException as error:  # a panic",
         "    except ZeroDivisionError as error:  # a panic",
-        "tests/test_supervision.py::test_a_loop_that_ends_is_started_again_and_told",
+        "tests/service/test_supervision.py::test_a_loop_that_ends_is_started_again_and_told",
     ),
     Guard(
         "adoption: numbered models are refused",
         "db/migrations/20261123000001_upstream_tables.sql",
         "    IF FOUND THEN\n",
         "    IF false THEN\n",
-        "tests/test_adoption.py::"
+        "tests/service/test_adoption.py::"
         "test_a_database_with_numbered_models_is_refused_in_a_sentence_and_kept",
     ),
 )
 
-LOOPS = "tests/test_supervision.py"
-KEPT = "tests/test_kept_connections.py"
+LOOPS = "tests/service/test_supervision.py"
+KEPT = "tests/service/test_kept_connections.py"
 
-SLOW = "tests/test_slow_lines.py"
-SOCKETS = "tests/test_sockets.py"
+SLOW = "tests/service/test_slow_lines.py"
+SOCKETS = "tests/service/test_sockets.py"
 
 HTTP = (
     Guard(
@@ -2608,7 +2612,7 @@ HTTP = (
         "broker/leases/expiry_listener.py",
         "            del self._nodes[address]\n",
         "",
-        "tests/test_expiry_listener.py::"
+        "tests/service/test_expiry_listener.py::"
         "test_a_node_that_nobody_listens_to_any_more_is_noticed_and_replaced",
     ),
     Guard(
@@ -2616,7 +2620,7 @@ HTTP = (
         "broker/concurrency/batching.py",
         "        except BaseException as error:",
         "        except ZeroDivisionError as error:",
-        "tests/test_coalesce.py::"
+        "tests/unit/test_batching.py::"
         "test_a_call_that_ends_in_no_way_it_should_lets_nobody_wait_for_ever",
     ),
     Guard(
@@ -2645,7 +2649,7 @@ HTTP = (
         "broker/runners/registration.py",
         "seconds=2 * self._settings.clock_skew_s) + 2 * LEEWAY",
         "seconds=2 * self._settings.clock_skew_s)",
-        "tests/test_register.py::test_a_nonce_is_kept_as_long_as_its_signature_may_be_replayed",
+        "tests/service/test_register.py::test_a_nonce_is_kept_as_long_as_its_signature_may_be_replayed",
     ),
     Guard(
         "http: an answer that ends its connection says so",
@@ -2659,14 +2663,14 @@ HTTP = (
         "handlers/base.py",
         "        self.asked = self._query()\n",
         "",
-        "tests/test_hostile_http.py::test_every_address_refuses_a_parameter_that_it_does_not_know",
+        "tests/service/test_hostile_http.py::test_every_address_refuses_a_parameter_that_it_does_not_know",
     ),
     Guard(
         "http: a request of unclear length",
         "handlers/base.py",
         "        self._check_framing()\n",
         "",
-        "tests/test_hostile_http.py::"
+        "tests/service/test_hostile_http.py::"
         "test_a_request_of_unclear_length_is_400_and_nothing_behind_it_is_read",
     ),
     Guard(
@@ -2674,14 +2678,14 @@ HTTP = (
         "handlers/queue.py",
         "len(keys) > 1 or ",
         "",
-        "tests/test_hostile_http.py::test_an_idempotency_key_that_is_sent_twice_is_refused",
+        "tests/service/test_hostile_http.py::test_an_idempotency_key_that_is_sent_twice_is_refused",
     ),
     Guard(
         "signature: a checkpoint with thousands of signatures",
         "auth/signers.py",
         "        _require_few_signatures(model)\n",
         "",
-        "tests/test_signers.py",
+        "tests/unit/test_signers.py",
     ),
     Guard(
         "http: a refusal of a request without a body keeps the connection",

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sandbox.runner.identity import public_key_text
-from tests.fleet import run_of
 from tests.history.network import Answer, Network, Request
 from tests.history.plans import Plan
 from tests.history.runners import JSON, Runner
+from tests.support.fleet import run_of
 
 BATCH = 4
 # The admin's tools try until it is done, however long the servers are away.

@@ -19,7 +19,7 @@ from sandbox.runner.identity import Identity
 from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore
 from tests.history.network import CALM, Answer, Network, Request, Weather
 from tests.history.plans import TTL_S, Plan
-from tests.result_factory import bundle_files, result_for
+from tests.support.result_factory import bundle_files, result_for
 
 AUDIENCE = "http://queue.test"
 SIGNER = EmailSubject("runner@bakeoff.test", "https://issuer.bakeoff.test")
