@@ -9,7 +9,7 @@ from typing import Any
 from auth.signers import BundleVerifier
 from broker.jobs import cells
 from broker.jobs.job import Job
-from broker.results import bundle
+from broker.results import binding, bundle, manifest
 from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.support.fleet import SIGNER, SMALL
 from tests.support.result_factory import bundle_files, result_for
@@ -56,9 +56,9 @@ def digests_of(files: dict[str, bytes]) -> dict[str, str]:
 def verify(verifier: BundleVerifier, files: dict[str, bytes], job: dict[str, Any]) -> None:
     """Do what the server does for a bundle between receiving and accepting it."""
     of = Job.from_payload(job["run_id"], job)
-    bundle.check_manifest(files["manifest.json"], digests_of(files), of.run_id)
+    manifest.check_manifest(files["manifest.json"], digests_of(files), of.run_id)
     text = files["result.json"]
     verifier.verify(text, files["signature.sigstore.json"], None)
     document = bundle.parse_result(text)
-    bundle.check_binding(document, of)
+    binding.check_binding(document, of)
     cells.metrics(document, of)

@@ -18,7 +18,7 @@ from broker.documents import strict_json
 from broker.documents.schemas import load_schema
 from broker.jobs import cells
 from broker.jobs.job import Job
-from broker.results import bundle
+from broker.results import binding, bundle, manifest
 from broker.results.uploads import Spool
 from handlers.submit import Parts
 
@@ -37,11 +37,11 @@ def steps(
     does: dict[str, Callable[[], Any]] = {
         "0 receive, hash, spool": lambda: _receive(body),
         "1 names": lambda: bundle.check_names(list(digests), "signature.sigstore.json"),
-        "2 manifest": lambda: bundle.check_manifest(files["manifest.json"], digests, of.run_id),
+        "2 manifest": lambda: manifest.check_manifest(files["manifest.json"], digests, of.run_id),
         "3 signature": lambda: verifier.verify(text, signature, None),
         "4 strict JSON": lambda: strict_json.parse(text),
         "4 schema": lambda: load_schema("result").violations(document),
-        "5 binding": lambda: bundle.check_binding(document, of),
+        "5 binding": lambda: binding.check_binding(document, of),
         "rows": lambda: cells.metrics(document, of),
     }
     return {name: [_ms(do) for _ in range(5)] for name, do in does.items()}

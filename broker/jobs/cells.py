@@ -1,6 +1,6 @@
 """A result's cells as metric rows: upstream's cell rule, in one place.
 
-Takes results that passed `bundles.parse_result` and `bundles.check_binding`.
+Takes results that passed `bundles.parse_result` and `binding.check_binding`.
 """
 
 from collections.abc import Mapping

@@ -17,7 +17,8 @@ from auth.signers import SignerEvidence
 from broker.documents.schemas import load_schema
 from broker.errors import BrokerError, InvalidBundle, RunMismatch
 from broker.jobs.job import Job
-from broker.results import archived_bundles, bundle
+from broker.results import archived_bundles, binding, bundle
+from broker.results.manifest import check_agreement, check_manifest
 from broker.results.reverify_stored import (
     TOLD,
     Differs,
@@ -106,7 +107,7 @@ def reverify(
     schema = archived_bundles.manifest_schema() if stored is None else None
     manifest = report.check(
         "manifest",
-        lambda: bundle.check_manifest(files.get(bundle.MANIFEST, b""), digests, run_id, schema),
+        lambda: check_manifest(files.get(bundle.MANIFEST, b""), digests, run_id, schema),
         lambda _: "every digest is the manifest's",
     )
     text = files.get(bundle.RESULT, b"")
@@ -178,7 +179,7 @@ def _check_agreement(
         return
     report.check(
         "agreement",
-        lambda: bundle.check_agreement(manifest, result),
+        lambda: check_agreement(manifest, result),
         lambda _: "what the manifest repeats of result.json is what that says",
     )
 
@@ -226,7 +227,7 @@ def _check_stored(
 
 def _check_binding(report: Report, stored: Stored, result: dict[str, Any], job: Job) -> None:
     def bound() -> bool:
-        bundle.check_binding(result, job)
+        binding.check_binding(result, job)
         return True
 
     if report.check("binding", bound, lambda _: "every cell is of the job"):

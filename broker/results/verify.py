@@ -19,8 +19,9 @@ from auth.signers import SignerEvidence
 from broker.jobs import cells, task_rows
 from broker.jobs.job import Job
 from broker.jobs.measurements import check_measurements
-from broker.results import bundle
+from broker.results import binding, bundle
 from broker.results.archive_rules import check_archivable
+from broker.results.manifest import check_agreement, check_manifest
 from broker.results.signatures import Signature
 from broker.results.uploads import Upload
 from db.metrics import HardwareMetrics, MetricsText
@@ -69,7 +70,7 @@ def verify(handed: Handed, upload: Upload) -> Verified:
     # 1. Required files are there, and no others.
     bundle.check_names(list(upload.digests), signature.file)
     # 2. Every file is the one the manifest names, and the manifest is of this run.
-    manifest = bundle.check_manifest(upload.read(bundle.MANIFEST), upload.digests, job.run_id)
+    manifest = check_manifest(upload.read(bundle.MANIFEST), upload.digests, job.run_id)
     # 3. The signature holds over result.json, by the signer of this runner.
     text = upload.read(bundle.RESULT)
     signer = signature.verify(text, upload.read(signature.file))
@@ -77,8 +78,8 @@ def verify(handed: Handed, upload: Upload) -> Verified:
     result = bundle.parse_result(text, job.cell_count)
     check_measurements(result)
     # 5. The result belongs to the job that was handed out, and the manifest to the result.
-    bundle.check_binding(result, job)
-    bundle.check_agreement(manifest, result)
+    binding.check_binding(result, job)
+    check_agreement(manifest, result)
     # What is accepted here is exported one day: the archive must take it.
     check_archivable(manifest, result)
     provenance = result["provenance"]

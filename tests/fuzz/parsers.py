@@ -26,7 +26,9 @@ from auth.keys import RunnerKey
 from auth.signers import BundleVerifier, Signer, SignerPolicy
 from broker.errors import BrokerError
 from broker.jobs.job import Job
+from broker.results import binding
 from broker.results import bundle as bundles
+from broker.results.manifest import check_manifest
 from broker.results.signatures import RunnerKeySignature
 from broker.results.uploads import Spool
 from handlers.submit import Parts
@@ -86,7 +88,7 @@ def manifest(data: bytes) -> bool:
     """A manifest of the honest files."""
     digests = json.loads(good("digests.json"))
     try:
-        bundles.check_manifest(data, digests, RUN_ID)
+        check_manifest(data, digests, RUN_ID)
     except BrokerError:
         return False
     read_json(data)
@@ -97,7 +99,7 @@ def result(data: bytes) -> bool:
     """A result whose signature is good: text, schema and binding."""
     try:
         job = _job()
-        bundles.check_binding(bundles.parse_result(data, job.cell_count), job)
+        binding.check_binding(bundles.parse_result(data, job.cell_count), job)
     except BrokerError:
         return False
     read_json(data)

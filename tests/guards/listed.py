@@ -1829,7 +1829,7 @@ SERVER = (
     Guard(
         "manifest: what it repeats of the result is what that says",
         "broker/results/verify.py",
-        "    bundles.check_agreement(manifest, result)\n",
+        "    manifest.check_agreement(manifest, result)\n",
         "",
         f"{SUBMIT}::"
         "test_a_bundle_that_contradicts_its_job_or_itself_is_refused_and_says_which_file",

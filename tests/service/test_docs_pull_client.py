@@ -12,7 +12,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from broker.jobs.job import Job, comparable_hash
 from broker.results.archive_rules import check_archivable
-from broker.results.bundle import check_binding, parse_result
+from broker.results.binding import check_binding
+from broker.results.bundle import parse_result
 from config.settings import Settings
 from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.service.test_runner_key_policy import signed

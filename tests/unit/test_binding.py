@@ -7,7 +7,7 @@ import pytest
 
 from broker.errors import InvalidRequest, RunMismatch
 from broker.jobs.job import Job, comparable_hash, harness_hash
-from broker.results.bundle import check_binding
+from broker.results.binding import check_binding
 from tests.support.result_factory import failed_record, job_payload, record, rehashed, result_for
 
 RUN_ID = "0b6f1f64-4c3f-4f0e-9f6b-2f6a0c1d7e11"

@@ -16,10 +16,10 @@ from broker.results.bundle import (
     REQUIRED,
     SIGNATURE,
     SIGNATURES,
-    check_manifest,
     check_names,
     parse_result,
 )
+from broker.results.manifest import check_manifest
 from tests.support.result_factory import (
     bundle_files,
     digests,

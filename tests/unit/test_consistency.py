@@ -8,7 +8,9 @@ import pytest
 
 from broker.errors import InvalidBundle, RunMismatch
 from broker.jobs.job import Job
-from broker.results.bundle import check_agreement, check_binding, parse_result
+from broker.results.binding import check_binding
+from broker.results.bundle import parse_result
+from broker.results.manifest import check_agreement
 from tests.support.result_factory import (
     MODEL_REF,
     failed_record,

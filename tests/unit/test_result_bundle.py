@@ -15,14 +15,9 @@ import pytest
 from auth.signers import BundleVerifier, Signer, load_policy
 from broker.jobs.job import Job as HandedOut
 from broker.results.archive_rules import check_archivable
-from broker.results.bundle import (
-    SIGNATURE,
-    check_agreement,
-    check_binding,
-    check_manifest,
-    check_names,
-    parse_result,
-)
+from broker.results.binding import check_binding
+from broker.results.bundle import SIGNATURE, check_names, parse_result
+from broker.results.manifest import check_agreement, check_manifest
 from sandbox.runner.answers import BuiltInRules, CellFailed, Outcome, cells_of, execute
 from sandbox.runner.result_bundle import WARNING, Rig, build_bundle, build_result, model_score
 from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore
