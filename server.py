@@ -32,7 +32,7 @@ from broker.admin.queue_tally import QueueTally
 from broker.admin.results import Results
 from broker.admin.runner_keys import Allowlist
 from broker.admin.runner_tokens import RunnerTokens
-from broker.admin.runners import RunnerCare
+from broker.admin.runners import RunnerAdmin
 from broker.admin.runs import QueueView
 from broker.audit.chain import INTERVAL_S as AUDIT_CHAIN_S
 from broker.audit.chain import AuditChain
@@ -53,13 +53,13 @@ from broker.leases.heartbeats import Heartbeats
 from broker.leases.lease_keys import LeaseKeys
 from broker.leases.notifications import PROVE_EVERY_S, Wakeup
 from broker.leases.redis_topology import RedisUrlRefused, Topology, open_topology
-from broker.leases.releases import Handbacks
+from broker.leases.releases import LeaseReleases
 from broker.leases.sweep import Sweep
 from broker.reload import ReadSettings, Reload
-from broker.results.active_verifier import Trusted
+from broker.results.active_verifier import ActiveVerifier
 from broker.results.receipts import Receipts
 from broker.results.submissions import Submissions
-from broker.runners.credentials import Credentials, PostgresAuthority
+from broker.runners.credentials import Credentials, PostgresRevocationSource
 from broker.runners.liveness import INTERVAL_S as LIVENESS_S
 from broker.runners.liveness import Liveness
 from broker.runners.registration import Registry
@@ -114,13 +114,13 @@ async def open_services(
     Raises ServerRefused, DatabaseUnready or PolicyRefused. Redis may be away: that costs latency
     only.
     """
-    if settings.lacks:
-        raise ServerRefused("; ".join(settings.lacks))
+    if settings.missing_for_server:
+        raise ServerRefused("; ".join(settings.missing_for_server))
     check_schemas()
     async with AsyncExitStack() as stack:
         dsn = settings.database_url.get_secret_value()
         verifier = BundleVerifier(settings.trusted_root, load_policy(settings.signers_file))
-        trusted = Trusted(verifier, settings.trusted_root_stale_s)
+        trusted = ActiveVerifier(verifier, settings.trusted_root_stale_s)
         version = installed_version("bakeoff-queue")
         telemetry = Telemetry(version)
         pool = await stack.enter_async_context(open_pool(dsn, settings.database_pool_max))
@@ -130,7 +130,7 @@ async def open_services(
         revoked = await _open_redis(stack, "REDIS_TOKEN_URL", settings.redis_token_url)
 
         tokens = Tokens(settings.token_ring, timedelta(seconds=settings.token_ttl_s))
-        revocations = Revocations(revoked.client, PostgresAuthority(pool, tokens.life))
+        revocations = Revocations(revoked.client, PostgresRevocationSource(pool, tokens.life))
         receipt_keys = ReceiptKeys(settings.receipt_ring)
         audit_chain = AuditChain(pool, receipt_keys, settings.public_url)
         receipts = Receipts(receipt_keys, settings.public_url, audit_chain)
@@ -144,11 +144,11 @@ async def open_services(
         listener = ExpiryListener(leases, sweep)
         liveness = Liveness(pool, settings)
         listen_url = settings.database_listen_url or settings.database_url
-        wakeup = Wakeup(listen_url.get_secret_value(), claims.room.ring)
+        wakeup = Wakeup(listen_url.get_secret_value(), claims.parked.notify)
         in_flight = InFlight()
         telemetry.watch_pool(pool.get_size, pool.get_idle_size)
         telemetry.watch(
-            waiters=lambda: len(claims.room),
+            waiters=lambda: len(claims.parked),
             http_in_flight=lambda: in_flight.count,
             breaker_open=lambda: sweep.held,
             listener_connected=listener.healthy.is_set,
@@ -159,8 +159,8 @@ async def open_services(
         stack.push_async_callback(supervisor.close)
         # Without these two, requests are taken and promises broken: dead leases stay, claims wait.
         supervisor.start("sweep", sweep.run, every_s=settings.sweep_interval_s, vital=True)
-        room = claims.room.run
-        supervisor.start("waiting_room", room, every_s=settings.claim_recheck_s, vital=True)
+        look = settings.claim_recheck_s
+        supervisor.start("parked_claims", claims.parked.run, every_s=look, vital=True)
         supervisor.start("expiry_listener", listener.run, every_s=LISTENER_LOOK_S)
         supervisor.start("liveness", liveness.run, every_s=LIVENESS_S)
         supervisor.start("wakeup", wakeup.run, every_s=PROVE_EVERY_S)
@@ -178,7 +178,7 @@ async def open_services(
             registry=Registry(pool, settings, tokens, revocations, keys),
             claims=claims,
             heartbeats=Heartbeats(pool, settings, keys, telemetry),
-            handbacks=Handbacks(pool, settings, keys, breaker),
+            handbacks=LeaseReleases(pool, settings, keys, breaker),
             submissions=Submissions(
                 pool, settings, keys, trusted, receipts, workers, telemetry, breaker, shares
             ),
@@ -190,7 +190,7 @@ async def open_services(
             model_needs=ModelNeeds(pool),
             in_flight=in_flight,
             liveness=liveness,
-            runner_care=RunnerCare(pool, settings),
+            runner_admin=RunnerAdmin(pool, settings),
             runner_tokens=RunnerTokens(pool, tokens, revocations),
             shares=shares,
             tokens=TokenAdmin(pool),

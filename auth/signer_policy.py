@@ -18,7 +18,7 @@ import yaml
 
 from auth.errors import PolicyRefused
 from config import strict_yaml
-from config.unreadable import why_unreadable
+from config.read_errors import describe_read_error
 
 SCHEMA_VERSION = "bakeoff-results-signers/v1"
 GITHUB = "https://github.com/"
@@ -333,7 +333,7 @@ def _document(path: Path) -> Mapping[str, Any]:
         document = strict_yaml.load(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise PolicyRefused(
-            f"The signer policy {path} cannot be read: {why_unreadable(error)}"
+            f"The signer policy {path} cannot be read: {describe_read_error(error)}"
         ) from error
     if not isinstance(document, dict):
         raise PolicyRefused(

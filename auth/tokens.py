@@ -32,7 +32,7 @@ TOKEN_REVOKED = "The token has been revoked: register again."  # noqa: S105 (a m
 
 
 @dataclass(frozen=True, slots=True)
-class RunnerClaims:
+class RunnerIdentity:
     """What a verified runner token says."""
 
     runner_id: str
@@ -84,7 +84,7 @@ class Tokens:
         }
         return jwt.encode(claims, secret, algorithm=ALGORITHM, headers={"kid": kid})
 
-    def read(self, token: str) -> RunnerClaims:
+    def read(self, token: str) -> RunnerIdentity:
         """Return what a token says. Raises InvalidToken or TokenExpired.
 
         It is taken `LEEWAY` longer than it was promised to be, by this machine's clock.
@@ -135,7 +135,7 @@ class Tokens:
             raise InvalidToken("The token was signed with a key we do not use: register again.")
         return self._ring[kid]
 
-    def _claims(self, claims: dict[str, Any]) -> RunnerClaims:
+    def _claims(self, claims: dict[str, Any]) -> RunnerIdentity:
         texts = (claims["sub"], claims["key_fp"], claims["ins"], claims["jti"])
         times = (claims["iat"], claims["exp"])
         if not all(isinstance(text, str) for text in texts):
@@ -150,4 +150,4 @@ class Tokens:
         except ValueError:
             raise InvalidToken from None
         expires_at = datetime.fromtimestamp(claims["exp"], UTC)
-        return RunnerClaims(claims["sub"], claims["key_fp"], instance_id, jti, expires_at)
+        return RunnerIdentity(claims["sub"], claims["key_fp"], instance_id, jti, expires_at)

@@ -27,7 +27,7 @@ from sigstore_models.trustroot.v1 import TransparencyLogInstance
 from sigstore_models.trustroot.v1 import TrustedRoot as TrustedRootModel
 
 from auth.errors import PolicyRefused, Unverifiable
-from config.unreadable import why_unreadable
+from config.read_errors import describe_read_error
 
 _PRODUCTION = "https://tuf-repo-cdn.sigstore.dev"
 
@@ -126,7 +126,7 @@ def _name_and_key_id(authority: Certificate) -> tuple[Name, bytes]:
 
 
 def _unusable(name: str, error: Exception) -> PolicyRefused:
-    return PolicyRefused(f"The trust root {name} cannot be used: {why_unreadable(error)}")
+    return PolicyRefused(f"The trust root {name} cannot be used: {describe_read_error(error)}")
 
 
 def _unknown(what: str, name: str) -> Unverifiable:

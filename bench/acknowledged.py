@@ -64,7 +64,7 @@ class Tally:
             self.beats[lease_id] = max(until, self.beats.get(lease_id, until))
 
 
-class Witness(httpx.AsyncBaseTransport):
+class RecordingClient(httpx.AsyncBaseTransport):
     """The runners' way to the server; what passes is told to the tally."""
 
     def __init__(self, tally: Tally) -> None:

@@ -21,11 +21,11 @@ import asyncpg
 from bench.claims import ARMS, CONNECTIONS, MODELS, PENDING, RUNNERS_PER_S, SETTLE_S, plan_of
 from bench.support import report, seeding
 from bench.support.balancer import NginxMissing, balancer
+from bench.support.env import BenchEnv, open_env
 from bench.support.load import Load, plan, send
 from bench.support.procfs import cores_between, cpu_by_program
 from bench.support.report import Figure, Limit, Options, in_turn
 from bench.support.seeding import open_connection
-from bench.support.stage import Stage, open_stage
 
 TARGET = 1.5
 SATURATED = 0.9  # of a core, or of the machine
@@ -43,7 +43,7 @@ class Round:
 class Arm:
     """A balancer in front of some processes."""
 
-    stage: Stage
+    stage: BenchEnv
     connection: asyncpg.Connection
     port: int
     file: Path
@@ -60,7 +60,7 @@ class Arm:
         return Round(load, cores)
 
 
-async def measure(stage: Stage, wanted: Options, fronts: Sequence[int]) -> Figure:
+async def measure(stage: BenchEnv, wanted: Options, fronts: Sequence[int]) -> Figure:
     """Seed, measure and return the figure. `fronts`: of one process, and of two."""
     count = wanted.runners or wanted.seconds * RUNNERS_PER_S
     async with open_connection(stage.dsn) as connection:
@@ -123,7 +123,7 @@ def main() -> int:
     """Measure on a private stage."""
     wanted = report.options()
     report.introduce()
-    with open_stage() as stage, ExitStack() as fronts:
+    with open_env() as stage, ExitStack() as fronts:
         ports = [stage.serve().port, stage.serve().port]
         try:
             urls = [fronts.enter_context(balancer(some)).url for some in (ports[:1], ports)]

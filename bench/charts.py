@@ -15,13 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.claims import ARMS, MODELS, RUNNERS_PER_S, SETTLE_S, Scene, plan_of
+from bench.claims import ARMS, MODELS, RUNNERS_PER_S, SETTLE_S, ClaimBench, plan_of
 from bench.parked import Parked, raise_file_limit
 from bench.support import report, seeding
+from bench.support.env import BenchEnv, open_env
 from bench.support.load import Load, plan, send
 from bench.support.report import Options
 from bench.support.seeding import open_connection
-from bench.support.stage import Stage, open_stage
 
 DOCS = Path(__file__).parents[1] / "docs"
 DEPTHS = (1_000, 10_000, 100_000, 1_000_000)
@@ -35,7 +35,7 @@ SPARE_FILES = 300
 Point = dict[str, float]
 
 
-async def against_depth(stage: Stage, wanted: Options) -> list[Point]:
+async def against_depth(stage: BenchEnv, wanted: Options) -> list[Point]:
     """Return a point per depth: one connection, and 64 where the queue is long enough."""
     stage.serve()
     points, there = [], 0
@@ -43,7 +43,7 @@ async def against_depth(stage: Stage, wanted: Options) -> list[Point]:
         models = await seeding.add_models(connection, "q8_0", 1, MODELS)
         runners = await seeding.sign_on(connection, wanted.seconds * RUNNERS_PER_S)
         with plan(plan_of(ARMS["claim"], runners)) as file:
-            claim = Scene(stage, connection, wanted.seconds).arm(file, claims=True)
+            claim = ClaimBench(stage, connection, wanted.seconds).arm(file, claims=True)
             for depth in QUICK_DEPTHS if wanted.quick else DEPTHS:
                 await seeding.add_runs(connection, models, depth - there)
                 there = depth
@@ -61,7 +61,7 @@ async def against_depth(stage: Stage, wanted: Options) -> list[Point]:
     return points
 
 
-async def against_parked(stage: Stage, wanted: Options) -> list[Point]:
+async def against_parked(stage: BenchEnv, wanted: Options) -> list[Point]:
     """Return a point per number of parked runners, of a kind for which there is nothing."""
     numbers = QUICK_PARKED if wanted.quick else PARKED
     allowed = raise_file_limit(max(numbers) + SPARE_FILES) - SPARE_FILES
@@ -72,7 +72,7 @@ async def against_parked(stage: Stage, wanted: Options) -> list[Point]:
         waiting = await seeding.sign_on(connection, max(numbers), kinds=(WAITING_KIND,))
         runners = await seeding.sign_on(connection, wanted.seconds * RUNNERS_PER_S)
         with plan(plan_of(ARMS["claim"], runners)) as file:
-            claim = Scene(stage, connection, wanted.seconds).arm(file, claims=True)
+            claim = ClaimBench(stage, connection, wanted.seconds).arm(file, claims=True)
             await claim()  # what the first claims cost is not what a claim costs
             for number in (n for n in numbers if n <= allowed):
                 loads = []
@@ -131,9 +131,9 @@ def main() -> int:
     """Measure and draw; a quick one draws nothing."""
     wanted = report.options(seconds=2)
     report.introduce()
-    with open_stage() as stage:
+    with open_env() as stage:
         deep = asyncio.run(against_depth(stage, wanted))
-    with open_stage() as stage:
+    with open_env() as stage:
         parked = asyncio.run(against_parked(stage, wanted))
     if not wanted.quick:
         draw("performance-depth", "depth", deep, log=True)

@@ -23,10 +23,10 @@ from pathlib import Path
 import asyncpg
 
 from bench.support import report, seeding
+from bench.support.env import BenchEnv, open_env
 from bench.support.load import Load, LoadFailed, Request, plan, send
 from bench.support.report import Figure, Limit, Options, in_turn
 from bench.support.seeding import BenchRunner, open_connection
-from bench.support.stage import Stage, open_stage
 
 CONNECTIONS = 64
 PENDING = 200_000
@@ -48,10 +48,10 @@ KINDS = tuple(
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class ClaimBench:
     """A seeded stage with one server."""
 
-    stage: Stage
+    stage: BenchEnv
     connection: asyncpg.Connection
     seconds: int
 
@@ -75,7 +75,7 @@ def plan_of(path: str, runners: Sequence[BenchRunner]) -> list[Request]:
     return [Request(path, runner.token) for runner in runners]
 
 
-async def measure(stage: Stage, wanted: Options) -> Figure:
+async def measure(stage: BenchEnv, wanted: Options) -> Figure:
     """Seed, measure both variants, and return the figure."""
     server = stage.serve()
     count = wanted.runners or wanted.seconds * RUNNERS_PER_S
@@ -84,7 +84,7 @@ async def measure(stage: Stage, wanted: Options) -> Figure:
         pending = max(count, 2_000 if wanted.quick else PENDING)
         await seeding.add_runs(connection, models, pending)
         print(f"server pid {server.pid}, {pending:,} PENDING, {count:,} runners", flush=True)
-        scene = Scene(stage, connection, wanted.seconds)
+        scene = ClaimBench(stage, connection, wanted.seconds)
         alike = await _variant(scene, await seeding.sign_on(connection, count), wanted)
         mixed = await _variant(scene, await seeding.sign_on(connection, count, kinds=KINDS), wanted)
     report.print_arms("requests/s, runners alike", _rates(alike), "noop")
@@ -94,7 +94,7 @@ async def measure(stage: Stage, wanted: Options) -> Figure:
 
 
 async def _variant(
-    scene: Scene, runners: Sequence[BenchRunner], wanted: Options
+    scene: ClaimBench, runners: Sequence[BenchRunner], wanted: Options
 ) -> dict[str, list[Load]]:
     with ExitStack() as files:
         arms = {
@@ -134,7 +134,7 @@ def main() -> int:
     """Measure on a private stage."""
     wanted = report.options()
     report.introduce()
-    with open_stage() as stage:
+    with open_env() as stage:
         figure = asyncio.run(measure(stage, wanted))
     return report.publish(figure, wanted)
 

@@ -23,10 +23,10 @@ import asyncpg
 
 from bench.claims import ARMS, MODELS, SETTLE_S, plan_of
 from bench.support import report, seeding
+from bench.support.env import BenchEnv, Server, open_env
 from bench.support.load import plan, send
 from bench.support.report import Figure, Limit, Options, in_turn
 from bench.support.seeding import OFFER, BenchRunner, open_connection
-from bench.support.stage import Server, Stage, open_stage
 from db import run_queue
 from db.run_queue import Claimant
 
@@ -90,7 +90,7 @@ class State:
 
 @asynccontextmanager
 async def states(
-    stage: Stage, wanted: Options, runners: list[BenchRunner]
+    stage: BenchEnv, wanted: Options, runners: list[BenchRunner]
 ) -> AsyncIterator[dict[str, State]]:
     """Yield every state of the queue by name, the shallow one first. `runners` gets the runners."""
     deep = 2_000 if wanted.quick else DEEP
@@ -142,7 +142,7 @@ async def _fill(
 class _Copies:
     """Databases made from another one, file by file."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: BenchEnv) -> None:
         self._stage = stage
 
     async def make(self, name: str, template: str = "bakeoff") -> str:
@@ -156,7 +156,7 @@ class _Copies:
         return self._stage.postgres.database_dsn(name)
 
 
-async def measure(stage: Stage, wanted: Options) -> Figure:
+async def measure(stage: BenchEnv, wanted: Options) -> Figure:
     """Seed, measure, and return the figure."""
     runners: list[BenchRunner] = []
     async with states(stage, wanted, runners) as made:
@@ -204,7 +204,7 @@ def main() -> int:
     """Measure on a private stage."""
     wanted = report.options(rounds=5, seconds=1)
     report.introduce()
-    with open_stage() as stage:
+    with open_env() as stage:
         figure = asyncio.run(measure(stage, wanted))
     return report.publish(figure, wanted)
 

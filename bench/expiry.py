@@ -20,9 +20,9 @@ from datetime import timedelta
 import httpx
 
 from bench.support import report, seeding
+from bench.support.env import BenchEnv, open_env
 from bench.support.report import Figure, Limit, Options, in_turn
 from bench.support.seeding import Lease, open_connection
-from bench.support.stage import Stage, open_stage
 
 TTL_S, QUICK_TTL_S = 6, 3
 SWEEP_S = 5  # the default, with Redis
@@ -44,7 +44,7 @@ FROM attempts WHERE how = 'lapsed'
 class Arm:
     """A stage, and how many of its leases fall silent."""
 
-    stage: Stage
+    stage: BenchEnv
     each: int
     ttl_s: int
 
@@ -99,7 +99,7 @@ async def _beat_once(port: int, leases: Sequence[Lease]) -> None:
     assert renewed == len(leases), f"{renewed} of {len(leases)} renewed"
 
 
-async def measure(stages: dict[str, Stage], wanted: Options) -> Figure:
+async def measure(stages: dict[str, BenchEnv], wanted: Options) -> Figure:
     """Measure both stages in turn, and return the figure."""
     each = 5 if wanted.quick else LEASES_EACH
     ttl_s = ttl_of(wanted)
@@ -135,7 +135,7 @@ def main() -> int:
     wanted = report.options()
     report.introduce()
     with ExitStack() as held:
-        stages = {name: held.enter_context(open_stage()) for name in ("redis", "without")}
+        stages = {name: held.enter_context(open_env()) for name in ("redis", "without")}
         ttl_s = ttl_of(wanted)
         knobs = {**KNOBS, "lease_ttl_s": ttl_s, "heartbeat_interval_s": ttl_s // 3}
         stages["redis"].serve(**knobs)

@@ -31,8 +31,8 @@ from rich.table import Table
 from bench.fleet_member import INTERVAL_S, SIGNER, Member, Seen
 from bench.parked import raise_file_limit
 from bench.support import procfs, report, seeding
+from bench.support.env import BenchEnv, Server, open_env
 from bench.support.seeding import JOB, BenchRunner, open_connection
-from bench.support.stage import Server, Stage, open_stage
 from sandbox.runner.wire import Job
 from sandbox.services.admin_token import new_token
 from sandbox.services.sigstore_instance import ThrowawaySigstore
@@ -57,7 +57,7 @@ trusted_identities:
 
 
 async def play(
-    stage: Stage, server: Server, sigstore: ThrowawaySigstore, runners: int, seconds: int
+    stage: BenchEnv, server: Server, sigstore: ThrowawaySigstore, runners: int, seconds: int
 ) -> dict[str, Any]:
     """Let the fleet live for a while, and return what was seen."""
     async with open_connection(stage.dsn) as connection:
@@ -148,7 +148,7 @@ def main() -> int:
     given = parser.parse_args()
     report.introduce()
     runners = min(given.runners, raise_file_limit(given.runners + SPARE_FILES) - SPARE_FILES)
-    with tempfile.TemporaryDirectory(prefix="bench-") as name, open_stage() as stage:
+    with tempfile.TemporaryDirectory(prefix="bench-") as name, open_env() as stage:
         sigstore = ThrowawaySigstore.create(Path(name))
         signers = Path(name, "signers.yaml")
         signers.write_text(SIGNERS)

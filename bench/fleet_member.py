@@ -12,7 +12,7 @@ from typing import NamedTuple
 import httpx
 
 from sandbox.runner.answers import BuiltInRules, execute
-from sandbox.runner.result_bundle import Rig, build_bundle
+from sandbox.runner.result_bundle import Hardware, build_bundle
 from sandbox.runner.wire import Job
 from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore
 
@@ -156,7 +156,7 @@ async def _bundle(job: Job, sigstore: ThrowawaySigstore) -> tuple[bytes, str]:
     rules = BuiltInRules()
     outcomes = await execute(job, rules, lambda _: None)
     sign = lambda blob: sigstore.sign(blob, SIGNER)  # noqa: E731 (build_bundle calls it)
-    files = build_bundle(job, outcomes, rules.provenance, Rig(24), sign)
+    files = build_bundle(job, outcomes, rules.provenance, Hardware(24), sign)
     form = httpx.Request(
         "POST",
         "http://multipart.invalid",

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.support import report, seeding
+from bench.support.env import BenchEnv, open_env
 from bench.support.report import Figure, Limit, Options
 from bench.support.seeding import Lease, open_connection
-from bench.support.stage import Stage, open_stage
 
 BEATS_S = 20
 LEASES = 50
@@ -185,7 +185,7 @@ class Honest:
         self.taken_ms.append((time.perf_counter() - began) * 1000)
 
 
-async def measure(stage: Stage, wanted: Options) -> Figure:
+async def measure(stage: BenchEnv, wanted: Options) -> Figure:
     """Seed, measure each flood with the rates and without, and return the figure."""
     async with open_connection(stage.dsn) as connection:
         models = await seeding.add_models(connection, "q8_0", 1)
@@ -239,7 +239,7 @@ def main() -> int:
         return 0
     wanted = report.options(seconds=30)
     report.introduce()
-    with open_stage() as stage:
+    with open_env() as stage:
         figure = asyncio.run(measure(stage, wanted))
     return report.publish(figure, wanted)
 

@@ -13,10 +13,10 @@ from contextlib import ExitStack
 from datetime import timedelta
 
 from bench.support import report, seeding
+from bench.support.env import BenchEnv, open_env
 from bench.support.load import Load, Request, plan, send
 from bench.support.report import Figure, Limit, Options, in_turn
 from bench.support.seeding import Lease, open_connection
-from bench.support.stage import Stage, open_stage
 
 CONNECTIONS = 64
 LEASES = 10_000
@@ -34,7 +34,7 @@ def noop(lease: Lease) -> Request:
     return Request("/bench/noop/heartbeat", lease.runner.token, beat(lease).body)
 
 
-async def measure(stage: Stage, wanted: Options) -> Figure:
+async def measure(stage: BenchEnv, wanted: Options) -> Figure:
     """Seed, measure, and return the figure."""
     server = stage.serve()
     count = wanted.runners or (500 if wanted.quick else LEASES)
@@ -75,7 +75,7 @@ def main() -> int:
     """Measure on a private stage."""
     wanted = report.options()
     report.introduce()
-    with open_stage() as stage:
+    with open_env() as stage:
         figure = asyncio.run(measure(stage, wanted))
     return report.publish(figure, wanted)
 

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import asyncpg
 
 from bench.support import procfs, report, seeding
+from bench.support.env import BenchEnv, Server, open_env
 from bench.support.load import Request, plan, send
 from bench.support.report import Figure, Limit, Options
 from bench.support.seeding import BenchRunner, open_connection
-from bench.support.stage import Server, Stage, open_stage
 from db.pool import fetch_one
 
 PARKED = 5_000
@@ -129,7 +129,7 @@ def raise_file_limit(wanted: int) -> int:
     return max(allowed, soft)
 
 
-async def measure(stage: Stage, wanted: Options, server: Server, parked: int) -> Figure:
+async def measure(stage: BenchEnv, wanted: Options, server: Server, parked: int) -> Figure:
     """Measure and return the figure."""
     async with open_connection(stage.dsn) as connection:
         runners = await seeding.sign_on(connection, parked)
@@ -173,7 +173,7 @@ def main() -> int:
     report.introduce()
     parked = wanted.runners or (200 if wanted.quick else PARKED)
     parked = min(parked, raise_file_limit(parked + SPARE_FILES) - SPARE_FILES)
-    with open_stage() as stage:
+    with open_env() as stage:
         server = stage.serve(database_pool_max=POOL)
         figure = asyncio.run(measure(stage, wanted, server, parked))
     return report.publish(figure, wanted)

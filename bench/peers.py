@@ -17,13 +17,13 @@ from importlib.metadata import version
 
 import asyncpg
 
-from bench.claims import ARMS, MODELS, PENDING, RUNNERS_PER_S, Scene, plan_of
+from bench.claims import ARMS, MODELS, PENDING, RUNNERS_PER_S, ClaimBench, plan_of
 from bench.peer_process import SEED
 from bench.support import report, seeding
+from bench.support.env import BenchEnv, open_env
 from bench.support.load import plan
 from bench.support.report import Figure, Limit, Options, in_turn
 from bench.support.seeding import open_connection
-from bench.support.stage import Stage, open_stage
 
 WORKERS = 16
 TARGET = 1.5
@@ -64,7 +64,7 @@ class Peer:
         return said
 
 
-async def measure(stage: Stage, wanted: Options) -> Figure:
+async def measure(stage: BenchEnv, wanted: Options) -> Figure:
     """Seed all three, measure in turn, and return the figure."""
     count = wanted.runners or wanted.seconds * RUNNERS_PER_S
     pending = max(count, 2_000 if wanted.quick else PENDING)
@@ -78,7 +78,7 @@ async def measure(stage: Stage, wanted: Options) -> Figure:
         runners = await seeding.sign_on(connection, count)
         stage.serve()
         with plan(plan_of(ARMS["claim"], runners)) as file:
-            claim = Scene(stage, connection, wanted.seconds).arm(file, claims=True)
+            claim = ClaimBench(stage, connection, wanted.seconds).arm(file, claims=True)
 
             async def claims_per_s() -> float:
                 return (await claim()).rate
@@ -121,7 +121,7 @@ def main() -> int:
     """Measure on a private stage."""
     wanted = report.options()
     report.introduce()
-    with open_stage() as stage:
+    with open_env() as stage:
         figure = asyncio.run(measure(stage, wanted))
     return report.publish(figure, wanted)
 

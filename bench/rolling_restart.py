@@ -20,7 +20,7 @@ from typing import Any
 import asyncpg
 import httpx
 
-from bench.acknowledged import Tally, Witness
+from bench.acknowledged import RecordingClient, Tally
 from bench.support.balancer import Balancer, balancer, free_port
 from client.admin_api import AdminClient
 from client.harness_config import read_runs
@@ -29,10 +29,10 @@ from db.pool import DatabaseUnready, open_pool
 from sandbox.runner.answers import BuiltInRules
 from sandbox.runner.client import RunnerClient
 from sandbox.runner.identity import Identity, load_key
-from sandbox.runner.life import Patience, Runner
-from sandbox.runner.result_bundle import Rig
+from sandbox.runner.life import Runner, RunnerOptions
+from sandbox.runner.result_bundle import Hardware
 from sandbox.services.children import ENDED, Child, Event
-from sandbox.services.leash import SandboxError
+from sandbox.services.process_supervisor import SandboxError
 from sandbox.services.sigstore_instance import EmailSubject
 from sandbox.services.stack import (
     CATALOGUE,
@@ -166,15 +166,15 @@ class Rolling:
         )
         subject = EmailSubject(runner.identity, ISSUER)
         async with httpx.AsyncClient(
-            base_url=self._front.url, transport=Witness(self._tally)
+            base_url=self._front.url, transport=RecordingClient(self._tally)
         ) as http:
             await Runner(
                 RunnerClient(http, identity, _quiet),
                 BuiltInRules(SECONDS_PER_CELL),
                 lambda blob: self._stack.sigstore.sign(blob, subject),
-                Rig(runner.vram_gb),
+                Hardware(runner.vram_gb),
                 _quiet,
-                Patience(wait_s=20, idle_s=0.5),
+                RunnerOptions(wait_s=20, idle_s=0.5),
             ).live()
 
     async def _count(self, pool: asyncpg.Pool, seconds: float) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.support import report, seeding
+from bench.support.env import open_env
 from bench.support.seeding import ADD_RUNS, JOB, OFFER, BenchRunner, open_connection
-from bench.support.stage import open_stage
 from broker.admin.archiver import BATCH
 from db import archive, run_queue
 from db.pool import fetch_one
@@ -271,7 +271,7 @@ def main() -> int:
     """Soak a private database; keep the figures in bench/results/soak.json."""
     given = arguments()
     report.introduce()
-    with open_stage() as stage:
+    with open_env() as stage:
         slices = asyncio.run(measure(stage.dsn, given))
     show(slices)
     RESULT.parent.mkdir(exist_ok=True)

@@ -23,9 +23,9 @@ import httpx
 
 from bench.parked import WAIT_S, Parked, raise_file_limit
 from bench.support import report, seeding
+from bench.support.env import BenchEnv, open_env
 from bench.support.report import Figure, Limit, Options
 from bench.support.seeding import JOB, BenchRunner, open_connection
-from bench.support.stage import Stage, open_stage
 from db import run_queue
 from db.run_queue import QueuedRun
 
@@ -133,7 +133,7 @@ class Wakeups:
         return float(found[1]) if found else 0.0
 
 
-async def measure(stage: Stage, wanted: Options) -> Figure:
+async def measure(stage: BenchEnv, wanted: Options) -> Figure:
     """Measure and return the figure."""
     parked = wanted.runners or (100 if wanted.quick else PARKED)
     samples = 20 if wanted.quick else SAMPLES
@@ -187,7 +187,7 @@ def main() -> int:
     wanted = report.options()
     report.introduce()
     raise_file_limit(PARKED + SPARE_FILES)
-    with open_stage() as stage:
+    with open_env() as stage:
         stage.serve(claim_recheck_s=10 * WAIT_S)
         figure = asyncio.run(measure(stage, wanted))
     return report.publish(figure, wanted)

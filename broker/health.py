@@ -10,7 +10,7 @@ import structlog
 from broker.admin.key_rings import KeyRings
 from broker.concurrency.supervision import Supervisor
 from broker.leases.expiry_listener import ExpiryListener
-from broker.results.active_verifier import Trusted
+from broker.results.active_verifier import ActiveVerifier
 from db.pool import LOST, NO_PRIMARY, describe, is_writable, missing_migration, replication_risk
 
 LOOK_S = 2.0  # a balancer asks every few seconds and waits no longer
@@ -34,7 +34,7 @@ class Health:
         pool: asyncpg.Pool,
         lease_client: Any,  # a Topology's
         listener: ExpiryListener,
-        trusted: Trusted,
+        trusted: ActiveVerifier,
         newest_migration: str,
         supervisor: Supervisor,
         key_rings: KeyRings,

@@ -15,7 +15,7 @@ from auth.receipts import ReceiptKeys
 from auth.signers import BundleVerifier, load_policy
 from auth.tokens import Tokens
 from broker.admin.key_rings import KeyRings
-from broker.results.active_verifier import Trusted
+from broker.results.active_verifier import ActiveVerifier
 from config.logging import configure_logging
 from config.settings import Settings, SettingsRefused
 
@@ -33,7 +33,7 @@ class Reload:
     def __init__(
         self,
         settings: Settings,
-        trusted: Trusted,
+        trusted: ActiveVerifier,
         tokens: Tokens,
         receipt_keys: ReceiptKeys,
         key_rings: KeyRings,
@@ -90,8 +90,8 @@ class Reload:
 
 def _read(read: ReadSettings) -> tuple[Settings, BundleVerifier]:
     settings = read()
-    if settings.lacks:
-        raise SettingsRefused("\n".join(settings.lacks))
+    if settings.missing_for_server:
+        raise SettingsRefused("\n".join(settings.missing_for_server))
     return settings, BundleVerifier(settings.trusted_root, load_policy(settings.signers_file))
 
 

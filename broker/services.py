@@ -9,7 +9,7 @@ from broker.admin.queue_tally import QueueTally
 from broker.admin.results import Results
 from broker.admin.runner_keys import Allowlist
 from broker.admin.runner_tokens import RunnerTokens
-from broker.admin.runners import RunnerCare
+from broker.admin.runners import RunnerAdmin
 from broker.admin.runs import QueueView
 from broker.audit.log import AuditLog
 from broker.concurrency.shares import RunnerShares
@@ -19,7 +19,7 @@ from broker.in_flight import InFlight
 from broker.jobs.enqueue import Enqueue
 from broker.leases.claims import Claims
 from broker.leases.heartbeats import Heartbeats
-from broker.leases.releases import Handbacks
+from broker.leases.releases import LeaseReleases
 from broker.reload import Reload
 from broker.results.receipts import Receipts
 from broker.results.submissions import Submissions
@@ -39,7 +39,7 @@ class Services:
     registry: Registry
     claims: Claims
     heartbeats: Heartbeats
-    handbacks: Handbacks
+    handbacks: LeaseReleases
     submissions: Submissions
     allowlist: Allowlist
     enqueue: Enqueue
@@ -50,7 +50,7 @@ class Services:
     health: Health
     in_flight: InFlight
     liveness: Liveness
-    runner_care: RunnerCare
+    runner_admin: RunnerAdmin
     runner_tokens: RunnerTokens
     shares: RunnerShares
     tokens: TokenAdmin

@@ -88,8 +88,8 @@ class Telemetry:
         self.verify_seconds = self._histogram(
             "verify_seconds", "Steps 1 to 5 of a submit, in a worker.", SECONDS
         )
-        self.verify_workers_lost = self._counter(
-            "verify_workers_lost", "Worker processes that ended, or were ended, at their work."
+        self.workers_lost = self._counter(
+            "workers_lost", "Worker processes that ended, or were ended, at their work."
         )
         self.runs = self._gauge("runs", "Runs of the queue; as old as a few seconds.", "status")
         self.oldest_pending = self._gauge(
@@ -165,7 +165,7 @@ def failures_counted(counter: Counter) -> Iterator[None]:
 
 
 def outcome_of(error: BaseException) -> str:
-    """Return what a request came to: one of our codes, `hung_up`, or `error` for all else."""
+    """Return an outcome: one of our codes, `client_disconnected`, or `error` for all else."""
     if isinstance(error, asyncio.CancelledError):
-        return "hung_up"
+        return "client_disconnected"
     return code_of(error) if isinstance(error, BrokerError | AuthError) else "error"

@@ -37,7 +37,7 @@ def check() -> None:
     from config.settings import PREFIX
 
     settings = read_settings()
-    if problems := [*settings.lacks, *_unusable(settings)]:
+    if problems := [*settings.missing_for_server, *_unusable(settings)]:
         first, *others = problems
         raise CommandFailed(first, code=ExitCode.USAGE, details=others)
     for entry in load_policy(settings.signers_file).ignored:

@@ -35,7 +35,7 @@ def demo() -> None:
 def in_one_line() -> Iterator[None]:
     """Turn what keeps private services from starting into a CommandFailed."""
     from db.pool import DatabaseUnready
-    from sandbox.services.leash import SandboxError
+    from sandbox.services.process_supervisor import SandboxError
 
     try:
         yield

@@ -36,7 +36,7 @@ ONLY_SIGNED = "signed is result.json alone: nobody vouches for the manifest, sum
 
 if TYPE_CHECKING:
     from broker.results.reverify import Report
-    from cli.believed import Believed
+    from cli.trust_options import TrustOptions
 
 
 def verify(
@@ -71,7 +71,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Verify accepted results again; exit 1 if one fails, 7 if one has no checked signature."""
-    from cli.believed import Believed
+    from cli.trust_options import TrustOptions
 
     if bool(identity) != bool(issuer):
         raise usage_error("--identity and --issuer go together: an identity counts as its issuer's")
@@ -79,7 +79,7 @@ def verify(
         raise usage_error("say who must have signed: --identity and --issuer, or --signers")
     if sum(map(bool, (run_ids, since, folder))) != 1:
         raise usage_error("say what to verify: RUN_IDs, --since, or --dir")
-    who = Believed(trusted_root, identity, issuer, signers, tuple(public_key or ()))
+    who = TrustOptions(trusted_root, identity, issuer, signers, tuple(public_key or ()))
     if folder:
         return _show(list(_offline(folder, who)), as_json)
     with connect(url, token) as admin:
@@ -100,7 +100,7 @@ class _Verified:
 def _online(
     admin: AdminClient,
     run_ids: Sequence[str],
-    who: "Believed",
+    who: "TrustOptions",
     published: Mapping[str, Any],
     kept_keys: bool,
 ) -> Iterator[_Verified]:
@@ -132,7 +132,7 @@ def _job(admin: AdminClient, run_id: str) -> dict[str, Any] | None:
         return None
 
 
-def _offline(folder: Path, who: "Believed") -> Iterator[_Verified]:
+def _offline(folder: Path, who: "TrustOptions") -> Iterator[_Verified]:
     """Verify the bundle in `folder`, or all bundles below it."""
     from broker.results.reverify import FAILED, Finding, Report, reverify
 

@@ -20,7 +20,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from config import strict_yaml
 from config.key_rings import HeldKey, held_keys, parse_key_ring, parse_seed_ring
-from config.unreadable import why_unreadable
+from config.read_errors import describe_read_error
 from config.urls import check_http_url, check_listen_address, check_url
 
 PREFIX = "BAKEOFF_QUEUE_"
@@ -181,7 +181,7 @@ class Settings(BaseSettings):
         " installed package, next to its config/settings.py: copy it, name your signers, and set"
         " its path.",
     )
-    verify_workers: int = Field(
+    workers: int = Field(
         0,
         ge=0,
         description="Processes that verify bundles, started when there is work for them and kept,"
@@ -333,10 +333,10 @@ class Settings(BaseSettings):
     @property
     def verify_processes(self) -> int:
         """How many processes verify bundles at most."""
-        return self.verify_workers or min(os.cpu_count() or 1, 4)
+        return self.workers or min(os.cpu_count() or 1, 4)
 
     @property
-    def lacks(self) -> list[str]:
+    def missing_for_server(self) -> list[str]:
         """A line for each thing that only a server needs and that is not set, with the fix.
 
         A key made at the start would serve one process alone: behind a balancer, every other answer
@@ -430,7 +430,7 @@ class _SecretFiles(PydanticBaseSettingsSource):
             return Path(path).read_text("utf-8").strip(), field_name, False
         except (OSError, UnicodeDecodeError) as error:
             problem = f"{PREFIX}{field_name.upper()}_FILE: cannot read {path}"
-            return _Unreadable(f"{problem}: {why_unreadable(error)}"), field_name, False
+            return _Unreadable(f"{problem}: {describe_read_error(error)}"), field_name, False
 
     def __call__(self) -> dict[str, Any]:
         found = {name: self.get_field_value(f, name)[0] for name, f in _fields(self).items()}
@@ -457,7 +457,7 @@ def _read_queue_section(path: Path) -> dict[str, Any]:
         document = strict_yaml.load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise SettingsRefused(
-            f"{CONFIG_VARIABLE}: cannot read {path}: {why_unreadable(error)}"
+            f"{CONFIG_VARIABLE}: cannot read {path}: {describe_read_error(error)}"
         ) from None
     section = (document or {}).get("queue", {}) if isinstance(document or {}, dict) else None
     if not isinstance(section, dict):

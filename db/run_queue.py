@@ -170,9 +170,9 @@ async def offers(pool: Executor, count_to: int) -> list[asyncpg.Record]:
     return await pool.fetch(SQL["offers"], count_to)
 
 
-async def ripen(pool: Executor, limit: int) -> int:
+async def promote_due(pool: Executor, limit: int) -> int:
     """Put up to `limit` deferred runs that have come due into the queue; return how many."""
-    return int((await pool.execute(SQL["ripen"], limit)).split()[-1])
+    return int((await pool.execute(SQL["promote_due"], limit)).split()[-1])
 
 
 async def beat(

@@ -118,9 +118,9 @@ async def seen(pool: Executor, heard: Sequence[tuple[str, UUID, float]]) -> list
     return [row["runner_id"] for row in rows if row["second_process"]]
 
 
-async def bury(pool: Executor, silent_for: timedelta) -> list[str]:
+async def mark_dead(pool: Executor, silent_for: timedelta) -> list[str]:
     """Mark runners that were silent for so long DEAD, and return them."""
-    return [row["runner_id"] for row in await pool.fetch(SQL["bury"], silent_for)]
+    return [row["runner_id"] for row in await pool.fetch(SQL["mark_dead"], silent_for)]
 
 
 async def list_page(pool: asyncpg.Pool, *, after: str | None, limit: int) -> list[asyncpg.Record]:

@@ -19,7 +19,7 @@ class RunnersHandler(AdminHandler):
     async def get(self) -> None:
         """List the runners that have registered, by name, a page at a time."""
         asked = self.asked
-        page = await self.services.runner_care.page(asked.get("cursor"), self.page_size(asked))
+        page = await self.services.runner_admin.page(asked.get("cursor"), self.page_size(asked))
         self.link_next(asked, page.next_cursor)
         self.answer(200, {"runners": page.runners, "next_cursor": page.next_cursor})
 
@@ -31,7 +31,7 @@ class RunnerHandler(AdminHandler):
 
     async def get(self, runner_id: str) -> None:
         """Show one runner."""
-        self.answer(200, await self.services.runner_care.show(runner_id))
+        self.answer(200, await self.services.runner_admin.show(runner_id))
 
 
 class PauseHandler(AdminHandler):
@@ -42,7 +42,7 @@ class PauseHandler(AdminHandler):
     async def post(self, runner_id: str) -> None:
         """Give a runner nothing new; what it holds it may finish."""
         body = self.read_json("pause")
-        paused = await self.services.runner_care.pause(
+        paused = await self.services.runner_admin.pause(
             self.admin, runner_id, body["reason"], body.get("until")
         )
         self.answer(200, paused)
@@ -56,7 +56,7 @@ class ResumeHandler(AdminHandler):
     async def post(self, runner_id: str) -> None:
         """Undo a pause or a drain."""
         reason = self.read_json("steer").get("reason")
-        self.answer(200, await self.services.runner_care.resume(self.admin, runner_id, reason))
+        self.answer(200, await self.services.runner_admin.resume(self.admin, runner_id, reason))
 
 
 class DrainHandler(AdminHandler):
@@ -67,7 +67,7 @@ class DrainHandler(AdminHandler):
     async def post(self, runner_id: str) -> None:
         """Tell a runner, with its next heartbeat, to finish what it holds and stop."""
         reason = self.read_json("steer").get("reason")
-        self.answer(200, await self.services.runner_care.drain(self.admin, runner_id, reason))
+        self.answer(200, await self.services.runner_admin.drain(self.admin, runner_id, reason))
 
 
 def routes(services: Services) -> list[URLSpec]:

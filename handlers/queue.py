@@ -76,7 +76,7 @@ class ClaimHandler(RunnerHandler):
         # Given again, it may be asked for without end, and read by nobody.
         if row["granted_at"] is None:
             self.hold_replay()
-        self.answer(200, handed_out(row, self.services), members=row["members"])
+        self.answer(200, claim_response(row, self.services), members=row["members"])
 
     async def _explain(self, offer: Capabilities) -> None:
         reasons = await self.services.claims.explain(self.runner.runner_id, offer)
@@ -150,7 +150,7 @@ class ResumeHandler(RunnerHandler):
         self.read_json("resume")
         row = await self.services.claims.resume(self.runner, UUID(run_id))
         self.hold_replay()
-        self.answer(200, handed_out(row, self.services), members=row["members"])
+        self.answer(200, claim_response(row, self.services), members=row["members"])
 
 
 class OwnRunHandler(RunnerHandler):
@@ -173,7 +173,7 @@ def idempotency_key(handler: Handler) -> str | None:
     return key
 
 
-def handed_out(row: asyncpg.Record, services: Services) -> dict[str, Any]:
+def claim_response(row: asyncpg.Record, services: Services) -> dict[str, Any]:
     """Return what a claim hands out beside `members`: the lease, and our limits."""
     settings = services.settings
     return {

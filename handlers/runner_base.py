@@ -2,7 +2,7 @@
 
 from uuid import UUID
 
-from auth.tokens import RunnerClaims
+from auth.tokens import RunnerIdentity
 from broker.errors import RateLimited
 from db.run_queue import LeaseGuard
 from handlers.base import Handler
@@ -11,7 +11,7 @@ from handlers.base import Handler
 class RunnerHandler(Handler):
     """A request of a runner that has registered."""
 
-    runner: RunnerClaims
+    runner: RunnerIdentity
 
     async def authenticate(self) -> None:
         """Learn which runner sends this."""

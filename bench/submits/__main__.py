@@ -21,14 +21,14 @@ from pathlib import Path
 from rich.console import Console
 
 from auth.signers import BundleVerifier, load_policy
+from bench.submits.actors import Actors
 from bench.submits.beside import Beats, verifying_elsewhere
 from bench.submits.bundle import bundle_of, run_of, verify
 from bench.submits.costs import remember, schema_ratio, steps
-from bench.submits.people import Town
 from bench.submits.table import show
 from bench.support import report
+from bench.support.env import PUBLIC_URL
 from bench.support.report import Figure
-from bench.support.stage import PUBLIC_URL
 from config.settings import PREFIX
 from db import migrate
 from sandbox.services import servers
@@ -50,34 +50,34 @@ FULL = Amount(rounds=3, round_s=5.0, submits=150, memory_submits=200)
 QUICK = Amount(rounds=1, round_s=1.0, submits=16, memory_submits=8)
 
 
-def measure(town: Town, pid: int, verifier: BundleVerifier, amount: Amount) -> Figure:
+def measure(actors: Actors, pid: int, verifier: BundleVerifier, amount: Amount) -> Figure:
     """Measure all, print the tables, and return the figure."""
     console = Console()
-    town.prepare(1)
-    town.submit(60, 1)  # what the first submit costs is not what a submit costs
-    memory = remember(town, pid, amount.memory_submits)
-    hold = town.numbers()
-    town.admin("/queue", {"runs": [run_of(60, 40)]})
-    job = town.runners[1].claim()
-    files = bundle_of(job, town.sigstore)
+    actors.prepare(1)
+    actors.submit(60, 1)  # what the first submit costs is not what a submit costs
+    memory = remember(actors, pid, amount.memory_submits)
+    hold = actors.numbers()
+    actors.admin("/queue", {"runs": [run_of(60, 40)]})
+    job = actors.runners[1].claim()
+    files = bundle_of(job, actors.sigstore)
     taken = steps(verifier, files, job)
     ours, theirs = schema_ratio(files["result.json"])
-    beats = Beats(town.runners[0], town.leases(20))
+    beats = Beats(actors.runners[0], actors.leases(20))
     rounds: dict[str, list[list[float]]] = {"idle": [], "8 submits": [], "unrelated load": []}
     rates, holds = [], [hold]
     try:
         for _ in range(amount.rounds):
-            town.prepare(amount.submits)
-            town.numbers()
+            actors.prepare(amount.submits)
+            actors.numbers()
             rounds["idle"].append(
                 beats.during(amount.round_s, lambda: time.sleep(amount.round_s))[0]
             )
-            submit = lambda: town.submit(amount.round_s, amount.submits)  # noqa: E731
+            submit = lambda: actors.submit(amount.round_s, amount.submits)  # noqa: E731
             latencies, (done, busy, rate) = beats.during(amount.round_s, submit)
             rounds["8 submits"].append(latencies)
             rates.append(rate)
             print(f"round: {done} submits, {rate:.1f}/s, {busy} x busy")
-            holds.append(town.numbers())
+            holds.append(actors.numbers())
             with verifying_elsewhere(lambda: verify(verifier, files, job)):
                 rounds["unrelated load"].append(
                     beats.during(amount.round_s, lambda: time.sleep(amount.round_s))[0]
@@ -125,9 +125,9 @@ def bench(amount: Amount) -> Figure:
         ) as server:
             assert server.stdout is not None
             try:
-                town = Town(int(server.stdout.readline()), postgres.dsn, sigstore)
+                actors = Actors(int(server.stdout.readline()), postgres.dsn, sigstore)
                 verifier = BundleVerifier(sigstore.trusted_root, load_policy(signers))
-                return measure(town, server.pid, verifier, amount)
+                return measure(actors, server.pid, verifier, amount)
             finally:
                 server.terminate()
 

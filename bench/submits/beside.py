@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkContext
 from typing import Any
 
-from bench.submits.people import Runner, ask, closing
+from bench.submits.actors import Runner, ask, closing
 
 BEATS_PER_S, BEATERS = 200, 4
 YARDSTICKS = 4  # unrelated processes that verify

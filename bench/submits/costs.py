@@ -12,8 +12,8 @@ from typing import Any
 import jsonschema
 
 from auth.signers import BundleVerifier
+from bench.submits.actors import Actors
 from bench.submits.bundle import BOUNDARY, digests_of, form
-from bench.submits.people import Town
 from broker.documents import strict_json
 from broker.documents.schemas import load_schema
 from broker.jobs import cells
@@ -90,9 +90,9 @@ def _kib(pid: str, file: str, name: str) -> int:
     return 0
 
 
-def remember(town: Town, pid: int, submits: int) -> dict[str, tuple[float, float, int]]:
+def remember(actors: Actors, pid: int, submits: int) -> dict[str, tuple[float, float, int]]:
     """Return the memory before, at most during, and after so many submissions."""
-    town.prepare(submits)
+    actors.prepare(submits)
     before, most, done = memory_mb(pid), [memory_mb(pid)], threading.Event()
 
     def look() -> None:
@@ -101,8 +101,8 @@ def remember(town: Town, pid: int, submits: int) -> dict[str, tuple[float, float
 
     looking = threading.Thread(target=look)
     looking.start()
-    town.numbers()  # what enqueueing took is not asked for here
-    accepted, busy, rate = town.submit(600, submits)
+    actors.numbers()  # what enqueueing took is not asked for here
+    accepted, busy, rate = actors.submit(600, submits)
     done.set()
     looking.join()
     print(f"{accepted} submissions of 2 MB, {rate:.1f}/s, {busy} x busy")

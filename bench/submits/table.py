@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.submits.people import AT_ONCE
+from bench.submits.actors import AT_ONCE
 from bench.support.report import Figure, Limit
 
 TARGET_BEATS, TARGET_SCHEMA, TARGET_MEMORY, TARGET_HOLD_MS = 3.0, 30.0, 1.2, 250

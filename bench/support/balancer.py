@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox.services.leash import Leash, ServerFailed, choose_account
+from sandbox.services.process_supervisor import ProcessSupervisor, ServerFailed, choose_account
 
 DEPLOYED = Path(__file__).parents[1] / "deploy/nginx.conf"
 READY_S = 10.0
@@ -67,7 +67,7 @@ def balancer(ports: Sequence[int]) -> Iterator[Balancer]:
     if program is None:
         raise NginxMissing
     port = free_port()
-    with closing(Leash(choose_account(None))) as leash:
+    with closing(ProcessSupervisor(choose_account(None))) as leash:
         config = leash.folder / "nginx.conf"
         config.write_text(_config(leash.folder, port, ports))
         errors = str(leash.folder / "error.log")
@@ -101,7 +101,7 @@ def _deployed(port: int, ports: Sequence[int]) -> str:
     return text.replace(LISTEN, f"listen 127.0.0.1:{port};")
 
 
-def _await_port(leash: Leash, port: int) -> None:
+def _await_port(leash: ProcessSupervisor, port: int) -> None:
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline and leash.ask("poll") is None:
         with socket.socket() as probe:

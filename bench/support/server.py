@@ -20,7 +20,7 @@ from config.settings import load_settings
 from db import run_queue
 from db.pool import open_pool
 from db.run_queue import Claimant
-from handlers.queue import handed_out, idempotency_key
+from handlers.queue import claim_response, idempotency_key
 from handlers.runner_base import RunnerHandler
 from server import freeze_start, make_app, make_server, open_services
 
@@ -66,7 +66,7 @@ class NaiveClaimHandler(RunnerHandler):
                 max_runtime_s=settings.max_runtime_s,
             )
             if row["queue_id"] is not None:
-                self.answer(200, handed_out(row, self.services), members=row["members"])
+                self.answer(200, claim_response(row, self.services), members=row["members"])
                 return
             if not row["contended"]:
                 break

@@ -32,7 +32,7 @@ class RunnerPage:
     next_cursor: str | None
 
 
-class RunnerCare:
+class RunnerAdmin:
     """Looks at the fleet, and steers single runners."""
 
     def __init__(self, pool: asyncpg.Pool, settings: Settings) -> None:

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import asyncpg
 
-from auth.tokens import RunnerClaims
+from auth.tokens import RunnerIdentity
 from broker.admin.moderation import told_state
 from broker.audit.log import Admin, record
 from broker.documents.paging import bad_query, check_limit, read_cursor, write_cursor
@@ -81,19 +81,19 @@ class QueueView:
             "result": told_state(submission) if submission else None,
         }
 
-    async def own_run(self, claims: RunnerClaims, run_id: UUID) -> dict[str, Any]:
+    async def own_run(self, runner: RunnerIdentity, run_id: UUID) -> dict[str, Any]:
         """Return a run as the runner that works, or worked, on it sees it. Raises NotFound.
 
         A lease_id is shown to its holder only. A run that was never this runner's is not found.
         """
         row = await self._find(run_id)
-        mine = await attempts.of_run(self._pool, run_id, claims.runner_id)
+        mine = await attempts.of_run(self._pool, run_id, runner.runner_id)
         submission = await submissions.find(self._pool, run_id)
-        own = submission is not None and submission["runner_id"] == claims.runner_id
+        own = submission is not None and submission["runner_id"] == runner.runner_id
         # The ledger of an accepted result may have been pruned; the result is still this runner's.
         if not mine and not own:
             raise NotFound(f"There is no run {run_id} of yours.")
-        holds = row["claimed_by"] == claims.runner_id and row["lease_expires_at"] is not None
+        holds = row["claimed_by"] == runner.runner_id and row["lease_expires_at"] is not None
         lease = {
             "lease_id": row["lease_id"],
             "lease_expires_at": row["lease_expires_at"],

@@ -9,20 +9,20 @@ from broker.concurrency.cancel import asked_to_stop
 
 # So many go in one call. Of more, half go first: all of them at once would be answered at once and
 # come back at once, with this process idle during each call, and the server called idle after it.
-WHOLE = 16
+MIN_BATCH = 16
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
-class Coalescer(Generic[Item, Answer]):
+class Batcher(Generic[Item, Answer]):
     """Turn many `ask(item)` into few `serve(items)`, at most one of them in flight.
 
     `serve` returns an answer per item, in order. When it raises, everybody who waited gets the
     exception. An asker that is cancelled before the call takes off is left out of it; one that is
     cancelled during the call has its answer given to `undelivered`, which must undo it.
 
-    With `apart`, items for which it returns the same never share a call: the later one waits.
+    Items with the same `exclusive_key` never share a call: the later one waits.
     """
 
     def __init__(
@@ -30,17 +30,17 @@ class Coalescer(Generic[Item, Answer]):
         serve: Callable[[Sequence[Item]], Awaitable[Sequence[Answer]]],
         *,
         undelivered: Callable[[Answer], None] = lambda answer: None,
-        apart: Callable[[Item], Hashable] | None = None,
+        exclusive_key: Callable[[Item], Hashable] | None = None,
         limit: int = 1000,
     ) -> None:
         self._serve = serve
         self._undelivered = undelivered
-        self._apart = apart
+        self._exclusive_key = exclusive_key
         self._limit = limit
         self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
         self._running: asyncio.Task[None] | None = None
 
-    async def ask(self, item: Item) -> Answer:
+    async def submit(self, item: Item) -> Answer:
         """Return the answer to `item`, from a call shared with those that wait beside it."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
@@ -65,14 +65,14 @@ class Coalescer(Generic[Item, Answer]):
 
     def _take(self) -> list[tuple[Item, "asyncio.Future[Answer]"]]:
         waiting = [(item, future) for item, future in self._waiting if not future.done()]
-        size = min(self._limit, max(WHOLE, math.ceil(len(waiting) / 2)))
-        if self._apart is None:
+        size = min(self._limit, max(MIN_BATCH, math.ceil(len(waiting) / 2)))
+        if self._exclusive_key is None:
             self._waiting = waiting[size:]
             return waiting[:size]
         batch: dict[Hashable, tuple[Item, asyncio.Future[Answer]]] = {}
         self._waiting = []
         for each in waiting:
-            key = self._apart(each[0])
+            key = self._exclusive_key(each[0])
             if len(batch) < size and key not in batch:
                 batch[key] = each
             else:

@@ -11,7 +11,7 @@ Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
-class Remembered(Generic[Key, Value]):
+class TTLCache(Generic[Key, Value]):
     """What was learnt within the last second, and no more of it.
 
     Answers leave by themselves, at most a second after they became too old, whether anybody asks or

@@ -101,7 +101,7 @@ class Workers:
             worker = self._idle.pop()
             if worker.process.poll() is None:
                 return worker
-            log.warning("verify.worker_gone", pid=worker.process.pid)
+            log.warning("worker.gone", pid=worker.process.pid)
             worker.line.close()
         return _Worker()
 

@@ -3,7 +3,7 @@
 The way of a claim: `claim()` looks; requests that wait together are served by one statement
 (`db/sql/run_queue.sql`, `claim`), which checks the keys, gives back the lease of a claim that is
 sent again, holds each runner to its lease limit and hands out the runs in the queue's order.
-Nothing there and time to wait: the request waits in the waiting room, in memory, until there is
+Nothing there and time to wait: the request waits among the parked claims, in memory, until there is
 something that fits it.
 """
 
@@ -19,8 +19,8 @@ import asyncpg
 import structlog
 
 from auth.errors import InvalidToken
-from auth.tokens import TOKEN_REVOKED, RunnerClaims
-from broker.concurrency.batching import Coalescer
+from auth.tokens import TOKEN_REVOKED, RunnerIdentity
+from broker.concurrency.batching import Batcher
 from broker.errors import (
     Busy,
     Conflict,
@@ -41,7 +41,7 @@ from broker.leases.matching import (
     failed_here,
     reasons,
 )
-from broker.leases.parked_claims import WaitingRoom
+from broker.leases.parked_claims import ParkedClaims
 from broker.telemetry import Telemetry, failures_counted
 from config.settings import Settings
 from db import run_queue, runners
@@ -79,19 +79,19 @@ class Claims:
         self._settings = settings
         self._keys = keys
         self._telemetry = telemetry
-        self._desk: Coalescer[Claimant, asyncpg.Record] = Coalescer(
+        self._batcher: Batcher[Claimant, asyncpg.Record] = Batcher(
             self._claim_runs,
             undelivered=self._undelivered,
             # Two requests of a runner in one statement would be given the same lease slot.
-            apart=lambda claimant: claimant.runner_id,
+            exclusive_key=lambda claimant: claimant.runner_id,
         )
-        self._offers: Coalescer[int, list[Offer]] = Coalescer(self._look_around)
+        self._offers: Batcher[int, list[Offer]] = Batcher(self._look_around)
         self._places = itertools.count()
         self._releases: set[asyncio.Task[None]] = set()
         self._draining = False
         self._granted = 0  # since overtaken runs had their share
         self._promote_at = 0.0  # loop time
-        self.room = WaitingRoom(self._offers.ask, settings.claim_recheck_s, parked_max)
+        self.parked = ParkedClaims(self._offers.submit, settings.claim_recheck_s, parked_max)
 
     async def claim(self, claimant: Claimant, wait_s: float) -> asyncpg.Record | None:
         """Return the run for `claimant`, as `claim` of run_queue.sql has it, or None.
@@ -107,7 +107,7 @@ class Claims:
         if row is None:
             outcomes.labels("empty").inc()
         else:
-            outcomes.labels("granted" if row["granted_at"] else "given_again").inc()
+            outcomes.labels("granted" if row["granted_at"] else "replayed").inc()
         return row
 
     async def _claim(self, claimant: Claimant, wait_s: float) -> asyncpg.Record | None:
@@ -116,27 +116,29 @@ class Claims:
         loop = asyncio.get_running_loop()
         until, place, woken = loop.time() + wait_s, next(self._places), False
         while True:
-            heard = self.room.rings  # before the look: what rings meanwhile is not lost
+            seen_generation = (
+                self.parked.generation
+            )  # before the look: what rings meanwhile is not lost
             try:
-                row = await self._desk.ask(claimant)
+                row = await self._batcher.submit(claimant)
                 await self._refuse(claimant, row)
             except BaseException:
                 if woken:
-                    self.room.ring()  # the run that this claim was woken for is the next one's
+                    self.parked.notify()  # the run that this claim was woken for is the next one's
                 raise
             if woken and row["granted_at"] is None and (row["queue_id"] or row["draining"]):
-                self.room.ring()  # likewise, of one that drains now or got its own lease again
+                self.parked.notify()  # likewise, of one that drains now or got its own lease again
             if row["queue_id"] is not None:
                 return row
             left_s = until - loop.time()
             # A draining runner gets nothing: in the room it would be woken before all others.
-            if left_s <= 0 or row["draining"] or self._draining or self.room.is_full:
+            if left_s <= 0 or row["draining"] or self._draining or self.parked.is_full:
                 return None
-            woken = await self.room.wait(
-                place, claimant.runner_id, claimant.capabilities, heard, left_s
+            woken = await self.parked.wait(
+                place, claimant.runner_id, claimant.capabilities, seen_generation, left_s
             )
 
-    async def resume(self, runner: RunnerClaims, run_id: UUID) -> asyncpg.Record:
+    async def resume(self, runner: RunnerIdentity, run_id: UUID) -> asyncpg.Record:
         """Return a run that this runner holds as `claim` does, for a process that lost its job.
 
         The lease is from now on that of this process, under another lease_id. Raises LeaseLost,
@@ -156,7 +158,7 @@ class Claims:
         if key is not None:
             who = runner.runner_id, runner.fingerprint, runner.instance_id, runner.jti
             # Nothing fits it: when the lease ends between the statements, no other run is granted.
-            row = await self._desk.ask(Claimant(*who, key, "", Capabilities(0, ())))
+            row = await self._batcher.submit(Claimant(*who, key, "", Capabilities(0, ())))
             if row["queue_id"] is not None:
                 return row
         none = UUID(int=0)  # the runner shows no lease_id
@@ -171,14 +173,14 @@ class Claims:
         """
         if self._draining:
             return RETRY_AFTER_DRAIN_S
-        due = due_in(await self._offers.ask(1), capabilities)
+        due = due_in(await self._offers.submit(1), capabilities)
         if due is None:
             return RETRY_AFTER_DEFAULT_S
         return min(max(1, math.ceil(due.total_seconds())), RETRY_AFTER_MOST_S)
 
     async def explain(self, runner_id: str, capabilities: Capabilities) -> list[Reason]:
         """Return why this runner, of these capabilities, gets nothing."""
-        offers = await self._offers.ask(EXPLAINED_MAX)
+        offers = await self._offers.submit(EXPLAINED_MAX)
         avoided = await run_queue.avoided_by(self._pool, runner_id)
         found = [*reasons(offers, capabilities), *failed_here([row["until"] for row in avoided])]
         if await runners.is_draining(self._pool, runner_id):
@@ -206,7 +208,7 @@ class Claims:
     def drain(self) -> None:
         """Answer every parked claim at once: nothing for now, try again."""
         self._draining = True
-        self.room.empty()
+        self.parked.release_all()
 
     async def close(self) -> None:
         """Wait for the releases of undelivered claims."""
@@ -289,7 +291,9 @@ class Claims:
             await self.undo(row)
         except Exception as error:  # nobody waits for this any more
             # Nobody beats for this lease, so it lapses.
-            log.warning("claim.not_undone", run_id=str(row["run_id"]), error=type(error).__name__)
+            log.warning(
+                "claim.release_failed", run_id=str(row["run_id"]), error=type(error).__name__
+            )
 
     async def _refuse(self, claimant: Claimant, row: asyncpg.Record) -> None:
         """Raise what stands between the claimant and a run; return when nothing does."""

@@ -66,7 +66,7 @@ class ExpiryListener:
             log.error("listener.node_ended", redis=address, problem=_why(self._nodes[address][1]))
             del self._nodes[address]
         for address in primaries - self._nodes.keys():
-            node = ExpiryNode(self._topology, address, self._sweep.ring, self._node_changed)
+            node = ExpiryNode(self._topology, address, self._sweep.notify, self._node_changed)
             task = asyncio.create_task(node.run())
             # One that ended hears nothing, whatever it said: it is replaced at the next look.
             task.add_done_callback(lambda _: self._judge())

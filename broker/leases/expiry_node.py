@@ -31,14 +31,14 @@ BACKOFF_MAX_S = 5.0
 log = structlog.get_logger()
 
 
-class Deaf(Exception):
+class NoEvents(Exception):
     """The node tells of no expired key."""
 
 
 class ExpiryNode:
     """Listens to one node; reconnects for ever.
 
-    `ring` is called when something of ours may have expired, `changed` whenever `heard` changed and
+    `notify` is called when a lease key may have expired, `changed` whenever `heard` changed and
     whenever the node was lost.
     """
 
@@ -46,16 +46,16 @@ class ExpiryNode:
         self,
         topology: Topology,
         address: str,
-        ring: Callable[[], None],
+        notify: Callable[[], None],
         changed: Callable[[], None],
     ) -> None:
         self._topology = topology
         self._address = address
-        self._ring = ring
+        self._notify = notify
         self._changed = changed
         self._channel = f"__keyevent@{topology.database}__:expired"
         self._subscribed = asyncio.Event()
-        self._echo = asyncio.Event()
+        self._probe_event = asyncio.Event()
         self._test_key = b""
         self._complaint = ""
         self._rang = False  # once, since this process began
@@ -80,7 +80,7 @@ class ExpiryNode:
         async with self._topology.connect(self._address) as client, client.pubsub() as pubsub:
             self._subscribed.clear()
             await pubsub.subscribe(self._channel)
-            tasks = [asyncio.create_task(x) for x in (self._hear(pubsub), self._prove(client))]
+            tasks = [asyncio.create_task(x) for x in (self._hear(pubsub), self._self_test(client))]
             try:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
@@ -100,14 +100,14 @@ class ExpiryNode:
             # events may have been lost.
             self._mark(heard=False)
             self._subscribed.set()
-            self._ring()
+            self._notify()
         elif message["type"] == "message" and message["data"] == self._test_key:
-            self._echo.set()
+            self._probe_event.set()
         elif message["type"] == "message" and message["data"].startswith(PREFIX.encode()):
-            self._ring()
+            self._notify()
 
-    async def _prove(self, client: redis.asyncio.Redis) -> None:
-        """Prove the subscription when it is confirmed and at every interval. Raises Deaf."""
+    async def _self_test(self, client: redis.asyncio.Redis) -> None:
+        """Prove the subscription when it is confirmed and at every interval. Raises NoEvents."""
         while True:
             try:
                 async with asyncio.timeout(PROVE_EVERY_S):
@@ -122,16 +122,16 @@ class ExpiryNode:
         key = self._topology.self_test_key(self._address, PREFIX)
         self._test_key = key.encode()
         for _ in range(SELF_TESTS):
-            self._echo.clear()
+            self._probe_event.clear()
             await client.set(key, 1, px=SELF_TEST_PX)
             try:
                 # Around the event alone: redis-py may swallow a timeout's cancellation.
                 async with asyncio.timeout(SELF_TEST_S):
-                    await self._echo.wait()
+                    await self._probe_event.wait()
                     return
             except TimeoutError:
                 continue
-        raise Deaf
+        raise NoEvents
 
     def _mark(self, *, heard: bool) -> None:
         if heard:
@@ -149,7 +149,7 @@ class ExpiryNode:
 
     def _diagnose(self, error: Exception) -> tuple[str, dict[str, str]]:
         until = "until then the sweep runs more often"
-        if isinstance(error, Deaf):
+        if isinstance(error, NoEvents):
             # CONFIG SET alone is gone with the next restart of Redis.
             fix = (
                 "redis-cli CONFIG SET notify-keyspace-events Ex, and the same line in redis.conf or"

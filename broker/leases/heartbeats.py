@@ -13,7 +13,7 @@ from itertools import islice
 
 import asyncpg
 
-from broker.concurrency.batching import Coalescer
+from broker.concurrency.batching import Batcher
 from broker.errors import BrokerError
 from broker.leases.lease_keys import LeaseKey, LeaseKeys
 from broker.leases.lease_refusal import refusals
@@ -45,10 +45,10 @@ class Heartbeats:
         self._settings = settings
         self._keys = keys
         self._outcomes = telemetry.heartbeats
-        self._desk: Coalescer[Beat, asyncpg.Record | None] = Coalescer(self._serve)
+        self._batcher: Batcher[Beat, asyncpg.Record | None] = Batcher(self._serve)
         # Apart from the beats: whose lease is live does not wait until it is known why another's
         # is not. All dead leases of a request are one item, so that they are one statement.
-        self._refusals: Coalescer[Sequence[LeaseGuard], list[BrokerError]] = Coalescer(
+        self._refusals: Batcher[Sequence[LeaseGuard], list[BrokerError]] = Batcher(
             self._diagnose, limit=REFUSED_MAX
         )
 
@@ -62,9 +62,9 @@ class Heartbeats:
     async def beat_all(self, beats: Sequence[Beat]) -> list[Renewal | BrokerError]:
         """Renew leases; return of each, in order, its renewal or what `beat` would raise."""
         with failures_counted(self._outcomes):
-            rows = await asyncio.gather(*(self._desk.ask(beat) for beat in beats))
+            rows = await asyncio.gather(*(self._batcher.submit(beat) for beat in beats))
             lost = [_guard(beat) for beat, row in zip(beats, rows, strict=True) if row is None]
-            refused = iter(await self._refusals.ask(lost) if lost else [])
+            refused = iter(await self._refusals.submit(lost) if lost else [])
         outcomes: list[Renewal | BrokerError] = [
             _renewal(row) if row else next(refused) for row in rows
         ]

@@ -12,7 +12,7 @@ from db.run_queue import LeaseGuard
 FINISHED = ("COMPLETE", "FAILED", "CANCELLED")
 
 
-async def refuse_lease(pool: asyncpg.Pool, guard: LeaseGuard) -> NoReturn:
+async def raise_lease_error(pool: asyncpg.Pool, guard: LeaseGuard) -> NoReturn:
     """Raise what a lease's guard failed on: NotFound, KeyRevoked, RunFinished or LeaseLost."""
     (refusal,) = await refusals(pool, [guard])
     raise refusal

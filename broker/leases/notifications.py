@@ -24,10 +24,10 @@ class Wakeup:
     nothing, and the claims' slow re-check is all that is left.
     """
 
-    def __init__(self, dsn: str, ring: Callable[[], None]) -> None:
-        """Listen at `dsn`, and call `ring` for all that is heard."""
+    def __init__(self, dsn: str, notify: Callable[[], None]) -> None:
+        """Listen at `dsn`, and call `notify` for all that is heard."""
         self._primary = Primary(dsn)
-        self._ring = ring
+        self._notify = notify
 
     async def run(self, succeeded: Callable[[], None]) -> None:
         """Listen until cancelled."""
@@ -43,8 +43,8 @@ class Wakeup:
         lost = asyncio.Event()
         connection.add_termination_listener(lambda _: lost.set())
         try:
-            await connection.add_listener(CHANNEL, lambda *_: self._ring())
-            self._ring()  # what was enqueued before we listened was not heard
+            await connection.add_listener(CHANNEL, lambda *_: self._notify())
+            self._notify()  # what was enqueued before we listened was not heard
             while not lost.is_set():
                 async with asyncio.timeout(PROVE_S):
                     if not await is_writable(connection):

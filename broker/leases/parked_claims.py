@@ -37,7 +37,7 @@ class Waiter:
     woken: "asyncio.Future[bool]"
 
 
-class WaitingRoom:
+class ParkedClaims:
     """Parks claims; `run()` wakes them."""
 
     def __init__(
@@ -52,7 +52,7 @@ class WaitingRoom:
         self._woken: dict[str, int] = {}  # of those runners: the number of its last wake
         self._wakes = itertools.count(1)
         self._due = asyncio.Event()
-        self.rings = 0
+        self.generation = 0
 
     def __len__(self) -> int:
         """How many wait."""
@@ -63,21 +63,26 @@ class WaitingRoom:
         """Whether nobody else may wait: each one holds a connection, and others need some too."""
         return len(self._waiters) >= self._most
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         """Look soon: something may have become claimable."""
-        self.rings += 1
+        self.generation += 1
         self._due.set()
 
     async def wait(
-        self, place: int, runner_id: str, capabilities: Capabilities, heard: int, left_s: float
+        self,
+        place: int,
+        runner_id: str,
+        capabilities: Capabilities,
+        seen_generation: int,
+        left_s: float,
     ) -> bool:
         """Wait for a run that may fit; return whether there is one, False after `left_s` seconds.
 
-        `place` says who came first. `heard` are the `rings` before the caller last looked for a
-        run itself: one that rang since is not lost. Of a runner with more claims than `PARKED_MAX`
-        the oldest stops waiting.
+        `place` orders the waiting claims, smallest first. `seen_generation` is the `generation`
+        before the caller last queried the queue: a notification since then is not lost. Of a runner
+        with more claims than `PARKED_MAX`, the oldest stops waiting.
         """
-        if self.rings != heard:
+        if self.generation != seen_generation:
             self._due.set()
         waiter = Waiter(runner_id, capabilities, asyncio.get_running_loop().create_future())
         self._waiters[place] = waiter
@@ -92,7 +97,7 @@ class WaitingRoom:
             return False
         except asyncio.CancelledError:
             if waiter.woken.done() and not waiter.woken.cancelled() and waiter.woken.result():
-                self.ring()  # it was woken, and is gone before its turn: the run is the next one's
+                self.notify()  # it left before its turn: the run is the next one's
             raise
         finally:
             del self._waiters[place]
@@ -101,7 +106,7 @@ class WaitingRoom:
                 del self._places[runner_id]
                 self._woken.pop(runner_id, None)
 
-    def empty(self) -> None:
+    def release_all(self) -> None:
         """Tell everybody that there is nothing."""
         for waiter in self._waiters.values():
             _tell(waiter, False)
@@ -123,7 +128,7 @@ class WaitingRoom:
             try:
                 offers = await self._look(min(len(self._waiters), LOOK_MAX))
             except Exception as error:  # the database is away: the next look goes on
-                log.warning("waiting_room.blind", error=type(error).__name__)
+                log.warning("parked_claims.query_failed", error=type(error).__name__)
                 continue
             succeeded()
             if self._wake(offers) >= LOOK_MAX:

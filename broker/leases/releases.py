@@ -14,7 +14,7 @@ import structlog
 from broker.errors import InvalidRequest, Violation
 from broker.leases.breaker import RunnerBreaker
 from broker.leases.lease_keys import LeaseKey, LeaseKeys
-from broker.leases.lease_refusal import refuse_lease
+from broker.leases.lease_refusal import raise_lease_error
 from config.settings import Settings
 from db import attempts, models, run_queue
 from db.run_queue import LeaseGuard
@@ -38,7 +38,7 @@ class Failure:
     retry_after_s: int
 
 
-class Handbacks:
+class LeaseReleases:
     """Ends leases for the runners that hold them."""
 
     def __init__(
@@ -109,7 +109,7 @@ class Handbacks:
             self._pool, guard.run_id, guard.lease_id, guard.runner_id
         )
         if ended is None or ended["how"] not in hows or set(ended["outcome"] or ()) != set(members):
-            await refuse_lease(self._pool, guard)
+            await raise_lease_error(self._pool, guard)
         outcome = dict(ended["outcome"])
         # A time again, so that it is written as the first answer wrote it.
         if outcome.get("retry_after") is not None:

@@ -53,11 +53,11 @@ class Sweep:
         """Whether the breaker held the last pass back."""
         return self._breaker.open
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         """Sweep soon: something may have expired."""
         self._due.set()
 
-    async def run_once(self, noticed_by: Literal["bell", "interval"] = "interval") -> int:
+    async def run_once(self, noticed_by: Literal["expiry_event", "interval"] = "interval") -> int:
         """End all overdue leases; return how many there were, 0 while the breaker holds.
 
         Deferred runs whose time has come take their place in the queue's order on the way.
@@ -85,7 +85,7 @@ class Sweep:
             ended += len(rows)
             if len(rows) < BATCH:
                 break
-        while await run_queue.ripen(self._pool, BATCH) == BATCH:
+        while await run_queue.promote_due(self._pool, BATCH) == BATCH:
             pass
         self._telemetry.sweep_success.set_to_current_time()
         return ended
@@ -108,7 +108,7 @@ class Sweep:
                 self._blind_until = time.monotonic() + grace_s
                 log.warning("sweep.failed", error=type(error).__name__, detail=describe(error))
 
-    async def _wait(self) -> Literal["bell", "interval"]:
+    async def _wait(self) -> Literal["expiry_event", "interval"]:
         """Return when a sweep is due, and by what."""
         settings = self._settings
         interval = settings.sweep_degraded_s if self.degraded else settings.sweep_interval_s
@@ -120,7 +120,7 @@ class Sweep:
             pass
         rung = self._due.is_set()
         self._due.clear()
-        return "bell" if rung else "interval"
+        return "expiry_event" if rung else "interval"
 
 
 class Breaker:

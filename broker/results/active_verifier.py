@@ -11,7 +11,7 @@ log = structlog.get_logger()
 DAY_S = 86_400
 
 
-class Trusted:
+class ActiveVerifier:
     """Whom results are believed from, at this moment: one trust root with one signer policy.
 
     Whoever begins something takes `verifier` once and ends with it: half of an old trust root and

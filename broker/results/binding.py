@@ -31,7 +31,7 @@ def check_binding(result: dict[str, Any], job: Job) -> None:
     """
     if result["run_id"] != job.run_id:
         refuse(RunMismatch, [_ANOTHER_RUN], "result.json is of another run.")
-    unlike = consistency.unlike_the_job(result, job)
+    unlike = consistency.job_mismatches(result, job)
     refuse(RunMismatch, chain(_unbound(result, job), unlike), "result.json is not of the job.")
 
 

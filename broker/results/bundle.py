@@ -81,7 +81,7 @@ def parse_result(text: bytes, cells: int = MAX_CELLS) -> dict[str, Any]:
     """
     result = parse_strictly(text)
     refuse(RunMismatch, _too_many_records(result, cells))
-    with _told_of(RESULT):
+    with _naming(RESULT):
         load_schema("result").check(text, result, InvalidBundle)
     return result
 
@@ -95,18 +95,18 @@ def parse_strictly(text: bytes) -> Any:
     """Return what result.json says, of whatever shape. Raises InvalidBundle."""
     if strict_json.holds_more(text, MAX_VALUES):
         raise InvalidBundle(f"{RESULT} has more than {MAX_VALUES} values.", (TOO_MANY,))
-    with _told_of(RESULT):
+    with _naming(RESULT):
         return strict_json.parse(text)
 
 
 def read_file(name: str, text: bytes, schema: Schema) -> dict[str, Any]:
     """Return a file's JSON object, which fits `schema`. Raises InvalidBundle with its name."""
-    with _told_of(name):
+    with _naming(name):
         return schema.read(text, InvalidBundle)
 
 
 @contextmanager
-def _told_of(name: str) -> Iterator[None]:
+def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except InvalidJson as error:  # 400 is for the request's own body; this is one of its files

@@ -22,7 +22,7 @@ _OF_A_MODEL = ("id", "mode", "enabled", "ctx", "num_params", "num_active_params"
 _JUDGE, _DATASET = ("config", "judge"), ("config", "dataset")
 
 
-def unlike_the_job(result: Mapping[str, Any], job: Job) -> Iterator[Violation]:
+def job_mismatches(result: Mapping[str, Any], job: Job) -> Iterator[Violation]:
     """Where a result's words about its run, model, tasks and prompts are not the job's."""
     config = result["config"]
     seed = _members(job.config.get("run")).get("seed")
@@ -59,7 +59,7 @@ def _other_weights(handed: Mapping[str, Any], again: Any, place: Place) -> Itera
         yield Violation(pointer((*place, "gguf")), "is another file than was handed out")
 
 
-def unlike_the_result(
+def result_mismatches(
     manifest: Mapping[str, Any], result: Mapping[str, Any]
 ) -> Iterator[Violation]:
     """Where the manifest's copies of what result.json says are not copies."""

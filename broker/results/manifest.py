@@ -39,7 +39,7 @@ def check_agreement(manifest: dict[str, Any], result: dict[str, Any]) -> None:
     author, but must not make it say the opposite.
     """
     told = "manifest.json contradicts result.json."
-    refuse(InvalidBundle, consistency.unlike_the_result(manifest, result), told)
+    refuse(InvalidBundle, consistency.result_mismatches(manifest, result), told)
 
 
 def _other_run(manifest: dict[str, Any], run_id: str) -> Iterator[Violation]:

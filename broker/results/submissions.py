@@ -12,7 +12,7 @@ import asyncpg
 import structlog
 
 from auth.errors import AuthError, Unverifiable
-from auth.tokens import RunnerClaims
+from auth.tokens import RunnerIdentity
 from broker.audit.log import Actor, record
 from broker.concurrency.shares import RunnerShares
 from broker.concurrency.workers import WorkerLost, Workers
@@ -31,13 +31,13 @@ from broker.errors import (
 )
 from broker.leases.breaker import RunnerBreaker
 from broker.leases.lease_keys import LeaseKey, LeaseKeys
-from broker.leases.lease_refusal import FINISHED, refuse_lease
-from broker.results.active_verifier import Trusted
+from broker.leases.lease_refusal import FINISHED, raise_lease_error
+from broker.results.active_verifier import ActiveVerifier
 from broker.results.bundle import MANIFEST, RESULT
 from broker.results.receipts import Receipts
 from broker.results.signatures import Signature, signature_of
 from broker.results.uploads import Spool, Upload
-from broker.results.verify import Handed, Verified, verify_files
+from broker.results.verify import VerificationTask, Verified, verify_files
 from broker.telemetry import Telemetry, failures_counted, outcome_of
 from config.settings import Settings
 from db import metrics, models, run_queue, submissions
@@ -58,7 +58,7 @@ class Submissions:
         pool: asyncpg.Pool,
         settings: Settings,
         keys: LeaseKeys,
-        trusted: Trusted,
+        trusted: ActiveVerifier,
         receipts: Receipts,
         workers: Workers,
         telemetry: Telemetry,
@@ -79,13 +79,13 @@ class Submissions:
         self._writing = asyncio.Semaphore(max(WRITING_MIN, settings.verify_processes))
         self._uploads_free = settings.uploads_max
 
-    async def admit(self, claims: RunnerClaims, run_id: UUID) -> asyncpg.Record:
+    async def admit(self, runner: RunnerIdentity, run_id: UUID) -> asyncpg.Record:
         """Step 0: may this runner hand in a result of this run at all? Return the run.
 
         Asked before the body is read. Raises NotFound, KeyRevoked, RunFinished, AlreadyComplete
         or LeaseLost.
         """
-        run = await run_queue.find_for_key(self._pool, run_id, claims.fingerprint)
+        run = await run_queue.find_for_key(self._pool, run_id, runner.fingerprint)
         if run is None:
             raise _no_run(run_id)
         if not run["key_good"]:
@@ -93,7 +93,7 @@ class Submissions:
         # Before the holder is looked at: a run that ended without a result has none any more.
         if run["status"] in FINISHED and run["status"] != "COMPLETE":
             raise RunFinished
-        if run["claimed_by"] != claims.runner_id:
+        if run["claimed_by"] != runner.runner_id:
             raise AlreadyComplete if run["status"] == "COMPLETE" else LeaseLost
         return run
 
@@ -124,7 +124,7 @@ class Submissions:
         self._uploads_free += 1
 
     async def submit(
-        self, claims: RunnerClaims, run: asyncpg.Record, upload: Upload
+        self, runner: RunnerIdentity, run: asyncpg.Record, upload: Upload
     ) -> tuple[asyncpg.Record, bool]:
         """Steps 1 to 6; return the submission's row and whether this call made it.
 
@@ -134,43 +134,43 @@ class Submissions:
         outcomes = self._telemetry.submissions
         self._telemetry.submission_bytes.observe(upload.size)
         with failures_counted(outcomes):
-            row, created = await self._submit(claims, run, upload)
-        outcomes.labels("accepted" if created else "given_again").inc()
+            row, created = await self._submit(runner, run, upload)
+        outcomes.labels("accepted" if created else "replayed").inc()
         return row, created
 
-    async def refuse(self, claims: RunnerClaims, run_id: UUID, error: Exception) -> None:
+    async def refuse(self, runner: RunnerIdentity, run_id: UUID, error: Exception) -> None:
         """Count an upload that was refused before it was whole, and record why."""
         self._telemetry.submissions.labels(outcome_of(error)).inc()
-        await self._record_refusal(claims, run_id, error)
+        await self._record_refusal(runner, run_id, error)
 
     async def _submit(
-        self, claims: RunnerClaims, run: asyncpg.Record, upload: Upload
+        self, runner: RunnerIdentity, run: asyncpg.Record, upload: Upload
     ) -> tuple[asyncpg.Record, bool]:
-        before = await self._replayed(claims, run["run_id"], upload)
+        before = await self._replayed(runner, run["run_id"], upload)
         if before is not None:
             return before, False
         try:
-            verified = await self.verify(claims, run, upload)
+            verified = await self.verify(runner, run, upload)
         except (AuthError, InvalidBundle, DigestMismatch, RunMismatch) as error:
-            await self._record_refusal(claims, run["run_id"], error)
+            await self._record_refusal(runner, run["run_id"], error)
             raise
-        accepted = await self._accept(_guard(claims, run, upload), verified, upload)
+        accepted = await self._accept(_guard(runner, run, upload), verified, upload)
         if not any(cells.rows for cells in verified.cells):
-            await self._breaker.check(claims.runner_id)  # a result, and nothing measured
+            await self._breaker.check(runner.runner_id)  # a result, and nothing measured
         return accepted
 
-    async def verify(self, claims: RunnerClaims, run: asyncpg.Record, upload: Upload) -> Verified:
+    async def verify(self, runner: RunnerIdentity, run: asyncpg.Record, upload: Upload) -> Verified:
         """The lease, and steps 1 to 5 in a worker. Changes nothing.
 
         Raises LeaseLost, RunFinished, KeyRevoked, InvalidBundle, DigestMismatch, SignatureInvalid,
         SignerNotAllowed, Unverifiable, RunMismatch, Busy, or Unavailable when the worker is lost.
         """
         if run["lease_id"] != upload.lease_id:
-            await refuse_lease(self._pool, _guard(claims, run, upload))
+            await raise_lease_error(self._pool, _guard(runner, run, upload))
         # Once: what has begun ends with this verifier, also after a reload.
-        signature = signature_of(run, claims.runner_id, self._trusted.verifier)
+        signature = signature_of(run, runner.runner_id, self._trusted.verifier)
         try:
-            return await self._in_worker(claims.runner_id, run["run_id"], signature, upload)
+            return await self._in_worker(runner.runner_id, run["run_id"], signature, upload)
         except Unverifiable as error:
             raise Unverifiable(
                 f"{error}: ask this server's operator to refresh it, and submit again"
@@ -198,11 +198,11 @@ class Submissions:
         try:
             async with self._turns:
                 with self._telemetry.verify_seconds.time():
-                    handed = Handed(str(run_id), await self._job(run_id), signature)
+                    handed = VerificationTask(str(run_id), await self._job(run_id), signature)
                     return await self._verify(handed, upload)
         except WorkerLost as error:
-            self._telemetry.verify_workers_lost.inc()
-            log.error("verify.worker_lost", run_id=str(run_id), problem=str(error))
+            self._telemetry.workers_lost.inc()
+            log.error("worker.lost", run_id=str(run_id), problem=str(error))
             raise Unavailable(
                 "The process that verified this bundle was lost: send it again in a few seconds."
             ) from error
@@ -210,7 +210,7 @@ class Submissions:
             self._room += 1
             self._shares.verifications.give_back(runner_id)
 
-    async def _verify(self, handed: Handed, upload: Upload) -> Verified:
+    async def _verify(self, handed: VerificationTask, upload: Upload) -> Verified:
         """Steps 1 to 5 in a worker. Raises what `verify.verify` raises, and WorkerLost."""
         # Only what the steps read. Descriptors, not bytes: the files have no names, and a copy of
         # 16 MiB would go through this process.
@@ -226,14 +226,14 @@ class Submissions:
         return job
 
     async def _replayed(
-        self, claims: RunnerClaims, run_id: UUID, upload: Upload
+        self, runner: RunnerIdentity, run_id: UUID, upload: Upload
     ) -> asyncpg.Record | None:
         """Return the submission that this upload already is; raise if it is another one."""
         before = await submissions.find(self._pool, run_id)
         if before is None:
             return None
         same = before["result_sha256"] == upload.digests.get(RESULT)
-        if not same or before["runner_id"] != claims.runner_id:
+        if not same or before["runner_id"] != runner.runner_id:
             raise AlreadyComplete
         return before
 
@@ -260,29 +260,29 @@ class Submissions:
         """Return the receipt if the same bundle got in beside us; raise what the fence refused."""
         before = await submissions.find(self._pool, guard.run_id)
         if before is None:
-            await refuse_lease(self._pool, guard)
+            await raise_lease_error(self._pool, guard)
         same = before["result_sha256"] == verified.digest
         if not same or before["runner_id"] != guard.runner_id:
             raise AlreadyComplete
         return before
 
-    async def _record_refusal(self, claims: RunnerClaims, run_id: UUID, error: Exception) -> None:
+    async def _record_refusal(self, runner: RunnerIdentity, run_id: UUID, error: Exception) -> None:
         """Record that this runner's bundle was refused, and why."""
-        log.info("submit.refused", run_id=str(run_id), runner_id=claims.runner_id,
+        log.info("submit.refused", run_id=str(run_id), runner_id=runner.runner_id,
                  code=code_of(error))  # fmt: skip
         await submissions.refuse(
-            self._pool, run_id, claims.runner_id, claims.fingerprint, code_of(error), str(error)
+            self._pool, run_id, runner.runner_id, runner.fingerprint, code_of(error), str(error)
         )
-        await self._breaker.check(claims.runner_id)
+        await self._breaker.check(runner.runner_id)
 
 
 def _no_run(run_id: UUID) -> NotFound:
     return NotFound(f"There is no run {run_id} in the queue.")
 
 
-def _guard(claims: RunnerClaims, run: asyncpg.Record, upload: Upload) -> LeaseGuard:
+def _guard(runner: RunnerIdentity, run: asyncpg.Record, upload: Upload) -> LeaseGuard:
     return LeaseGuard(
-        run["run_id"], upload.lease_id, claims.runner_id, claims.fingerprint, claims.instance_id
+        run["run_id"], upload.lease_id, runner.runner_id, runner.fingerprint, runner.instance_id
     )
 
 

@@ -30,7 +30,7 @@ CELLS_PER_TEXT = 2000  # rows of one statement: some 50 ms of PostgreSQL, far fr
 
 
 @dataclass(frozen=True, slots=True)
-class Handed:
+class VerificationTask:
     """What was handed out: the run, its job (JSON text as stored), and how a result is signed."""
 
     run_id: str
@@ -53,13 +53,13 @@ class Verified:
 
 
 def verify_files(
-    files: Mapping[str, io.BufferedReader], handed: Handed, digests: Mapping[str, str]
+    files: Mapping[str, io.BufferedReader], handed: VerificationTask, digests: Mapping[str, str]
 ) -> Verified:
     """Verify a bundle in a worker, by its open files and the digests of all that were sent."""
     return verify(handed, Upload(UUID(int=0), dict(digests), dict(files), 0))
 
 
-def verify(handed: Handed, upload: Upload) -> Verified:
+def verify(handed: VerificationTask, upload: Upload) -> Verified:
     """Verify a bundle.
 
     Raises InvalidBundle, DigestMismatch, RunMismatch, SignatureInvalid, SignerNotAllowed or

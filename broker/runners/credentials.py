@@ -7,29 +7,29 @@ import asyncpg
 
 from auth import admin_tokens
 from auth.errors import InvalidToken, ScopeRequired
-from auth.tokens import TOKEN_REVOKED, RunnerClaims, Tokens
+from auth.tokens import TOKEN_REVOKED, RunnerIdentity, Tokens
 from broker.audit.log import Actor, Admin
-from broker.concurrency.batching import Coalescer
+from broker.concurrency.batching import Batcher
 from broker.errors import KeyRevoked
 from broker.runners.revocations import Revocations, Revoked
 from db import admin, runner_keys
 
 
-class PostgresAuthority:
+class PostgresRevocationSource:
     """What `broker/runners/revocations.py` asks when Redis cannot answer."""
 
     def __init__(self, pool: asyncpg.Pool, token_life: timedelta) -> None:
         self._pool = pool
         self._token_life = token_life
 
-    async def revoked_among(self, asked: Sequence[RunnerClaims]) -> Sequence[bool]:
+    async def revoked_among(self, asked: Sequence[RunnerIdentity]) -> Sequence[bool]:
         """Return of each whether its key is not good (any more), or its token is revoked."""
-        fingerprints = [claims.fingerprint for claims in asked]
+        fingerprints = [runner.fingerprint for runner in asked]
         rows = await runner_keys.revoked_among(
-            self._pool, fingerprints, [claims.jti for claims in asked]
+            self._pool, fingerprints, [runner.jti for runner in asked]
         )
         bad = {row["fingerprint"] or row["jti"] for row in rows}
-        return [claims.fingerprint in bad or claims.jti in bad for claims in asked]
+        return [runner.fingerprint in bad or runner.jti in bad for runner in asked]
 
     async def all_revocations(self) -> Sequence[Revoked]:
         """Return every revocation that a living token could meet."""
@@ -46,24 +46,24 @@ class Credentials:
         self._revocations = revocations
         self._good_admins: set[bytes] = set()  # digests, of tokens that admins made: few
         # One look for all requests that wait together.
-        self._desk: Coalescer[RunnerClaims, bool] = Coalescer(revocations.revoked_among)
+        self._batcher: Batcher[RunnerIdentity, bool] = Batcher(revocations.revoked_among)
 
-    async def runner(self, token: str) -> RunnerClaims:
+    async def runner(self, token: str) -> RunnerIdentity:
         """Return the runner of a token. Raises InvalidToken, TokenExpired or KeyRevoked."""
-        claims = self._tokens.read(token)
-        await self.check_revoked(claims)
-        return claims
+        runner = self._tokens.read(token)
+        await self.check_revoked(runner)
+        return runner
 
-    async def check_revoked(self, claims: RunnerClaims) -> None:
+    async def check_revoked(self, runner: RunnerIdentity) -> None:
         """Raise InvalidToken or KeyRevoked if a token was revoked, as of this second.
 
         Asked again after an upload, which takes minutes. The statement of a claim sees it itself.
         """
-        revoked = self._revocations.remembered(claims)
+        revoked = self._revocations.remembered(runner)
         if revoked is None:
-            revoked = await self._desk.ask(claims)
+            revoked = await self._batcher.submit(runner)
         if revoked:
-            key = await runner_keys.find(self._pool, claims.fingerprint)
+            key = await runner_keys.find(self._pool, runner.fingerprint)
             if key is None or key["revoked_at"] is not None:
                 raise KeyRevoked
             raise InvalidToken(TOKEN_REVOKED)

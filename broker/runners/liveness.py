@@ -48,7 +48,7 @@ class Liveness:
             for runner_id in await runners.seen(self._pool, processes):
                 fix = "stop one of them, or give each machine a key of its own"
                 log.warning("runner.two_processes", runner_id=runner_id, fix=fix)
-        dead = await runners.bury(self._pool, self._dead_after)
+        dead = await runners.mark_dead(self._pool, self._dead_after)
         for runner_id in dead:
             log.info("runner.silent", runner_id=runner_id)
         return dead
@@ -61,4 +61,4 @@ class Liveness:
                 await self.run_once()
                 succeeded()
             except Exception as error:  # for people only: it must not stop, nor stop anything
-                log.warning("liveness.unwritten", error=type(error).__name__)
+                log.warning("liveness.write_failed", error=type(error).__name__)

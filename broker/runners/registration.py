@@ -15,10 +15,10 @@ import asyncpg
 
 from auth.errors import BadSignature, InvalidKey
 from auth.keys import RunnerKey, digest_of
-from auth.tokens import LEEWAY, RunnerClaims, Tokens
+from auth.tokens import LEEWAY, RunnerIdentity, Tokens
 from broker.audit.log import Actor, record
-from broker.concurrency.batching import Coalescer
-from broker.concurrency.ttl_cache import Remembered
+from broker.concurrency.batching import Batcher
+from broker.concurrency.ttl_cache import TTLCache
 from broker.documents.times import parse_time
 from broker.errors import (
     ClockSkew,
@@ -68,10 +68,10 @@ class Registry:
         self._tokens = tokens
         self._revocations = revocations
         self._keys = keys
-        self._standings: Remembered[str, asyncpg.Record] = Remembered()
+        self._standings: TTLCache[str, asyncpg.Record] = TTLCache()
         # One look for all claims that wait together.
-        self._desk: Coalescer[str, asyncpg.Record | None] = Coalescer(self._look)
-        self._quantizations: Remembered[str, tuple[str, ...]] = Remembered()
+        self._batcher: Batcher[str, asyncpg.Record | None] = Batcher(self._look)
+        self._quantizations: TTLCache[str, tuple[str, ...]] = TTLCache()
 
     @retries
     async def register(
@@ -102,27 +102,27 @@ class Registry:
             nonce = await self._record(connection, registration, allowed["runner_id"], key, address)
         return await self._sign_on(registration, allowed, nonce)
 
-    async def me(self, claims: RunnerClaims) -> dict[str, Any]:
+    async def me(self, runner: RunnerIdentity) -> dict[str, Any]:
         """Return what we know of a runner: its standing, its leases, whether it is paused."""
-        standing = await self._standing(claims.fingerprint)
+        standing = await self._standing(runner.fingerprint)
         return {
-            "runner_id": claims.runner_id,
-            "key_fingerprint": claims.fingerprint,
+            "runner_id": runner.runner_id,
+            "key_fingerprint": runner.fingerprint,
             "capabilities": capped(standing["capabilities"], standing["capability_caps"]),
             "max_leases": standing["max_leases"] or self._settings.max_leases,
             "paused": standing["paused"],
             "pause_reason": standing["pause_reason"],
-            "held_leases": await self.held(claims),
+            "held_leases": await self.held(runner),
         }
 
     async def capabilities(
-        self, claims: RunnerClaims, declared: Mapping[str, Any] | None
+        self, runner: RunnerIdentity, declared: Mapping[str, Any] | None
     ) -> Capabilities:
         """Return what a runner may be given: what it declares now, or declared when it registered.
 
         An admin's cap wins over either. Raises UnknownQuantization.
         """
-        standing = await self._standing(claims.fingerprint)
+        standing = await self._standing(runner.fingerprint)
         if declared is None:
             declared = standing["capabilities"]
         else:
@@ -131,34 +131,34 @@ class Registry:
         effective = capped(declared, standing["capability_caps"])
         return Capabilities(int(effective["vram_gb"]), tuple(sorted(effective["quantizations"])))
 
-    async def held(self, claims: RunnerClaims) -> list[asyncpg.Record]:
+    async def held(self, runner: RunnerIdentity) -> list[asyncpg.Record]:
         """Return the live leases of a runner, oldest first."""
-        return await run_queue.held_by(self._pool, claims.runner_id)
+        return await run_queue.held_by(self._pool, runner.runner_id)
 
     @retries
-    async def sign_off(self, claims: RunnerClaims, address: str | None) -> list[UUID]:
+    async def sign_off(self, runner: RunnerIdentity, address: str | None) -> list[UUID]:
         """Revoke the token and hand back what this process holds; return these runs.
 
         The token first: what it claims beside us is either seen and handed back, or refused.
         """
-        key, by = claims.fingerprint, Actor(f"runner:{claims.runner_id}", address)
+        key, by = runner.fingerprint, Actor(f"runner:{runner.runner_id}", address)
         async with self._pool.acquire() as connection, connection.transaction():
-            await runner_keys.revoke_token(connection, claims.jti, claims.dead_at, key)
+            await runner_keys.revoke_token(connection, runner.jti, runner.dead_at, key)
             freed = await run_queue.hand_back_all(
-                connection, key, claims.instance_id, "the runner signed off", by
+                connection, key, runner.instance_id, "the runner signed off", by
             )
-            await runners.sign_off(connection, claims.runner_id, claims.instance_id)
+            await runners.sign_off(connection, runner.runner_id, runner.instance_id)
             await record(
                 connection,
                 by,
                 "runner.sign_off",
                 f"key:{key}",
-                runner_id=claims.runner_id,
-                jti=str(claims.jti),
+                runner_id=runner.runner_id,
+                jti=str(runner.jti),
             )
         self._keys.drop(LeaseKey(row["queue_id"], row["lease_seq"]) for row in freed)
-        remaining = claims.dead_at - datetime.now(UTC)
-        await self._revocations.write([Revoked(None, claims.jti, remaining)])
+        remaining = runner.dead_at - datetime.now(UTC)
+        await self._revocations.write([Revoked(None, runner.jti, remaining)])
         return [row["run_id"] for row in freed]
 
     async def known_quantizations(self) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ class Registry:
         remembered = self._standings.get(fingerprint)
         if remembered is not None:
             return remembered
-        standing = await self._desk.ask(fingerprint)
+        standing = await self._batcher.submit(fingerprint)
         if standing is None:
             raise KeyNotAllowed("This runner key has never registered here: register first.")
         self._standings.put([(fingerprint, standing)])

@@ -16,8 +16,8 @@ from uuid import UUID
 
 import structlog
 
-from auth.tokens import RunnerClaims
-from broker.concurrency.ttl_cache import Remembered
+from auth.tokens import RunnerIdentity
+from broker.concurrency.ttl_cache import TTLCache
 
 LOADED = "revoked:loaded"
 LOOK_S = 0.1  # so long may one look take
@@ -41,10 +41,10 @@ class Revoked:
         return key_name(self.fingerprint) if self.fingerprint else token_name(self.jti)
 
 
-class Authority(Protocol):
+class RevocationSource(Protocol):
     """Who knows for certain: Postgres, through `broker/runners/credentials.py`."""
 
-    async def revoked_among(self, asked: Sequence[RunnerClaims]) -> Sequence[bool]:
+    async def revoked_among(self, asked: Sequence[RunnerIdentity]) -> Sequence[bool]:
         """Return of each whether its key is not good (any more), or its token is revoked."""
         ...
 
@@ -70,19 +70,19 @@ class Revocations:
     answers: the batch that noticed it waits `LOOK_S`, and no other request waits at all.
     """
 
-    def __init__(self, client: Any, authority: Authority) -> None:
+    def __init__(self, client: Any, authority: RevocationSource) -> None:
         """Ask `client`, of redis-py: a server's, a Sentinel's or a Cluster's."""
         self._client = client
         self._authority = authority
-        self._remembered: Remembered[UUID, bool] = Remembered()
+        self._remembered: TTLCache[UUID, bool] = TTLCache()
         self._away = False
         self._behind: set[asyncio.Task[None]] = set()
 
-    def remembered(self, claims: RunnerClaims) -> bool | None:
+    def remembered(self, runner: RunnerIdentity) -> bool | None:
         """Return whether the token or its key is revoked, as of this second; None: unknown."""
-        return self._remembered.get(claims.jti)
+        return self._remembered.get(runner.jti)
 
-    async def revoked_among(self, asked: Sequence[RunnerClaims]) -> Sequence[bool]:
+    async def revoked_among(self, asked: Sequence[RunnerIdentity]) -> Sequence[bool]:
         """Return of each whether the token, or the key it was given to, is revoked."""
         found = await self._ask(asked)
         self._remembered.put(
@@ -111,7 +111,7 @@ class Revocations:
             task.cancel()
         await asyncio.gather(*self._behind, return_exceptions=True)
 
-    async def _ask(self, asked: Sequence[RunnerClaims]) -> Sequence[bool]:
+    async def _ask(self, asked: Sequence[RunnerIdentity]) -> Sequence[bool]:
         if not self._away:
             try:
                 async with asyncio.timeout(LOOK_S):
@@ -124,7 +124,7 @@ class Revocations:
                 self._do_behind(self._fill(), FILL)
         return await self._authority.revoked_among(asked)
 
-    async def _look(self, asked: Sequence[RunnerClaims]) -> tuple[bool, list[bool]]:
+    async def _look(self, asked: Sequence[RunnerIdentity]) -> tuple[bool, list[bool]]:
         """Return whether Redis holds all revocations, and what it says of each.
 
         Not MGET: in a Cluster the keys lie on different nodes (CROSSSLOT).

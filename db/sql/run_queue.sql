@@ -226,7 +226,7 @@ ledger AS (
 
 -- Given again, the lease is marked as touched: the undo of an answer that was lost on the way (see
 -- `release`, $6) must not take it away from whoever just received it here.
-given_again AS (
+replayed_leases AS (
     UPDATE run_queue AS q SET lease_instance = s.instance_id, updated_at = clock_timestamp()
     FROM replayed AS r INNER JOIN requests AS s ON r.place = s.place
     WHERE q.queue_id = r.queue_id AND q.claimed_by = s.runner_id AND q.claim_key = s.claim_key
@@ -236,7 +236,7 @@ given_again AS (
 granted AS (
     SELECT t.*, t.updated_at AS granted_at FROM taken AS t
     UNION ALL
-    SELECT a.*, NULL FROM given_again AS a
+    SELECT a.*, NULL FROM replayed_leases AS a
 ),
 
 described AS (
@@ -282,7 +282,7 @@ SELECT
         SELECT FROM rounds AS c INNER JOIN kinds AS k ON c.step = k.step
         WHERE cardinality(c.chosen) < least(k.asked, c.found)
     )
-    OR (SELECT count(*) FROM given_again) < (SELECT count(*) FROM replayed) AS contended,
+    OR (SELECT count(*) FROM replayed_leases) < (SELECT count(*) FROM replayed) AS contended,
     g.queue_id, g.run_id, g.lease_seq, g.lease_id, g.lease_expires_at, g.claim_digest,
     g.granted_at, -- null when the lease was given before
     g.claimed_by AS holder, g.lease_key AS holder_key, g.lease_instance AS holder_instance,
@@ -426,7 +426,7 @@ FROM run_queue
 WHERE claimed_by = $1 AND status IN ('CLAIMED', 'IN_PROGRESS') AND job IS NOT NULL
 ORDER BY claimed_at
 
--- name: ripen
+-- name: promote_due
 -- Deferred runs whose time has come take their place in the queue's order, up to $1 of them. Until
 -- then a claim finds them all the same, the earliest due first.
 UPDATE run_queue SET retry_after = NULL

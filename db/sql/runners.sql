@@ -126,7 +126,7 @@ RETURNING
             AND o.second_process_seen_at > clock_timestamp() - interval '1 hour'
     ) AS second_process
 
--- name: bury
+-- name: mark_dead
 -- Runners of ours that nobody has heard of for $1 are DEAD; bakeoff's own rows are bakeoff's.
 UPDATE runners SET status = 'DEAD'
 WHERE

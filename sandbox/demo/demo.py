@@ -19,7 +19,7 @@ from sandbox.demo.board import Board
 from sandbox.demo.report import Report, collect, verdict
 from sandbox.demo.view import View
 from sandbox.services.children import ENDED, Child, Event, held
-from sandbox.services.leash import SandboxError
+from sandbox.services.process_supervisor import SandboxError
 from sandbox.services.stack import (
     CATALOGUE,
     CATALOGUE_FILES,
@@ -50,7 +50,7 @@ KNOBS = {
     "claim_recheck_s": 1,
     "retry_backoff_s": 1,
     "database_pool_max": 4,
-    "verify_workers": 2,
+    "workers": 2,
     "drain_s": 2,
 }
 

@@ -14,7 +14,7 @@ import structlog
 from client.output import CommandFailed, note
 from config.settings import Settings
 from sandbox.services.children import ENDED, Event
-from sandbox.services.leash import SandboxError
+from sandbox.services.process_supervisor import SandboxError
 from sandbox.services.stack import (
     CATALOGUE,
     CATALOGUE_FILES,

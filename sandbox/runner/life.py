@@ -12,7 +12,7 @@ from typing import Any
 from sandbox.runner.answers import Executor, cells_of, execute
 from sandbox.runner.client import Report, RunnerClient
 from sandbox.runner.receipts import ReceiptDoubtful, digest, read_receipt
-from sandbox.runner.result_bundle import Rig, Sign, build_bundle
+from sandbox.runner.result_bundle import Hardware, Sign, build_bundle
 from sandbox.runner.wire import Job, Offer, Problem
 
 # The run or the lease is not ours any more: nothing that we compute for it can be accepted.
@@ -21,7 +21,7 @@ BARRED = frozenset({"key_revoked", "key_not_allowed"})
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RunnerOptions:
     """When to stop by ourselves, and how long to wait when there is nothing to do."""
 
     once: bool = False
@@ -56,14 +56,14 @@ class Runner:
         client: RunnerClient,
         executor: Executor,
         sign: Sign,
-        rig: Rig,
+        hardware: Hardware,
         say: Report,
-        patience: Patience,
+        patience: RunnerOptions,
     ) -> None:
         self._client = client
         self._executor = executor
         self._sign = sign
-        self._rig = rig
+        self._rig = hardware
         self._say = say
         self._patience = patience
         self._held: Job | None = None

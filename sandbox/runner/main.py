@@ -18,8 +18,8 @@ import httpx
 from sandbox.runner.answers import BuiltInRules, Executor, OpenAIEndpoint
 from sandbox.runner.client import RunnerClient
 from sandbox.runner.identity import Identity, load_key, public_key_text
-from sandbox.runner.life import Patience, Runner
-from sandbox.runner.result_bundle import Rig, Sign
+from sandbox.runner.life import Runner, RunnerOptions
+from sandbox.runner.result_bundle import Hardware, Sign
 from sandbox.runner.wire import Problem
 from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore
 
@@ -50,8 +50,10 @@ async def serve(options: argparse.Namespace, identity: Identity) -> int:
     async with httpx.AsyncClient(base_url=options.server, trust_env=False) as http:
         client = RunnerClient(http, identity, say)
         executor = _executor(options, http)
-        patience = Patience(options.once, options.until_idle, options.wait_s, options.idle_s)
-        runner = Runner(client, executor, _signer(options), Rig(options.vram_gb), say, patience)
+        patience = RunnerOptions(options.once, options.until_idle, options.wait_s, options.idle_s)
+        runner = Runner(
+            client, executor, _signer(options), Hardware(options.vram_gb), say, patience
+        )
         life = asyncio.create_task(runner.live())
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, life.cancel)

@@ -48,7 +48,7 @@ Sign = Callable[[bytes], bytes]
 
 
 @dataclass(frozen=True, slots=True)
-class Rig:
+class Hardware:
     """The machine that the result claims to be from."""
 
     vram_gb: int
@@ -81,10 +81,10 @@ class Rig:
 
 
 def build_bundle(
-    job: Job, outcomes: Sequence[Outcome], executor: dict[str, str], rig: Rig, sign: Sign
+    job: Job, outcomes: Sequence[Outcome], executor: dict[str, str], hardware: Hardware, sign: Sign
 ) -> dict[str, bytes]:
     """Return the bundle's files by name. `sign` makes the Sigstore bundle over result.json."""
-    result = build_result(job, outcomes, executor, rig)
+    result = build_result(job, outcomes, executor, hardware)
     files = {"result.json": _pretty(result), "summary.md": build_summary(job, outcomes).encode()}
     files["signature.sigstore.json"] = sign(files["result.json"])
     files["manifest.json"] = _pretty(build_manifest(result, files))
@@ -92,7 +92,7 @@ def build_bundle(
 
 
 def build_result(
-    job: Job, outcomes: Sequence[Outcome], executor: dict[str, str], rig: Rig
+    job: Job, outcomes: Sequence[Outcome], executor: dict[str, str], hardware: Hardware
 ) -> dict[str, Any]:
     """Return the harness's result payload: every cell once, also the failed ones."""
     score = model_score(job.model_ref, outcomes)
@@ -104,11 +104,11 @@ def build_result(
         "provenance": _provenance(job, executor),
         "model_metadata": [_model_metadata(job)],
         "tasks": job.tasks,
-        "records": [_record(job, outcome, rig) for outcome in outcomes],
+        "records": [_record(job, outcome, hardware) for outcome in outcomes],
         "model_scores": [score],
         "judgements": [],
         "resumed_from": None,
-        "hardware": rig.snapshot(),
+        "hardware": hardware.snapshot(),
     }
 
 
@@ -178,7 +178,7 @@ def model_score(model_ref: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def _record(job: Job, outcome: Outcome, rig: Rig) -> dict[str, Any]:
+def _record(job: Job, outcome: Outcome, hardware: Hardware) -> dict[str, Any]:
     cell = outcome.cell
     place = {
         "task_id": cell.task["id"],
@@ -194,7 +194,7 @@ def _record(job: Job, outcome: Outcome, rig: Rig) -> dict[str, Any]:
     assert outcome.reply is not None
     answered = {
         **place,
-        "hardware_id": rig.hardware_id,
+        "hardware_id": hardware.hardware_id,
         "text": outcome.reply.text,
         "wall_clock_seconds": outcome.seconds,
         "quality_heuristic": outcome.quality,
@@ -204,11 +204,11 @@ def _record(job: Job, outcome: Outcome, rig: Rig) -> dict[str, Any]:
     }
     if cell.tier != "main":  # of a floor cell the harness measures nothing else
         return answered
-    return {**answered, **_measurements(job, outcome.seconds, outcome.reply, rig)}
+    return {**answered, **_measurements(job, outcome.seconds, outcome.reply, hardware)}
 
 
-def _measurements(job: Job, seconds: float, reply: Reply, rig: Rig) -> dict[str, Any]:
-    _, _, watts, peak_tflops = rig.gpu
+def _measurements(job: Job, seconds: float, reply: Reply, hardware: Hardware) -> dict[str, Any]:
+    _, _, watts, peak_tflops = hardware.gpu
     active_b = job.model.get("active_parameter_count_b") or job.model["parameter_count_b"]
     needed_mb = active_b * _bits(job.model["quantization"]) / 8 * 1.15 * 1024
     speed = reply.completion_tokens / max(seconds, 0.001)
@@ -218,7 +218,7 @@ def _measurements(job: Job, seconds: float, reply: Reply, rig: Rig) -> dict[str,
         "seconds_to_first_token": None,
         "tokens_per_second": speed,
         "energy_wh": watts * seconds / 3600,
-        "peak_vram_mb": float(min(round(needed_mb), rig.vram_gb * 1024)),
+        "peak_vram_mb": float(min(round(needed_mb), hardware.vram_gb * 1024)),
         "gpu_sm_utilization_pct": None,
         "gpu_event_seconds": None,
         "gpu_weighted_seconds": None,

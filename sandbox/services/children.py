@@ -45,7 +45,7 @@ class Child:
         self.last_words = ""
         self._tell = tell
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "sandbox.services.tether", *module],
+            [sys.executable, "-P", "-m", "sandbox.services.child_main", *module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

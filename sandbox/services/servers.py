@@ -1,8 +1,8 @@
 """Private PostgreSQL and Redis servers for tests, `make demo` and `make dev`.
 
-Each runs in a folder of its own, answers on a Unix socket only, and is held by a leash process
-(leash.py) that ends it and removes the folder however this process ends. Started by root,
-the servers run as an unprivileged user, because PostgreSQL refuses root.
+Each runs in a folder of its own, answers on a Unix socket only, and is held by a process
+(process_supervisor.py) that ends it and removes the folder however this process ends. Started by
+root, the servers run as an unprivileged user, because PostgreSQL refuses root.
 
 Nothing here is for production: the sockets trust whoever can open them (folder mode 0700).
 """
@@ -19,7 +19,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from sandbox.services.leash import Account, Leash, SandboxError, choose_account, output_as
+from sandbox.services.process_supervisor import (
+    Account,
+    ProcessSupervisor,
+    SandboxError,
+    choose_account,
+    output_as,
+)
 
 READY_S = 15
 OLDEST_POSTGRES = 15
@@ -108,7 +114,9 @@ class _Server:
     ready: bytes  # what it says if it is
     death_signal: int  # what Linux sends it when the leash is killed
 
-    def __init__(self, leash: Leash, argv: list[str], pidfile: Path | None = None) -> None:
+    def __init__(
+        self, leash: ProcessSupervisor, argv: list[str], pidfile: Path | None = None
+    ) -> None:
         self._leash = leash
         self._start = {"argv": argv, "pidfile": pidfile and str(pidfile)}
         self._socket = leash.folder / self.socket_name
@@ -150,7 +158,9 @@ class Postgres(_Server):
     ready = b"Z\0\0\0\5I"
     death_signal = signal.SIGQUIT  # killed, it would leave its children and its memory segment
 
-    def __init__(self, leash: Leash, argv: list[str], cluster: Path, version: str) -> None:
+    def __init__(
+        self, leash: ProcessSupervisor, argv: list[str], cluster: Path, version: str
+    ) -> None:
         super().__init__(leash, argv, cluster / "postmaster.pid")
         self.version = version
 
@@ -241,13 +251,15 @@ def redis(
 
 
 @contextlib.contextmanager
-def _leashed(kind: str, data: Path | None) -> Iterator[tuple[Leash, Account | None, Path]]:
+def _leashed(
+    kind: str, data: Path | None
+) -> Iterator[tuple[ProcessSupervisor, Account | None, Path]]:
     """A leash, whom the server runs as, and the folder for its data (which may not exist yet)."""
     kept = data.resolve() / kind if data else None
     account = choose_account(kept)
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(_locked(kept, account)) if kept else None
-        leash = Leash(account, lock)
+        leash = ProcessSupervisor(account, lock)
         stack.callback(leash.close)
         yield leash, account, kept or leash.folder / kind
 
@@ -280,7 +292,10 @@ def _give(path: Path, account: Account | None) -> None:
 
 
 def _within_reach(
-    program: Path, copy: Callable[[Path, Path], Path], leash: Leash, account: Account | None
+    program: Path,
+    copy: Callable[[Path, Path], Path],
+    leash: ProcessSupervisor,
+    account: Account | None,
 ) -> tuple[Path, str]:
     """The program and its version, or its copy's if the account may not run it (/root/.venv).
 
@@ -331,7 +346,7 @@ def _check_cluster(cluster: Path, version: str, found: Path) -> None:
 
 
 def _make_cluster(
-    leash: Leash, account: Account | None, initdb: Path, cluster: Path, durable: bool
+    leash: ProcessSupervisor, account: Account | None, initdb: Path, cluster: Path, durable: bool
 ) -> None:
     """Make it under another name first: one that was interrupted is made anew, never used."""
     unfinished = cluster.with_suffix(".new")

@@ -32,7 +32,7 @@ from sandbox.runner.identity import load_key, public_key_text
 from sandbox.services import servers
 from sandbox.services.admin_token import new_token
 from sandbox.services.children import ENDED, Child, Event, Tell, held
-from sandbox.services.leash import Leash, SandboxError, ServerFailed
+from sandbox.services.process_supervisor import ProcessSupervisor, SandboxError, ServerFailed
 from sandbox.services.sigstore_instance import ThrowawaySigstore
 
 READY_S = 30.0
@@ -182,7 +182,7 @@ def open_stack(
             servers.postgres(binaries=settings.sandbox_postgres, durable=data is not None, **kept)
         )
         redis = stack.enter_context(servers.redis(binary=settings.sandbox_redis, **kept))
-        home = Leash(None)
+        home = ProcessSupervisor(None)
         stack.callback(home.close)
         migrate(postgres.dsn)
         folder = kept["data"] or home.folder

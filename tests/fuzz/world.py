@@ -18,7 +18,7 @@ from db.migrate import migrate
 from db.pool import open_pool
 from sandbox.services import servers
 from sandbox.services.admin_token import new_token
-from sandbox.services.leash import Leash
+from sandbox.services.process_supervisor import ProcessSupervisor
 from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.fuzz.bundle import (
     OURS,
@@ -109,7 +109,7 @@ class World:
 @contextmanager
 def open_servers() -> Iterator[Servers]:
     """Yield private servers with a migrated database, and a Sigstore."""
-    home = Leash(None)  # removes its folder however we end
+    home = ProcessSupervisor(None)  # removes its folder however we end
     try:
         with servers.postgres() as postgres, servers.redis() as redis:
             migrate(postgres.dsn)

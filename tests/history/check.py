@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from db.migrate import migrate
 from sandbox.services import servers
-from sandbox.services.leash import Leash
+from sandbox.services.process_supervisor import ProcessSupervisor
 from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.history.failpoints import POINTS
 from tests.history.plans import KILLS, SHAPES, SOUND, WITHOUT_REDIS, Plan, the_mutants_storm
@@ -30,7 +30,7 @@ class Proof:
 @contextmanager
 def open_world() -> Iterator[World]:
     """Yield private servers with a migrated template database, and a Sigstore."""
-    home = Leash(None)  # removes its folder however we end
+    home = ProcessSupervisor(None)  # removes its folder however we end
     try:
         with servers.postgres() as postgres, servers.redis() as redis_server:
             migrate(postgres.dsn)

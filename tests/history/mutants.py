@@ -48,7 +48,7 @@ def trust_the_event() -> None:
 
 
 async def _flip(node: ExpiryNode, name: str) -> None:
-    sweep = getattr(node._ring, "__self__", None)
+    sweep = getattr(node._notify, "__self__", None)
     assert isinstance(sweep, Sweep), "the bell rings something else now"
     queue_id, _, lease_seq = name.removeprefix(PREFIX).partition(":")
     await sweep._pool.execute(FLIP, UUID(queue_id), int(lease_seq))

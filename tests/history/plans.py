@@ -19,7 +19,7 @@ SETTINGS: dict[str, Any] = {
     "sweep_degraded_s": 0.5,
     "claim_recheck_s": 1,
     "database_pool_max": 5,
-    "verify_workers": 2,
+    "workers": 2,
     "drain_s": 3,
     "log_level": "error",
     "log_format": "json",

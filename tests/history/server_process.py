@@ -24,7 +24,7 @@ from pydantic import SecretStr
 import server
 from config.logging import configure_logging
 from config.settings import Settings
-from sandbox.services.leash import LINUX, tie_to
+from sandbox.services.process_supervisor import LINUX, tie_to
 from tests.history import failpoints, mutants
 from tests.history.failpoints import Failpoints, Strike
 

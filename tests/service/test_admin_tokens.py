@@ -207,7 +207,7 @@ async def test_what_a_runner_waits_for_it_does_not_get_after_its_token_was_revok
         runner = await fleet.sign_on()
         parked = asyncio.create_task(runner.claim(wait_s=30))
         async with asyncio.timeout(10):
-            while len(fleet.services.claims.room) == 0:  # noqa: ASYNC110 (there is no signal)
+            while len(fleet.services.claims.parked) == 0:  # noqa: ASYNC110 (there is no signal)
                 await asyncio.sleep(0.01)
         await _revoke_tokens(fleet)
         run_id = await fleet.enqueue()

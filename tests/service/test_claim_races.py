@@ -13,7 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from broker.leases import notifications
-from broker.leases.parked_claims import WaitingRoom
+from broker.leases.parked_claims import ParkedClaims
 from config.settings import Settings
 from db import run_queue, runner_keys
 from db.audit import Actor
@@ -32,15 +32,15 @@ Parked = asyncio.Queue[asyncio.Task[Any]]
 def parked(monkeypatch: pytest.MonkeyPatch) -> Parked:
     """Each claim that parks puts its task here."""
     seen: Parked = asyncio.Queue()
-    wait = WaitingRoom.wait
+    wait = ParkedClaims.wait
 
-    async def spy(self: WaitingRoom, *arguments: Any) -> bool:
+    async def spy(self: ParkedClaims, *arguments: Any) -> bool:
         task = asyncio.current_task()
         assert task is not None
         seen.put_nowait(task)
         return await wait(self, *arguments)
 
-    monkeypatch.setattr(WaitingRoom, "wait", spy)
+    monkeypatch.setattr(ParkedClaims, "wait", spy)
     return seen
 
 
@@ -263,8 +263,10 @@ async def test_a_parked_claim_is_woken_after_the_bells_connection_was_lost(
 ) -> None:
     monkeypatch.setattr(notifications, "RETRY_S", 0.01)
     rings: asyncio.Queue[None] = asyncio.Queue()
-    ring = WaitingRoom.ring
-    monkeypatch.setattr(WaitingRoom, "ring", lambda self: (ring(self), rings.put_nowait(None))[0])
+    notify = ParkedClaims.notify
+    monkeypatch.setattr(
+        ParkedClaims, "notify", lambda self: (notify(self), rings.put_nowait(None))[0]
+    )
     async with open_fleet(make_settings(claim_recheck_s=NEVER_S), sigstore) as fleet:
         await rings.get()  # it listens
         runner = await fleet.sign_on()
@@ -434,7 +436,7 @@ async def test_an_undo_that_fails_is_told_to_the_log_and_the_lease_lapses(
                 await fleet.services.in_flight.wait_idle()
             await tried.wait()
             assert (await fleet.row(run_id))["status"] == "CLAIMED"
-    (told,) = [line for line in logs if line["event"] == "claim.not_undone"]
+    (told,) = [line for line in logs if line["event"] == "claim.release_failed"]
     assert (told["run_id"], told["error"]) == (run_id, "ConnectionResetError")
 
 

@@ -334,7 +334,7 @@ async def test_an_expired_key_brings_the_sweep_and_is_not_believed(
     swept: asyncio.Queue[int] = asyncio.Queue()
     run_once = Sweep.run_once
 
-    async def spy(self: Sweep, noticed_by: Literal["bell", "interval"]) -> int:
+    async def spy(self: Sweep, noticed_by: Literal["expiry_event", "interval"]) -> int:
         ended = await run_once(self, noticed_by)
         swept.put_nowait(ended)
         return ended

@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from auth.tokens import RunnerClaims
+from auth.tokens import RunnerIdentity
 from broker.errors import LeaseLost
 from broker.runners.liveness import Liveness
 from config.settings import Settings
@@ -173,7 +173,7 @@ async def test_a_token_that_signed_off_resumes_nothing(
         old, _, new, job = await two_jobs(fleet)
         await sign_off(old)
         (ended,) = await fleet.pool.fetchval("SELECT ended_tokens FROM runner_keys")
-        in_another_process = RunnerClaims(
+        in_another_process = RunnerIdentity(
             old.runner_id, old.fingerprint, old.instance_id, ended, datetime.now(UTC)
         )
         with pytest.raises(LeaseLost):

@@ -36,7 +36,7 @@ NAMES = {
     "listener_connected", "oldest_pending_age_seconds", "rate_limited", "runs", "submission_bytes",
     "submissions",
     "sweep_last_success_timestamp_seconds", "trust_root_age_seconds", "verify_seconds",
-    "verify_workers_lost", "waiters",
+    "workers_lost", "waiters",
 }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ async def test_each_claim_is_counted_once_by_what_came_of_it(
             assert (await runner.claim(key="same")).status_code == 200
         assert (await runner.claim()).status_code == 409
         seen = await scrape(fleet)
-        outcomes = {"empty": 1, "granted": 1, "given_again": 1, "lease_limit": 1}
+        outcomes = {"empty": 1, "granted": 1, "replayed": 1, "lease_limit": 1}
         assert {o: seen.of("claims_total", outcome=o) for o in outcomes} == outcomes
         assert len(seen.labels("claims_total")) == len(outcomes)
         assert seen.of("claim_batch_size_sum") == seen.of("claim_batch_size_count") == 4
@@ -119,7 +119,9 @@ async def test_a_parked_claim_is_a_waiter_until_its_runner_hangs_up(
                 pass  # each look is a request that waits for its answer
             assert seen.of("http_in_flight") == 2
             parked.cancel()
-            while (seen := await scrape(fleet)).of("claims_total", outcome="hung_up") != 1:
+            while (seen := await scrape(fleet)).of(
+                "claims_total", outcome="client_disconnected"
+            ) != 1:
                 pass
         assert (seen.of("waiters"), seen.of("http_in_flight")) == (0, 1)
 
@@ -152,7 +154,7 @@ async def test_submits_are_counted_with_their_size_and_the_time_of_their_verific
                               (good, 200)):  # fmt: skip
             assert (await runner.submit(job, files)).status_code == status
         seen = await scrape(fleet)
-    for outcome in ("signer_not_allowed", "invalid_bundle", "too_large", "accepted", "given_again"):
+    for outcome in ("signer_not_allowed", "invalid_bundle", "too_large", "accepted", "replayed"):
         assert seen.of("submissions_total", outcome=outcome) == 1, outcome
     # What was too large did not arrive whole, and a repeat is not verified again.
     whole = (foreign, incomplete, good, good)
@@ -176,9 +178,11 @@ async def test_a_lapse_is_counted_with_its_lag_and_what_noticed_it(
             await bell.set("lease:any:1", 1, px=1)
             await rings.get()
         async with asyncio.timeout(10):
-            while not (seen := await scrape(fleet)).of("leases_lapsed_total", noticed_by="bell"):
+            while not (seen := await scrape(fleet)).of(
+                "leases_lapsed_total", noticed_by="expiry_event"
+            ):
                 pass  # the counter follows the commit
-        assert seen.of("leases_lapsed_total", noticed_by="bell") == 1
+        assert seen.of("leases_lapsed_total", noticed_by="expiry_event") == 1
         assert seen.of("expiry_lag_seconds_count") == 1
         assert seen.of("expiry_lag_seconds_sum") >= 1
         assert seen.of("listener_connected") == 1

@@ -89,7 +89,7 @@ PLANS = {
     "64 dead leases": ("why_refused", lambda seeded: refused(seeded, 64), 700),
     "lapse": ("lapse", lambda seeded: [200], 10_500),
     "promote aged": ("promote_aged", lambda seeded: [timedelta(days=1), 16], 1_000),
-    "ripen": ("ripen", lambda seeded: [200], 8_400),
+    "promote_due": ("promote_due", lambda seeded: [200], 8_400),
     "a look at the offers": ("offers", lambda seeded: [1], 3_000),
     "archive, all too young": ("archive", lambda seeded: [timedelta(days=7), 200, *FIRST], 10),
     "offers for explain": ("offers", lambda seeded: [1000], 5_500),

@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 import redis.asyncio
 
-from auth.tokens import RunnerClaims
+from auth.tokens import RunnerIdentity
 from broker.leases import expiry_listener, expiry_node
 from broker.leases.expiry_listener import ExpiryListener
 from broker.leases.lease_keys import LeaseKey, LeaseKeys
@@ -32,7 +32,7 @@ NOBODY = "127.0.0.1:1"
 class NoAuthority:
     """An authority that a test must not need."""
 
-    async def revoked_among(self, asked: Sequence[RunnerClaims]) -> list[bool]:
+    async def revoked_among(self, asked: Sequence[RunnerIdentity]) -> list[bool]:
         raise AssertionError("Redis did not answer")
 
     async def all_revocations(self) -> list[Revoked]:
@@ -169,7 +169,7 @@ async def test_lease_keys_and_revocations_lie_on_all_nodes_of_a_cluster(
     monkeypatch.setattr(revocation, "LOOK_S", 10.0)
     revocations = Revocations(topology.client, NoAuthority())
     await topology.client.set("revoked:loaded", 1)
-    claims = RunnerClaims("a", "f" * 64, uuid4(), uuid4(), datetime.now(UTC))
+    claims = RunnerIdentity("a", "f" * 64, uuid4(), uuid4(), datetime.now(UTC))
     assert await revocations.revoked_among([claims]) == [False]
     await revocations.write([Revoked(claims.fingerprint, None, timedelta(seconds=60))])
     assert await revocations.revoked_among([claims]) == [True]

@@ -346,9 +346,7 @@ async def test_at_sighup_a_worker_at_its_work_ends_with_the_policy_it_began_with
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = make_settings(
-        signers_file=policy(tmp_path / "signers.yaml", SIGNER), verify_workers=1
-    )
+    settings = make_settings(signers_file=policy(tmp_path / "signers.yaml", SIGNER), workers=1)
     async with held(tmp_path, monkeypatch) as verifications:
         with started(settings) as process:
             server = Server(process, url_of(process))

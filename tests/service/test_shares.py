@@ -11,7 +11,7 @@ import pytest
 from broker.concurrency import shares
 from broker.concurrency.shares import RunnerShares, Shares
 from broker.leases import parked_claims
-from broker.leases.parked_claims import WaitingRoom
+from broker.leases.parked_claims import ParkedClaims
 from config.settings import Settings
 from handlers import rates
 from sandbox.services.sigstore_instance import ThrowawaySigstore
@@ -74,7 +74,7 @@ async def test_uploads_that_trickle_leave_room_for_those_of_another_runner(
 async def test_verifications_of_one_runner_leave_room_for_those_of_another(
     make_settings: MakeSettings, sigstore: ThrowawaySigstore
 ) -> None:
-    changes = {"verify_max": 4, "verify_workers": 1}
+    changes = {"verify_max": 4, "workers": 1}
     async with two_with_jobs(make_settings, sigstore, **changes) as (fleet, greedy, honest):
         taken = fleet.services.shares.verifications
         assert taken.take("greedy")  # one that takes its time
@@ -92,7 +92,7 @@ async def test_parked_claims_of_one_runner_come_behind_the_first_of_another(
     async with open_fleet(make_settings(), sigstore) as fleet:
         greedy = await fleet.sign_on("greedy", max_leases=64)
         honest = await fleet.sign_on("honest")
-        room = fleet.services.claims.room
+        room = fleet.services.claims.parked
         flood = [asyncio.create_task(greedy.claim(wait_s=50)) for _ in range(20)]
         await until(lambda: len(room) == 20)
         waiting = asyncio.create_task(honest.claim(wait_s=50))
@@ -110,16 +110,16 @@ async def test_of_a_runner_with_too_many_parked_claims_the_oldest_stops_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(parked_claims, "PARKED_MAX", 2)
-    room = WaitingRoom(_nothing, 1000, most=100)
+    parked = ParkedClaims(_nothing, 1000, most=100)
     offer = shares  # any hashable: nothing is looked up
 
     def wait(place: int, runner_id: str) -> "asyncio.Task[bool]":
-        return asyncio.create_task(room.wait(place, runner_id, offer, 0, 1000))  # type: ignore[arg-type]
+        return asyncio.create_task(parked.wait(place, runner_id, offer, 0, 1000))  # type: ignore[arg-type]
 
     tasks = [wait(1, "greedy"), wait(2, "honest"), wait(3, "greedy"), wait(4, "greedy")]
     assert await tasks[0] is False
-    assert len(room) == 3
-    room.empty()
+    assert len(parked) == 3
+    parked.release_all()
     assert await asyncio.gather(*tasks) == [False] * 4
 
 
@@ -136,13 +136,13 @@ async def test_a_runner_has_so_many_requests_in_flight_and_no_more(
     async with open_fleet(make_settings(), sigstore) as fleet:
         greedy, honest = await fleet.sign_on("greedy"), await fleet.sign_on("honest")
         flood = [asyncio.create_task(greedy.claim(wait_s=50)) for _ in range(3)]
-        await until(lambda: len(fleet.services.claims.room) == 3)
+        await until(lambda: len(fleet.services.claims.parked) == 3)
         assert code_of(await greedy.claim()) == (429, "rate_limited")
         assert (await honest.claim()).status_code == 204
         for task in flood:
             task.cancel()
         await asyncio.gather(*flood, return_exceptions=True)
-        await until(lambda: len(fleet.services.claims.room) == 0)
+        await until(lambda: len(fleet.services.claims.parked) == 0)
         assert (await greedy.claim()).status_code == 204  # what it had came back
 
 

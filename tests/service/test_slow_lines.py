@@ -198,7 +198,7 @@ async def test_a_request_that_waits_for_its_answer_is_waited_for(
 ) -> None:
     async with unpatrolled(make_settings(), sigstore, monkeypatch) as (fleet, runner):
         claim = asyncio.create_task(runner.claim(wait_s=20))
-        await until(lambda: len(fleet.services.claims.room))
+        await until(lambda: len(fleet.services.claims.parked))
         for now in range(0, 10 * int(IDLE_S), 10):
             server_of(fleet).look(now)
         await fleet.enqueue()

@@ -110,7 +110,7 @@ async def test_more_parked_claims_than_connections_are_answered_and_others_get_t
             line = await lines.enter_async_context(line_to(fleet.url))
             await line.send(claim + body)
             parked.append(line)
-        await until(lambda: len(fleet.services.claims.room) == 9)
+        await until(lambda: len(fleet.services.claims.parked) == 9)
         for _ in range(3):
             line = await lines.enter_async_context(line_to(fleet.url))
             await line.send(claim + body)

@@ -578,7 +578,7 @@ async def test_only_so_many_results_are_written_at_once_that_heartbeats_go_on(
         return outcome
 
     monkeypatch.setattr(Workers, "call", counted)
-    async with open_fleet(make_settings(verify_workers=1), sigstore) as fleet:
+    async with open_fleet(make_settings(workers=1), sigstore) as fleet:
         runners = [await fleet.sign_on(f"runner-{n}") for n in range(4)]
         await fleet.admin("POST", "/queue", json={"runs": [run_of() for _ in runners]})
         jobs = [await runner.take() for runner in runners]

@@ -26,7 +26,7 @@ from broker.concurrency.supervision import Succeeded, Supervisor
 from broker.leases import notifications
 from broker.leases.expiry_listener import ExpiryListener
 from broker.leases.notifications import Wakeup
-from broker.leases.parked_claims import WaitingRoom
+from broker.leases.parked_claims import ParkedClaims
 from broker.leases.sweep import Sweep
 from broker.runners import liveness
 from broker.runners.liveness import Liveness
@@ -264,7 +264,7 @@ async def test_a_loop_that_waits_to_be_started_again_is_seen_from_outside(
 
 LOOPS: dict[str, tuple[type, str]] = {
     "sweep": (Sweep, "run"),
-    "waiting_room": (WaitingRoom, "run"),
+    "parked_claims": (ParkedClaims, "run"),
     "expiry_listener": (ExpiryListener, "run"),
     "liveness": (Liveness, "run"),
     "wakeup": (Wakeup, "run"),

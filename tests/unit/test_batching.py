@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from broker.concurrency.batching import WHOLE, Coalescer
+from broker.concurrency.batching import MIN_BATCH, Batcher
 
 
 class Desk:
@@ -16,7 +16,7 @@ class Desk:
         self.undelivered: list[str] = []
         self.started: asyncio.Queue[None] = asyncio.Queue()
         self.open = asyncio.Event()
-        self.line = Coalescer(self.serve, undelivered=self.undelivered.append, limit=limit)
+        self.line = Batcher(self.serve, undelivered=self.undelivered.append, limit=limit)
 
     async def serve(self, items: Sequence[int]) -> list[str]:
         self.batches.append(list(items))
@@ -26,16 +26,16 @@ class Desk:
             raise ZeroDivisionError("0")
         return [f"answer {item}" for item in items]
 
-    def ask(self, *items: int) -> list[asyncio.Task[str]]:
-        return [asyncio.create_task(self.line.ask(item)) for item in items]
+    def submit(self, *items: int) -> list[asyncio.Task[str]]:
+        return [asyncio.create_task(self.line.submit(item)) for item in items]
 
 
 @pytest.mark.gen_test
 async def test_what_arrives_during_a_call_shares_the_next_one_in_order() -> None:
     desk = Desk()
-    first = desk.ask(1)
+    first = desk.submit(1)
     await desk.started.get()
-    others = desk.ask(2, 3, 4)
+    others = desk.submit(2, 3, 4)
     desk.open.set()
     assert await asyncio.gather(*first, *others) == [f"answer {n}" for n in (1, 2, 3, 4)]
     assert desk.batches == [[1], [2, 3, 4]]
@@ -45,7 +45,7 @@ async def test_what_arrives_during_a_call_shares_the_next_one_in_order() -> None
 async def test_at_most_the_limit_is_served_by_one_call() -> None:
     desk = Desk(limit=2)
     desk.open.set()
-    answers = await asyncio.gather(*desk.ask(1, 2, 3, 4, 5))
+    answers = await asyncio.gather(*desk.submit(1, 2, 3, 4, 5))
     assert answers == [f"answer {n}" for n in (1, 2, 3, 4, 5)]
     assert desk.batches == [[1, 2], [3, 4], [5]]
 
@@ -53,9 +53,9 @@ async def test_at_most_the_limit_is_served_by_one_call() -> None:
 @pytest.mark.gen_test
 async def test_a_call_that_fails_is_told_to_all_who_shared_it_and_to_no_others() -> None:
     desk = Desk()
-    shared = desk.ask(1, 0)
+    shared = desk.submit(1, 0)
     await desk.started.get()
-    later = desk.ask(2)
+    later = desk.submit(2)
     desk.open.set()
     outcomes = await asyncio.gather(*shared, *later, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [ZeroDivisionError, ZeroDivisionError, str]
@@ -64,9 +64,9 @@ async def test_a_call_that_fails_is_told_to_all_who_shared_it_and_to_no_others()
 @pytest.mark.gen_test
 async def test_who_is_gone_before_the_call_is_left_out_of_it() -> None:
     desk = Desk()
-    first = desk.ask(1)
+    first = desk.submit(1)
     await desk.started.get()
-    gone, stays = desk.ask(2, 3)
+    gone, stays = desk.submit(2, 3)
     await asyncio.sleep(0)  # both are waiting now
     gone.cancel()
     desk.open.set()
@@ -78,7 +78,7 @@ async def test_who_is_gone_before_the_call_is_left_out_of_it() -> None:
 @pytest.mark.gen_test
 async def test_the_answer_to_who_is_gone_during_the_call_is_given_back() -> None:
     desk = Desk()
-    gone, stays = desk.ask(1, 2)
+    gone, stays = desk.submit(1, 2)
     await desk.started.get()
     gone.cancel()
     await asyncio.wait([gone])
@@ -92,7 +92,7 @@ async def test_the_answer_to_who_is_gone_during_the_call_is_given_back() -> None
 async def test_the_answer_to_who_is_cancelled_before_taking_it_is_given_back(item: int) -> None:
     """The answer is there, and the asker's turn comes after the hang-up of its connection."""
     desk = Desk()
-    (gone,) = desk.ask(item)
+    (gone,) = desk.submit(item)
     await desk.started.get()
     desk.open.set()
     # In one turn of the loop: the call goes on and answers, then the hang-up is noticed.
@@ -105,11 +105,11 @@ async def test_the_answer_to_who_is_cancelled_before_taking_it_is_given_back(ite
 @pytest.mark.gen_test
 async def test_a_failure_that_nobody_waits_for_any_more_harms_nobody() -> None:
     desk = Desk()
-    (gone,) = desk.ask(0)
+    (gone,) = desk.submit(0)
     await desk.started.get()
     gone.cancel()
     await asyncio.wait([gone])
-    later = desk.ask(1)
+    later = desk.submit(1)
     desk.open.set()
     assert await later[0] == "answer 1"
     assert desk.undelivered == []
@@ -120,19 +120,19 @@ async def test_of_a_crowd_the_first_half_goes_first() -> None:
     """So that we answer these while the others are served, and are never all idle in turn."""
     desk = Desk()
     desk.open.set()
-    everybody = range(1, 2 * WHOLE + 3)
-    answers = await asyncio.gather(*desk.ask(*everybody))
+    everybody = range(1, 2 * MIN_BATCH + 3)
+    answers = await asyncio.gather(*desk.submit(*everybody))
     assert answers == [f"answer {item}" for item in everybody]
-    assert [len(batch) for batch in desk.batches] == [WHOLE + 1, WHOLE, 1]
+    assert [len(batch) for batch in desk.batches] == [MIN_BATCH + 1, MIN_BATCH, 1]
     assert [item for batch in desk.batches for item in batch] == list(everybody)
 
 
 @pytest.mark.gen_test
 async def test_what_is_to_be_apart_shares_no_call_and_holds_nobody_else_up() -> None:
     desk = Desk()
-    desk.line = Coalescer(desk.serve, apart=lambda item: item % 10)
+    desk.line = Batcher(desk.serve, exclusive_key=lambda item: item % 10)
     desk.open.set()
-    answers = await asyncio.gather(*desk.ask(1, 11, 21, 2, 12))
+    answers = await asyncio.gather(*desk.submit(1, 11, 21, 2, 12))
     assert answers == [f"answer {item}" for item in (1, 11, 21, 2, 12)]
     assert desk.batches == [[1, 2], [11, 12], [21]]
 
@@ -145,9 +145,9 @@ async def test_a_call_that_ends_in_no_way_it_should_lets_nobody_wait_for_ever(en
             raise asyncio.CancelledError  # a driver's, from within
         return []
 
-    line: Coalescer[int, int] = Coalescer(serve)
+    line: Batcher[int, int] = Batcher(serve)
     for _ in range(2):
-        asked = [line.ask(1), line.ask(2)]
+        asked = [line.submit(1), line.submit(2)]
         async with asyncio.timeout(5):
             outcomes = await asyncio.gather(*asked, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [RuntimeError, RuntimeError]

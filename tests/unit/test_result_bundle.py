@@ -19,7 +19,7 @@ from broker.results.binding import check_binding
 from broker.results.bundle import SIGNATURE, check_names, parse_result
 from broker.results.manifest import check_agreement, check_manifest
 from sandbox.runner.answers import BuiltInRules, CellFailed, Outcome, cells_of, execute
-from sandbox.runner.result_bundle import WARNING, Rig, build_bundle, build_result, model_score
+from sandbox.runner.result_bundle import WARNING, Hardware, build_bundle, build_result, model_score
 from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore
 from tests.support import harness_shapes
 from tests.support.runner_stage import BODY, JOB, RUN_ID
@@ -41,7 +41,7 @@ def outcomes(io_loop) -> list[Outcome]:
 
 @pytest.fixture
 def bundle(outcomes: list[Outcome]) -> dict[str, bytes]:
-    return build_bundle(JOB, outcomes, RULES.provenance, Rig(24), sign)
+    return build_bundle(JOB, outcomes, RULES.provenance, Hardware(24), sign)
 
 
 def test_the_bundle_has_the_four_files(bundle: dict[str, bytes]) -> None:
@@ -124,7 +124,7 @@ def test_the_files_are_written_as_the_harness_writes_json(outcomes: list[Outcome
     assert reply is not None
     foreign = replace(outcomes[1], reply=replace(reply, text="Troms\u00f8"))
     told = [outcomes[0], foreign, *outcomes[2:]]
-    files = build_bundle(JOB, told, RULES.provenance, Rig(24), sign)
+    files = build_bundle(JOB, told, RULES.provenance, Hardware(24), sign)
     for name in ("result.json", "manifest.json"):
         assert files[name] == harness_shapes.written(json.loads(files[name]))
     assert files["result.json"].isascii()
@@ -143,7 +143,7 @@ def far_east(monkeypatch: pytest.MonkeyPatch) -> Iterator[timedelta]:
 def test_the_timestamp_is_local_and_the_manifests_time_is_not(
     outcomes: list[Outcome], far_east: timedelta
 ) -> None:
-    files = build_bundle(JOB, outcomes, RULES.provenance, Rig(24), sign)
+    files = build_bundle(JOB, outcomes, RULES.provenance, Hardware(24), sign)
     manifest = json.loads(files["manifest.json"])
     local = datetime.strptime(manifest["timestamp"], "%Y%m%d-%H%M%S").replace(tzinfo=UTC)
     created = datetime.fromisoformat(manifest["created_at"])
@@ -154,7 +154,7 @@ def test_the_timestamp_is_local_and_the_manifests_time_is_not(
 def test_what_the_model_has_not_set_comes_from_the_server_section(outcomes) -> None:
     models = [{"id": "m", "alias": "M", "gguf": "org/repo/M-F16.gguf", "n_cpu_moe": 9}]
     config = {**JOB.config, "server": {"ctx": 4096, "image": "llama.cpp:server"}, "models": models}
-    result = build_result(replace(JOB, config=config), outcomes, RULES.provenance, Rig(24))
+    result = build_result(replace(JOB, config=config), outcomes, RULES.provenance, Hardware(24))
     assert result["provenance"]["server_image"] == "llama.cpp:server"
     assert result["model_metadata"] == [
         {
@@ -169,7 +169,7 @@ def test_what_the_model_has_not_set_comes_from_the_server_section(outcomes) -> N
         }
     ]
     models[0]["ctx"] = 8192
-    result = build_result(replace(JOB, config=config), outcomes, RULES.provenance, Rig(24))
+    result = build_result(replace(JOB, config=config), outcomes, RULES.provenance, Hardware(24))
     assert result["model_metadata"][0]["ctx"] == 8192
 
 
@@ -182,7 +182,7 @@ def test_the_result_says_that_no_model_and_no_gpu_were_there(bundle) -> None:
 def test_a_failed_cell_has_only_its_ids_and_what_went_wrong(outcomes: list[Outcome]) -> None:
     broken = replace(outcomes[1], reply=None, quality=None, failure=CellFailed("timeout", "late"))
     told = [outcomes[0], broken, *outcomes[2:]]
-    result = build_result(JOB, told, RULES.provenance, Rig(24))
+    result = build_result(JOB, told, RULES.provenance, Hardware(24))
     assert result["records"][1] == {
         "task_id": "capital",
         "domain": "geography",
@@ -199,7 +199,7 @@ def test_a_failed_cell_has_only_its_ids_and_what_went_wrong(outcomes: list[Outco
 def test_a_run_in_which_nothing_was_answered_has_failed(outcomes: list[Outcome]) -> None:
     late = CellFailed("timeout", "late")
     broken = [replace(one, reply=None, quality=None, failure=late) for one in outcomes]
-    assert build_result(JOB, broken, RULES.provenance, Rig(24))["run_status"] == "failed"
+    assert build_result(JOB, broken, RULES.provenance, Hardware(24))["run_status"] == "failed"
 
 
 def test_a_failed_cell_counts_as_zero_and_the_floor_is_kept_apart(outcomes) -> None:
@@ -251,7 +251,9 @@ def test_a_job_without_floor_tasks_has_no_floor_score(outcomes) -> None:
     score = model_score("m", outcomes[1:])
     names = ("floor_score", "floor_cells_passed", "floor_cells_total")
     assert [score[name] for name in names] == [None] * 3
-    told = build_bundle(JOB, outcomes[1:], RULES.provenance, Rig(24), sign)["summary.md"].decode()
+    told = build_bundle(JOB, outcomes[1:], RULES.provenance, Hardware(24), sign)[
+        "summary.md"
+    ].decode()
     assert ", no floor tasks.\n" in told
 
 
@@ -259,7 +261,7 @@ def test_the_summary_shows_each_score_and_what_failed(outcomes: list[Outcome]) -
     shown = [replace(one, quality=1.0) for one in outcomes]
     shown[1] = replace(shown[1], failure=CellFailed("timeout", "late"))
     shown[2] = replace(shown[2], quality=None)
-    text = build_bundle(JOB, shown, RULES.provenance, Rig(24), sign)["summary.md"].decode()
+    text = build_bundle(JOB, shown, RULES.provenance, Hardware(24), sign)["summary.md"].decode()
     assert text.startswith("# Llama-3.3-70B-Instruct (q4_k_m)\n")
     assert ", floor 1 of 1.\n" in text
     assert "| capital | terse | failed: timeout |" in text
@@ -272,17 +274,17 @@ def test_the_summary_shows_each_score_and_what_failed(outcomes: list[Outcome]) -
     [(8, "RTX 4060"), (10, "RTX 4070"), (24, "RTX 4090"), (48, "RTX 6000"), (640, "H100")],
 )
 def test_the_hardware_is_a_card_of_the_declared_size(vram_gb: int, model: str) -> None:
-    snapshot = Rig(vram_gb).snapshot()
+    snapshot = Hardware(vram_gb).snapshot()
     assert model in snapshot["gpu_model"]
     assert snapshot["vram_mb"] == vram_gb * 1024
 
 
 def test_a_mixture_of_experts_is_measured_by_its_active_parameters(outcomes) -> None:
     job = replace(JOB, model={**JOB.model, "active_parameter_count_b": 10.0})
-    record = build_result(job, outcomes, RULES.provenance, Rig(24))["records"][1]
+    record = build_result(job, outcomes, RULES.provenance, Hardware(24))["records"][1]
     assert record["flops_per_token_theoretical"] == 20e9
     assert record["peak_vram_mb"] == 5888  # 10e9 * 4 bits * 1.15
-    assert build_result(JOB, outcomes, {}, Rig(24))["records"][1]["peak_vram_mb"] == 24 * 1024
+    assert build_result(JOB, outcomes, {}, Hardware(24))["records"][1]["peak_vram_mb"] == 24 * 1024
 
 
 def accept(bundle: dict[str, bytes]) -> dict:
@@ -305,7 +307,7 @@ def test_the_server_accepts_failed_and_unscored_cells(outcomes: list[Outcome]) -
     late = replace(outcomes[0], reply=None, quality=None, failure=CellFailed("timeout", "late"))
     unscored = replace(outcomes[1], quality=None)
     mixed = [late, unscored, *outcomes[2:]]
-    result = accept(build_bundle(JOB, mixed, RULES.provenance, Rig(24), sign))
+    result = accept(build_bundle(JOB, mixed, RULES.provenance, Hardware(24), sign))
     assert result["records"][0]["failure_code"] == "timeout"
 
 
@@ -313,7 +315,7 @@ def test_a_task_needs_no_domain_and_no_expectation(io_loop) -> None:
     bare = {"id": "bare", "user_prompt": "Why?", "scorer": "judge", "tier": "main"}
     job = replace(JOB, tasks=[bare], floor_tasks=[])
     asked = io_loop.run_sync(lambda: execute(job, RULES, lambda _: None))
-    records = build_result(job, asked, RULES.provenance, Rig(24))["records"]
+    records = build_result(job, asked, RULES.provenance, Hardware(24))["records"]
     assert [(one["domain"], one["quality_heuristic"]) for one in records] == [(None, None)] * 2
 
 
@@ -321,7 +323,7 @@ def test_the_signature_of_a_throwaway_sigstore_verifies(outcomes, tmp_path: Path
     sigstore = ThrowawaySigstore.create(tmp_path / "sigstore")
     subject = EmailSubject("runner@example.org", "https://accounts.example.org")
     bundle = build_bundle(
-        JOB, outcomes, RULES.provenance, Rig(24), lambda blob: sigstore.sign(blob, subject)
+        JOB, outcomes, RULES.provenance, Hardware(24), lambda blob: sigstore.sign(blob, subject)
     )
     policy = load_policy(ROOT / "config" / "signers.yaml")
     signer = Signer(subject.identity, subject.issuer)

@@ -10,6 +10,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from config.key_rings import parse_key_ring, parse_seed_ring
+from config.read_errors import describe_read_error
 from config.settings import (
     CONFIG_VARIABLE,
     PREFIX,
@@ -17,7 +18,6 @@ from config.settings import (
     SettingsRefused,
     load_settings,
 )
-from config.unreadable import why_unreadable
 from server import ServerRefused, open_services
 
 SECRET, OTHER = "s" * 32, "t" * 32
@@ -329,6 +329,6 @@ def test_no_secret_is_ever_shown() -> None:
 
 
 def test_a_file_of_another_user_is_refused_with_the_uid_and_the_fix() -> None:
-    reason = why_unreadable(PermissionError(errno.EACCES, "Permission denied"))
+    reason = describe_read_error(PermissionError(errno.EACCES, "Permission denied"))
     assert f"Permission denied for uid {os.geteuid()}" in reason
     assert "LoadCredential=" in reason

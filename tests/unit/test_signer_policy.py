@@ -8,7 +8,7 @@ from structlog.testing import capture_logs
 
 from auth.errors import PolicyRefused
 from auth.signers import BundleVerifier, Signer, SignerPolicy, check_signer, load_policy
-from broker.results.active_verifier import Trusted
+from broker.results.active_verifier import ActiveVerifier
 from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.support.cli_admin import Shell
 
@@ -320,7 +320,7 @@ def test_whoever_believes_a_policy_tells_what_it_ignores(load, tmp_path):
     sigstore = ThrowawaySigstore.create(tmp_path / "sigstore")
     verifier = BundleVerifier(sigstore.trusted_root, load(LIVE))
     with capture_logs() as logs:
-        trusted = Trusted(verifier, 60)
+        trusted = ActiveVerifier(verifier, 60)
         trusted.use(pickle.loads(pickle.dumps(verifier)))  # noqa: S301 (our own)
     told = [line for line in logs if line["event"] == "signers.entry_ignored"]
     assert [line["where"] for line in told] == ["trusted_identities[0]"] * 2

@@ -7,7 +7,7 @@ import weakref
 import pytest
 
 from broker.concurrency import ttl_cache
-from broker.concurrency.ttl_cache import Remembered
+from broker.concurrency.ttl_cache import TTLCache
 
 
 class Answer:
@@ -18,7 +18,7 @@ class Answer:
 async def test_an_answer_is_known_for_its_second_and_no_longer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    answers: Remembered[str, int] = Remembered()
+    answers: TTLCache[str, int] = TTLCache()
     assert answers.get("a") is None
     answers.put([("a", 1), ("b", 2)])
     assert (answers.get("a"), answers.get("b")) == (1, 2)
@@ -30,7 +30,7 @@ async def test_an_answer_is_known_for_its_second_and_no_longer(
 
 @pytest.mark.gen_test
 async def test_clearing_forgets_also_what_was_put_a_turn_ago() -> None:
-    answers: Remembered[str, int] = Remembered()
+    answers: TTLCache[str, int] = TTLCache()
     answers.put([("a", 1)])
     answers.put([("b", 2)])
     answers.clear()
@@ -42,7 +42,7 @@ async def test_what_is_too_old_leaves_memory_though_nobody_asks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ttl_cache, "REMEMBERED_S", 0.01)
-    answers: Remembered[str, Answer] = Remembered()
+    answers: TTLCache[str, Answer] = TTLCache()
     gone = asyncio.Event()
     answer = Answer()
     watched = weakref.ref(answer, lambda _: gone.set())

@@ -32,7 +32,7 @@ class Server:
 
 
 @dataclass
-class Stage:
+class BenchEnv:
     """Everything that runs; it ends with the context that made it."""
 
     postgres: servers.Postgres
@@ -81,12 +81,12 @@ class Stage:
 
 
 @contextmanager
-def open_stage() -> Iterator[Stage]:
+def open_env() -> Iterator[BenchEnv]:
     """Yield a stage with a migrated database and no server yet. Raises SandboxError."""
     with servers.postgres() as postgres, servers.redis() as redis_server, ExitStack() as running:
         _tune(postgres)
         migrate.migrate(postgres.dsn)
-        yield Stage(postgres, redis_server, running)
+        yield BenchEnv(postgres, redis_server, running)
 
 
 def _tune(postgres: servers.Postgres) -> None:

@@ -14,7 +14,7 @@ from config.strict_yaml import YamlRefused
 NO_TEXT = "it is not UTF-8 text"
 
 
-def why_unreadable(error: Exception) -> str:
+def describe_read_error(error: Exception) -> str:
     """Return the reason and, where the parser tells it, the place; nothing that the file holds."""
     if isinstance(error, PermissionError):
         return (

@@ -1,8 +1,8 @@
 """The leash: a small process that holds one private server and leaves nothing behind.
 
-Both ends are here. `Leash`, the launcher's end, starts this file as a script (`python -I -S
+Both ends are here. The launcher's end, `ProcessSupervisor`, starts this file (`python -I -S
 leash.py BASE UID GID`: standard library only) and writes one JSON order per line to its stdin:
-{"verb": "start", ...}. The script's end, `Keeper`, answers each with one line on stdout:
+{"verb": "start", ...}. The script's end, `ServerProcess`, answers each with one line on stdout:
 {"value": ...} or {"error": "..."}. The folder it made is the first line it says.
 
 Whatever ends the launcher, SIGKILL included, closes that pipe; the leash then stops the server
@@ -89,7 +89,7 @@ def base_for(account: Account | None) -> str:
     return base if plain and output_as(account, "test", "-x", base) is not None else "/tmp"  # noqa: S108
 
 
-class Leash:
+class ProcessSupervisor:
     """The launcher's end of a leash process: one order out, one answer back, from any thread."""
 
     def __init__(self, account: Account | None, lock: int | None = None) -> None:
@@ -153,7 +153,7 @@ class Leash:
         return answer["value"]
 
 
-class Keeper:
+class ServerProcess:
     """One method per verb; each returns what is said back, as JSON."""
 
     def __init__(self, folder: Path, uid: int, gid: int) -> None:
@@ -286,7 +286,7 @@ def say(message: dict[str, Any]) -> None:
     os.write(sys.stdout.fileno(), json.dumps(message).encode() + b"\n")
 
 
-def obey(keeper: Keeper, order: dict[str, Any]) -> dict[str, Any]:
+def obey(keeper: ServerProcess, order: dict[str, Any]) -> dict[str, Any]:
     """Carry out one order; a command that cannot be run is an answer, not a crash."""
     try:
         return {"value": getattr(keeper, order.pop("verb"))(**order)}
@@ -294,7 +294,7 @@ def obey(keeper: Keeper, order: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def serve(keeper: Keeper) -> None:
+def serve(keeper: ServerProcess) -> None:
     """Orders until the pipe closes or {"verb": "end"} comes (a forked copy may hold the pipe)."""
     for line in iter(sys.stdin.readline, ""):
         order = json.loads(line)
@@ -321,7 +321,7 @@ def main(base: str, uid: int, gid: int) -> None:
     if LINUX:
         LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
     folder = Path(tempfile.mkdtemp(prefix="bq-", dir=base))
-    keeper = Keeper(folder, uid, gid)
+    keeper = ServerProcess(folder, uid, gid)
     try:
         if uid >= 0:
             os.chown(folder, uid, gid)

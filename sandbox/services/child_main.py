@@ -1,6 +1,6 @@
 """Run a module that never outlives its starter.
 
-    python -P -m sandbox.services.tether MODULE [ARGUMENT...]
+    python -P -m sandbox.services.child_main MODULE [ARGUMENT...]
 
 The starter holds the other end of our stdin and writes nothing. However it ends, SIGKILL included,
 the pipe closes and this process ends at once. A death signal (PR_SET_PDEATHSIG) would do the same

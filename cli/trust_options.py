@@ -24,7 +24,7 @@ from client.output import CommandFailed, note, usage_error
 
 
 @dataclass(frozen=True, slots=True)
-class Believed:
+class TrustOptions:
     """A trust root and signers: as the options name them, and else as the settings do."""
 
     trusted_root: Path | None

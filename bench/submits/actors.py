@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from nacl.signing import SigningKey
 
 from bench.submits.bundle import BOUNDARY, bundle_of, form, run_of
-from bench.support.stage import PUBLIC_URL
+from bench.support.env import PUBLIC_URL
 from db.pool import open_pool
 from sandbox.runner.identity import Identity, public_key_text
 from sandbox.services.admin_token import new_token
@@ -70,7 +70,7 @@ def closing(port: int) -> Iterator[http.client.HTTPConnection]:
         line.close()
 
 
-class Town:
+class Actors:
     """An admin, runners, and bundles that wait to be submitted."""
 
     def __init__(self, port: int, dsn: str, sigstore: ThrowawaySigstore) -> None:
