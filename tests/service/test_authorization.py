@@ -146,7 +146,7 @@ def bearer(name: str, token: str, **said: Any) -> Credential:
 
 
 @dataclass
-class ClaimBench:
+class Scene:
     """A server with two runners and something for every address to act on."""
 
     fleet: Fleet
@@ -230,7 +230,7 @@ class ClaimBench:
 
 
 @asynccontextmanager
-async def staged(settings: Settings, sigstore: ThrowawaySigstore) -> AsyncIterator[ClaimBench]:
+async def staged(settings: Settings, sigstore: ThrowawaySigstore) -> AsyncIterator[Scene]:
     """Yield a scene with a run in every state that an address acts on."""
     async with open_fleet(settings, sigstore) as fleet:
         runner = await fleet.sign_on(max_leases=64)
@@ -245,12 +245,12 @@ async def staged(settings: Settings, sigstore: ThrowawaySigstore) -> AsyncIterat
         minted = (await fleet.admin("POST", "/tokens", json=wanted)).json()
         given = (await fleet.admin("GET", "/runners/target/tokens")).json()["tokens"]
         tokens = {"token_id": minted["token_id"], "jti": given[0]["jti"]}
-        scene = ClaimBench(fleet, runner, target, runs, tokens, {})
+        scene = Scene(fleet, runner, target, runs, tokens, {})
         await scene.renew()
         yield scene
 
 
-async def credentials(scene: ClaimBench) -> list[Credential]:
+async def credentials(scene: Scene) -> list[Credential]:
     """Return every kind of credential: of nobody, of runners, of admins."""
     fleet, runner = scene.fleet, scene.runner
     revoked, gone = await fleet.sign_on("signed-off"), await fleet.sign_on("gone")

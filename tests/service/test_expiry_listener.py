@@ -35,7 +35,7 @@ class Bell(Sweep):
         super().__init__(*given)
         self.rings: asyncio.Queue[None] = asyncio.Queue()
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         self.rings.put_nowait(None)
 
     def silence(self) -> None:

@@ -369,7 +369,7 @@ def test_no_task_is_left_to_itself() -> None:
     folders = ("auth", "broker", "db", "handlers", "config")
     sources = [
         ROOT / "server.py",
-        *(file for name in folders for file in ROOT.glob(f"{name}/*.py")),
+        *(file for name in folders for file in ROOT.glob(f"{name}/**/*.py")),
     ]
     starts = {
         str(source.relative_to(ROOT))

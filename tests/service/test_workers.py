@@ -33,8 +33,8 @@ from tests.support.held_verification import held
 MakeSettings = Callable[..., Settings]
 ORPHANS = """
 import asyncio, sys
-from broker.verify_worker import REQUEST
-from broker.workers import Workers
+from broker.concurrency.worker_main import REQUEST
+from broker.concurrency.workers import Workers
 workers = Workers()
 workers.warm()
 print(*workers.pids, flush=True)
@@ -42,9 +42,9 @@ sys.stdin.read()
 """
 
 UNTOLD = """
-from broker import verify_worker
-verify_worker._end_with_the_server = lambda: None
-verify_worker.main()
+from broker.concurrency import worker_main
+worker_main._end_with_the_server = lambda: None
+worker_main.main()
 """
 
 

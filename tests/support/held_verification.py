@@ -15,14 +15,14 @@ PATCH = """
 import sys
 if "broker.concurrency.worker_main" in sys.orig_argv:
     import os, socket
-    from broker import verification
-    verify = verification.verify
+    from broker.results import verify as steps
+    verify = steps.verify
     def held(handed, upload):
         with socket.create_connection(("127.0.0.1", {port})) as line:
             line.sendall(b"%d\\n" % os.getpid())
             line.recv(1)
         return verify(handed, upload)
-    verification.verify = held
+    steps.verify = held
 """
 
 

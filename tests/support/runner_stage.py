@@ -104,7 +104,7 @@ class Heard:
         return json.loads(self.body)
 
 
-class BenchEnv:
+class Stage:
     """Answers each verb (`claim`, `heartbeat`, ...) by its script; the last line is repeated."""
 
     def __init__(self) -> None:
@@ -151,7 +151,7 @@ class BenchEnv:
 
 
 class _Handler(tornado.web.RequestHandler):
-    def initialize(self, stage: BenchEnv) -> None:
+    def initialize(self, stage: Stage) -> None:
         self.stage = stage
 
     async def prepare(self) -> None:

