@@ -24,10 +24,12 @@ from auth.tokens import Tokens
 from broker.admin.admin_tokens import TokenAdmin
 from broker.admin.archiver import INTERVAL_S as ARCHIVER_S
 from broker.admin.archiver import Archiver
+from broker.admin.explain import Explain
 from broker.admin.key_rings import INTERVAL_S as KEY_RINGS_S
 from broker.admin.key_rings import KeyRings
 from broker.admin.model_needs import ModelNeeds
 from broker.admin.moderation import Moderation
+from broker.admin.pauses import Pauses
 from broker.admin.queue_tally import QueueTally
 from broker.admin.results import Results
 from broker.admin.runner_keys import Allowlist
@@ -185,6 +187,8 @@ async def open_services(
             allowlist=Allowlist(pool, tokens, revocations, keys),
             enqueue=Enqueue(pool, settings, workers),
             queue=QueueView(pool),
+            explain=Explain(pool, settings),
+            pauses=Pauses(pool),
             results=Results(pool),
             moderation=Moderation(pool),
             model_needs=ModelNeeds(pool),

@@ -164,7 +164,7 @@ async def measure(pool: asyncpg.Pool) -> dict[str, tuple[float, int]]:
         "lapse of 20": await explained(pool, sql["lapse"], (200,), OVERDUE),
         "tally (metrics)": await explained(pool, sql["tally"], ()),
         "list, first page": await explained(
-            pool, sql["list_page"], (None, *run_queue.FIRST_PAGE, 101)
+            pool, sql["list_page"], (None, *run_queue.FIRST_PAGE, 101, *[None] * 8)
         ),
     }
 

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from broker.admin.admin_tokens import TokenAdmin
+from broker.admin.explain import Explain
 from broker.admin.model_needs import ModelNeeds
 from broker.admin.moderation import Moderation
+from broker.admin.pauses import Pauses
 from broker.admin.queue_tally import QueueTally
 from broker.admin.results import Results
 from broker.admin.runner_keys import Allowlist
@@ -44,6 +46,8 @@ class Services:
     allowlist: Allowlist
     enqueue: Enqueue
     queue: QueueView
+    explain: Explain
+    pauses: Pauses
     results: Results
     moderation: Moderation
     model_needs: ModelNeeds

@@ -1,7 +1,10 @@
 """`bakeoff-queue keys`: the allowlist of runner keys."""
 
+import base64
+import os
 import re
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -34,6 +37,11 @@ NO_SIGNER = (
     " For a machine of yours, add the key with --signer-identity and --signer-issuer, or with"
     " --signature-policy runner-key"
 )
+
+
+Fingerprint = Annotated[
+    str, typer.Argument(help=f"As `keys ls` shows it; {MIN_PREFIX} or more of its digits.")
+]
 
 
 class SignaturePolicy(StrEnum):
@@ -105,10 +113,39 @@ def ls(url: Url = DEFAULT_URL, token: Token = "", as_json: AsJson = False) -> No
 
 
 @app.command()
+def show(
+    fingerprint: Fingerprint, url: Url = DEFAULT_URL, token: Token = "", as_json: AsJson = False
+) -> None:
+    """Show a key of the allowlist."""
+    with connect(url, token) as admin:
+        key = admin.get(f"{KEYS}/{find_key(admin, fingerprint)['fingerprint']}")
+    print_json(key) if as_json else print_members(key)
+
+
+@app.command()
+def generate(
+    file: Annotated[Path, typer.Argument(dir_okay=False, help="Where the private key goes.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a runner key: the private half goes into FILE (mode 0600), the public half is shown."""
+    from nacl.signing import SigningKey
+
+    key = SigningKey.generate()
+    try:
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+            out.write(base64.b64encode(bytes(key)).decode() + "\n")
+    except FileExistsError:
+        raise usage_error(f"{file} is there already: a key is never overwritten") from None
+    except OSError as error:
+        raise CommandFailed(f"{file}: {error.strerror}") from None
+    public = RunnerKey.parse(base64.b64encode(bytes(key.verify_key)).decode())
+    shown = {"public_key": public.text, "fingerprint": public.fingerprint, "private_key": str(file)}
+    print_json(shown) if as_json else print_members(shown)
+
+
+@app.command()
 def rm(
-    fingerprint: Annotated[
-        str, typer.Argument(help=f"As `keys ls` shows it; {MIN_PREFIX} or more of its digits.")
-    ],
+    fingerprint: Fingerprint,
     reason: Annotated[str, typer.Option(help="Why; it goes into the audit.")],
     yes: Yes = False,
     url: Url = DEFAULT_URL,

@@ -23,6 +23,7 @@ from cli import (
     prune,
     queue,
     receipts,
+    refusals,
     results,
     rings,
     runners,
@@ -45,6 +46,7 @@ app.add_typer(runners.app, name="runners")
 app.add_typer(models.app, name="models")
 app.add_typer(results.app, name="results")
 app.add_typer(receipts.app, name="receipts")
+app.add_typer(refusals.app, name="refusals")
 app.add_typer(tokens.app, name="tokens")
 app.add_typer(rings.app, name="rings")
 app.add_typer(audit.app, name="audit")

@@ -1,6 +1,7 @@
 """`bakeoff-queue queue`: enqueue runs, look at them, cancel them, put them back."""
 
 import json
+import re
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,19 +22,40 @@ from client.output import (
     CommandFailed,
     ExitCode,
     Yes,
+    moment,
     needs_yes,
     note,
     print_json,
     print_members,
     print_table,
+    usage_error,
 )
 
 QUEUE = "/api/admin/queue"
 BATCH = 1000  # runs that one request may carry
 BATCH_BYTES = 24 * 1024 * 1024  # of a request; the service takes 32 MiB
 
-RunId = Annotated[uuid.UUID, typer.Argument(metavar="RUN_ID", show_default=False)]
-app = typer.Typer(help="Runs: enqueue, list, look at, cancel, requeue.", no_args_is_help=True)
+RunId = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN_ID", show_default=False, help="As `queue ls` shows it, or its first digits."
+    ),
+]
+Reason = Annotated[str, typer.Option(help="Why; it goes into the audit.")]
+ModelFilter = Annotated[str | None, typer.Option(help="Only of this model (name or model_id).")]
+RunnerFilter = Annotated[
+    str | None, typer.Option(help="Only runs that this runner holds or has held.")
+]
+BatchFilter = Annotated[str | None, typer.Option(help="Only of this batch_id.")]
+Since = Annotated[
+    str | None, typer.Option(help="Only runs created then or later.", metavar="RFC3339")
+]
+Before = Annotated[str | None, typer.Option(help="Only runs created before.", metavar="RFC3339")]
+Text = Annotated[str | None, typer.Option(help="Only with this text in the model or the error.")]
+app = typer.Typer(
+    help="Runs: enqueue, list, explain, change, cancel, requeue; pause the queue or a model.",
+    no_args_is_help=True,
+)
 
 
 class Status(StrEnum):
@@ -126,14 +148,23 @@ def ls(
     status: Annotated[
         Status | None, typer.Option(case_sensitive=False, help="Only runs in this state.")
     ] = None,
+    model: ModelFilter = None,
+    runner: RunnerFilter = None,
+    batch: BatchFilter = None,
+    since: Since = None,
+    before: Before = None,
+    text: Text = None,
+    oldest: Annotated[bool, typer.Option("--oldest", help="The oldest first.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="Show at most so many.")] = 50,
     url: Url = DEFAULT_URL,
     token: Token = "",
     as_json: AsJson = False,
 ) -> None:
-    """List runs."""
+    """List runs, the newest first."""
+    wanted = _filter(status, model, runner, batch, since, before, text)
     with connect(url, token) as admin:
-        pages = list(admin.pages(QUEUE, limit, status=status))
+        order = "oldest" if oldest else "newest"
+        pages = list(admin.pages(QUEUE, limit, **wanted, order=order))
     runs = list(chain.from_iterable(page.get("runs", []) for page in pages))
     cursor = pages[-1].get("next_cursor")
     if as_json:
@@ -147,12 +178,193 @@ def ls(
 def show(run_id: RunId, url: Url = DEFAULT_URL, token: Token = "", as_json: AsJson = False) -> None:
     """Show a run and its attempts."""
     with connect(url, token) as admin:
-        run = admin.get(f"{QUEUE}/{run_id}")
+        run = admin.get(f"{QUEUE}/{find_run(admin, run_id)}")
     if as_json:
         return print_json(run)
     attempts = run.pop("attempts", [])
     print_members(run | {name: BY_JSON for name in ("job", "receipt") if run.get(name)})
     return _print_attempts(attempts)
+
+
+@app.command()
+def explain(
+    run_id: RunId, url: Url = DEFAULT_URL, token: Token = "", as_json: AsJson = False
+) -> None:
+    """Say why a run is not running: each check, and the command that helps."""
+    with connect(url, token) as admin:
+        answer = admin.get(f"{QUEUE}/{find_run(admin, run_id)}/explain")
+    if as_json:
+        return print_json(answer)
+    print(f"{answer['run_id']} is {answer['status']}: {answer['verdict']}")
+    print_table(
+        ("check", "state", "detail", "what helps"),
+        ([check.get(n) for n in ("code", "state", "detail", "fix")] for check in answer["checks"]),
+    )
+    return None
+
+
+@app.command()
+def pause(
+    reason: Reason,
+    model: Annotated[str | None, typer.Option(help="Only this model (name or model_id).")] = None,
+    until: Annotated[
+        str | None, typer.Option(help="End by itself then.", metavar="RFC3339")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = "",
+    as_json: AsJson = False,
+) -> None:
+    """Hand out nothing of the queue, or of one model; runs that are leased go on."""
+    body = {"reason": reason, "model": model, "until": moment("--until", until) if until else None}
+    _print_pauses(_post(url, token, f"{QUEUE}/pause", body), as_json)
+
+
+@app.command()
+def resume(
+    model: Annotated[str | None, typer.Option(help="Only this model (name or model_id).")] = None,
+    reason: Annotated[str | None, typer.Option(help="Why; it goes into the audit.")] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = "",
+    as_json: AsJson = False,
+) -> None:
+    """End a pause of the queue, or of one model."""
+    body = {"model": model, "reason": reason}
+    _print_pauses(_post(url, token, f"{QUEUE}/resume", body), as_json)
+
+
+@app.command()
+def pauses(url: Url = DEFAULT_URL, token: Token = "", as_json: AsJson = False) -> None:
+    """List the pauses that hold now."""
+    with connect(url, token) as admin:
+        _print_pauses(admin.get(f"{QUEUE}/pauses"), as_json)
+
+
+@app.command(name="set")
+def change(
+    run_id: RunId,
+    priority: Annotated[int | None, typer.Option(help="Lower runs first.")] = None,
+    not_before: Annotated[
+        str | None, typer.Option(help="Its earliest start, or `now`.", metavar="RFC3339")
+    ] = None,
+    reason: Annotated[str | None, typer.Option(help="Why; it goes into the audit.")] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = "",
+    as_json: AsJson = False,
+) -> None:
+    """Change the priority or the earliest start of a PENDING run."""
+    body = _changes(priority, not_before, reason)
+    with connect(url, token) as admin:
+        answer = admin.patch(f"{QUEUE}/{find_run(admin, run_id)}", body)
+    print_json(answer) if as_json else print_members(answer)
+
+
+class Action(StrEnum):
+    """What `queue bulk` does."""
+
+    CANCEL = "cancel"
+    REQUEUE = "requeue"
+    SET = "set"
+
+
+@app.command()
+def bulk(
+    action: Annotated[Action, typer.Argument(case_sensitive=False)],
+    reason: Reason,
+    status: Annotated[
+        Status | None, typer.Option(case_sensitive=False, help="Only runs in this state.")
+    ] = None,
+    model: ModelFilter = None,
+    runner: RunnerFilter = None,
+    batch: BatchFilter = None,
+    since: Since = None,
+    before: Before = None,
+    text: Text = None,
+    priority: Annotated[int | None, typer.Option(help="For set: lower runs first.")] = None,
+    not_before: Annotated[
+        str | None, typer.Option(help="For set: earliest start, or `now`.", metavar="RFC3339")
+    ] = None,
+    yes: Yes = False,
+    url: Url = DEFAULT_URL,
+    token: Token = "",
+    as_json: AsJson = False,
+) -> None:
+    """Cancel, requeue or change all runs that fit a filter; shows their number first."""
+    wanted = _filter(status, model, runner, batch, since, before, text)
+    if not wanted:
+        raise usage_error("give at least one filter: --status, --model, --runner, --batch, ...")
+    body = {"action": action, "filter": wanted, **_changes(priority, not_before, reason)}
+    with connect(url, token) as admin:
+        matched = admin.post(f"{QUEUE}/bulk", body).body["matched"]
+        if not yes:
+            raise needs_yes(f"{action} {matched} run(s)")
+        results: list[dict[str, Any]] = []
+        # A thousand a step. What was changed may fit the filter still: then one step is all.
+        while matched:
+            step = admin.post(f"{QUEUE}/bulk", body | {"expected": matched}).body
+            results += step["results"]
+            note(f"{action}: {len(results)} done")
+            left = admin.post(f"{QUEUE}/bulk", body).body["matched"]
+            if not step["done"] or left >= matched:
+                break
+            matched = left
+    if as_json:
+        return print_json({"results": results})
+    columns = ("run_id", "status", "code", "detail")
+    return print_table(columns, ([result.get(name) for name in columns] for result in results))
+
+
+def _post(url: str, token: str, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    with connect(url, token) as admin:
+        return admin.post(path, {name: v for name, v in body.items() if v is not None}).body
+
+
+def _changes(priority: int | None, not_before: str | None, reason: str | None) -> dict[str, Any]:
+    changes: dict[str, Any] = {"priority": priority, "reason": reason}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if not_before is not None:
+        now = not_before == "now"
+        changes["not_before"] = None if now else moment("--not-before", not_before)
+    return changes
+
+
+def _filter(
+    status: Status | None,
+    model: str | None,
+    runner: str | None,
+    batch: str | None,
+    since: str | None,
+    before: str | None,
+    text: str | None,
+) -> dict[str, str]:
+    given = {
+        "status": status, "model": model, "runner": runner, "batch": batch, "text": text,
+        "from": moment("--since", since) if since else None,
+        "before": moment("--before", before) if before else None,
+    }  # fmt: skip
+    return {name: str(value) for name, value in given.items() if value is not None}
+
+
+def find_run(admin: AdminClient, run_id: str) -> str:
+    """Return the run_id that begins so. Raises CommandFailed unless there is exactly one."""
+    text = run_id.lower()
+    if not re.fullmatch("[0-9a-f-]{4,36}", text):
+        raise usage_error("RUN_ID: 4 or more digits of a run_id; `queue ls` shows them")
+    if len(text) == 36:
+        return text
+    found = admin.get(QUEUE, id=text, limit=2)["runs"]
+    if len(found) == 1:
+        return found[0]["run_id"]
+    if found:
+        raise usage_error(f"{run_id}: several runs begin so; give more digits")
+    raise CommandFailed(f"{run_id}: no run begins so; see `queue ls`", code=ExitCode.NOT_FOUND)
+
+
+def _print_pauses(answer: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        return print_json(answer)
+    columns = ("scope", "model", "reason", "paused_at", "until", "paused_by")
+    print_table(columns, ([each.get(name) for name in columns] for each in answer["pauses"]))
+    return None if answer["pauses"] else note("nothing is paused")
 
 
 @app.command()
@@ -207,7 +419,7 @@ def requeue_failed(
 
 
 def _change(
-    run_id: uuid.UUID,
+    beginning: str,
     verb: str,
     reason: str,
     yes: bool,
@@ -216,6 +428,7 @@ def _change(
     as_json: bool,
 ) -> None:
     with connect(url, token) as admin:
+        run_id = find_run(admin, beginning)
         if not yes:
             run = admin.get(f"{QUEUE}/{run_id}")
             work = f", claimed by {run['claimed_by']}" if run.get("claimed_by") else ""

@@ -150,6 +150,11 @@ class AdminClient:
         request = self._request("POST", path, body=body, headers={"Idempotency-Key": key})
         return self._send(request, self.retry_pauses_s)
 
+    def patch(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Change what `path` names. Sent again it changes nothing more, so it is retried."""
+        request = self._request("PATCH", path, body=body)
+        return self._send(request, self.retry_pauses_s).body
+
     def delete(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Delete what `path` names."""
         return self._send(self._request("DELETE", path, body=body)).body

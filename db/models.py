@@ -114,3 +114,8 @@ async def learned_needs(pool: Executor) -> list[asyncpg.Record]:
 async def forget_need(connection: Executor, model_id: UUID) -> asyncpg.Record | None:
     """Forget what was learned of a model; return its need_gb, None when there is no such model."""
     return await connection.fetchrow(SQL["forget_need"], model_id)
+
+
+async def named(pool: Executor, model: str) -> list[UUID]:
+    """Return the model_ids of a name, or of the model_id itself."""
+    return [row["model_id"] for row in await pool.fetch(SQL["named"], model)]

@@ -20,6 +20,15 @@ PIECE_LENGTH = 2 * 1024 * 1024  # characters of jobs in one statement, the last 
 LEASES_KEPT = 100
 # A cursor before every run.
 FIRST_PAGE = (datetime(1, 1, 1, tzinfo=UTC), UUID(int=0))
+# One behind every run, for the list from the newest backwards.
+LAST_PAGE = (datetime(9999, 1, 1, tzinfo=UTC), UUID(int=2**128 - 1))
+NEWEST_FIRST = (
+    SQL["list_page"]
+    .replace("(q.created_at, q.run_id) > (", "(q.created_at, q.run_id) < (")
+    .replace("ORDER BY q.created_at, q.run_id", "ORDER BY q.created_at DESC, q.run_id DESC")
+)
+# Runs ahead of one that are counted, for each model.
+AHEAD_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,16 +360,98 @@ def _in_pieces(runs: Sequence[QueuedRun]) -> Iterator[list[QueuedRun]]:
         yield some
 
 
+@dataclass(frozen=True, slots=True)
+class RunFilter:
+    """Which runs are meant; None leaves a member open. Of `id_range` both ends are meant."""
+
+    status: str | None = None
+    model: str | None = None  # its name or model_id
+    runner_id: str | None = None  # that holds a lease, or held one
+    batch_id: UUID | None = None
+    created_from: datetime | None = None
+    created_before: datetime | None = None
+    text: str | None = None  # in the model's name or the error
+    id_range: tuple[UUID, UUID] | None = None
+
+
 async def list_page(
     pool: asyncpg.Pool,
+    wanted: RunFilter,
     *,
-    status: str | None,
     after: tuple[datetime, UUID] | None,
     limit: int,
+    newest_first: bool = False,
 ) -> list[asyncpg.Record]:
-    """Return one page of the queue, oldest first, after the cursor."""
-    created_at, run_id = after or FIRST_PAGE
-    return await fetch_planned(pool, SQL["list_page"], status, created_at, run_id, limit)
+    """Return one page of the queue after the cursor, oldest first or newest first."""
+    created_at, run_id = after or (LAST_PAGE if newest_first else FIRST_PAGE)
+    first, last = wanted.id_range or (None, None)
+    return await fetch_planned(
+        pool,
+        NEWEST_FIRST if newest_first else SQL["list_page"],
+        wanted.status, created_at, run_id, limit,
+        wanted.model, wanted.runner_id, wanted.batch_id, wanted.created_from,
+        wanted.created_before, wanted.text, first, last,
+    )  # fmt: skip
+
+
+async def count(pool: Executor, wanted: RunFilter) -> int:
+    """Return how many runs are meant."""
+    first, last = wanted.id_range or (None, None)
+    created_at, run_id = FIRST_PAGE
+    (row,) = await pool.fetch(
+        f"SELECT count(*) AS runs FROM ({SQL['list_page']}) AS m",  # noqa: S608 (our own statement)
+        wanted.status, created_at, run_id, None,
+        wanted.model, wanted.runner_id, wanted.batch_id, wanted.created_from,
+        wanted.created_before, wanted.text, first, last,
+    )  # fmt: skip
+    return row["runs"]
+
+
+async def explain(
+    pool: Executor, run_id: UUID, *, stale_after: timedelta, max_leases: int
+) -> asyncpg.Record | None:
+    """Return all that decides whether a run can be handed out now; None when there is none."""
+    return await pool.fetchrow(SQL["explain"], run_id, stale_after, max_leases, AHEAD_MAX)
+
+
+async def backlog(pool: Executor, count_to: int, stale_after: timedelta) -> list[asyncpg.Record]:
+    """Return the PENDING runs by model, counted up to `count_to`, and whether the fleet fits."""
+    return await pool.fetch(SQL["backlog"], count_to, stale_after)
+
+
+async def pause(
+    connection: Executor, model_id: UUID | None, reason: str, until: datetime | None, by: str
+) -> asyncpg.Record:
+    """Pause a model, or the queue without one; return the pause."""
+    return await fetch_one(
+        connection, SQL["pause"], str(model_id or "queue"), model_id, reason, until, by
+    )
+
+
+async def resume(connection: Executor, model_id: UUID | None) -> bool:
+    """End a pause and wake waiting claims; return whether there was one."""
+    row = await connection.fetchrow(SQL["resume"], str(model_id or "queue"))
+    return row is not None and row["was_paused"]
+
+
+async def pauses(pool: Executor) -> list[asyncpg.Record]:
+    """Return the pauses that hold now."""
+    return await pool.fetch(SQL["pauses"])
+
+
+async def change(
+    connection: Executor,
+    run_id: UUID,
+    priority: int | None,
+    not_before: datetime | None,
+    *,
+    sets_not_before: bool,
+) -> asyncpg.Record | None:
+    """Change a PENDING run's priority or earliest start and wake waiting claims; None: not so."""
+    row = await connection.fetchrow(SQL["set"], run_id, priority, sets_not_before, not_before)
+    if row is not None:
+        await connection.execute(SQL["announce"])
+    return row
 
 
 async def cancel(connection: Executor, run_id: UUID, reason: str) -> str | None:

@@ -202,3 +202,15 @@ async def moderate(
 ) -> asyncpg.Record | None:
     """Change a result's state; None when its state is not `former` any more."""
     return await connection.fetchrow(SQL["moderate"], run_id, former, state, reason, by)
+
+
+async def refusals(
+    pool: Executor, run_id: UUID | None, runner_id: str | None, before: int, limit: int
+) -> list[asyncpg.Record]:
+    """Return refused submits before the cursor, the newest first."""
+    return await pool.fetch(SQL["refusals"], run_id, runner_id, before, limit)
+
+
+async def last_day(pool: Executor, runner_id: str) -> list[asyncpg.Record]:
+    """Return (kind, name, number): a runner's leases and refusals of the last 24 hours."""
+    return await pool.fetch(SQL["last_day"], runner_id)

@@ -30,14 +30,19 @@ class RunnerKeysHandler(AdminHandler):
 
 
 class RunnerKeyHandler(AdminHandler):
-    """DELETE /api/admin/runner-keys/{fingerprint}."""
+    """GET and DELETE /api/admin/runner-keys/{fingerprint}."""
 
-    scopes: ClassVar[dict[str, str]] = {"DELETE": "admin"}
+    scopes: ClassVar[dict[str, str]] = {"GET": "read", "DELETE": "admin"}
 
     async def check(self) -> None:
-        """This DELETE has a body, and a media type to look at."""
+        """Check the media type of a DELETE too: it has a body."""
         await super().check()
-        self.check_media_type()
+        if self.request.method == "DELETE":
+            self.check_media_type()
+
+    async def get(self, fingerprint: str) -> None:
+        """Show a key of the allowlist."""
+        self.answer(200, shown_key(await self.services.allowlist.show(fingerprint)))
 
     async def delete(self, fingerprint: str) -> None:
         """Revoke a key at once, with its leases."""

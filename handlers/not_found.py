@@ -9,7 +9,7 @@ from handlers.base import UUID_PATH, Handler
 
 NO_ADDRESS = "There is no such address here."
 _FILES = rf"/api/admin/results/{UUID_PATH}/files/[^/]+"
-_NO_RUN = rf"(?:{UUID_PATH}|claim|heartbeats|requeue)(?:/|$)"
+_NO_RUN = rf"(?:{UUID_PATH}|claim|heartbeats|requeue|bulk|pauses|pause|resume)(?:/|$)"
 # Whole paths; the first match gives the detail. The path itself is not repeated in an answer.
 _MALFORMED = (
     (re.compile(_FILES), f"A result has no such file: its files are {', '.join(CAPS)}."),

@@ -46,6 +46,13 @@ class Allowlist:
         """Return every key, oldest first, revoked ones included."""
         return await runner_keys.list_all(self._pool)
 
+    async def show(self, fingerprint: str) -> asyncpg.Record:
+        """Return a key's row. Raises NotFound."""
+        row = await runner_keys.find(self._pool, fingerprint)
+        if row is None:
+            raise NotFound(f"There is no key {fingerprint} on the allowlist.")
+        return row
+
     @retries
     async def add(self, by: Admin, wanted: Mapping[str, Any]) -> tuple[asyncpg.Record, bool]:
         """Admit a key; return its row and whether it is new.

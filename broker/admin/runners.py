@@ -2,18 +2,26 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 
+from broker.admin.explain import stale_after
 from broker.audit.log import Admin, record
-from broker.documents.paging import check_limit, read_name, write_name
+from broker.documents.paging import (
+    BIGINT_MAX,
+    check_limit,
+    read_name,
+    read_numbers,
+    write_name,
+    write_numbers,
+)
 from broker.documents.times import time_to_come
 from broker.errors import NotFound
 from broker.runners.registration import capped
 from config.settings import Settings
-from db import runners
+from db import runners, submissions
 from db.pool import Executor, retries
 
 _SHOWN = (
@@ -38,7 +46,7 @@ class RunnerAdmin:
     def __init__(self, pool: asyncpg.Pool, settings: Settings) -> None:
         self._pool = pool
         self._settings = settings
-        self._stale_after = timedelta(seconds=settings.lease_ttl_s + settings.claim_wait_max_s)
+        self._stale_after = stale_after(settings)
 
     async def page(self, cursor: str | None, limit: int) -> RunnerPage:
         """Return `limit` runners that have registered after `cursor`, by name.
@@ -55,11 +63,28 @@ class RunnerAdmin:
         )
 
     async def show(self, runner_id: str) -> dict[str, Any]:
-        """Return one runner. Raises NotFound."""
+        """Return one runner, with its last 24 hours. Raises NotFound."""
         row = await runners.show(self._pool, runner_id)
         if row is None:
             raise NotFound(f"No runner {runner_id} has registered here.")
-        return self._shown(row)
+        day: dict[str, dict[str, int]] = {"attempts": {}, "refusals": {}}
+        for each in await submissions.last_day(self._pool, runner_id):
+            day[each["kind"]][each["name"]] = each["number"]
+        return {**self._shown(row), "last_day": day}
+
+    async def refusals(
+        self, run_id: UUID | None, runner_id: str | None, cursor: str | None, limit: int
+    ) -> tuple[list[dict[str, Any]], str | None]:
+        """Return `limit` refused submits, the newest first, and the next cursor.
+
+        Raises InvalidRequest.
+        """
+        check_limit(limit)
+        (before,) = read_numbers(cursor, 1) if cursor else (BIGINT_MAX,)
+        rows = await submissions.refusals(self._pool, run_id, runner_id, before, limit + 1)
+        shown = [dict(row.items()) for row in rows[:limit]]
+        more = write_numbers(shown[-1]["refusal_id"]) if len(rows) > limit else None
+        return shown, more
 
     async def pause(
         self, by: Admin, runner_id: str, reason: str, until: str | None

@@ -1,6 +1,7 @@
 """The queue as admins and runners see it, and the cancel of a run."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,12 +13,20 @@ from auth.tokens import RunnerIdentity
 from broker.admin.moderation import told_state
 from broker.audit.log import Admin, record
 from broker.documents.paging import bad_query, check_limit, read_cursor, write_cursor
-from broker.errors import Conflict, NotFound, RunFinished
+from broker.documents.times import parse_time, time_to_come
+from broker.errors import Conflict, InvalidRequest, NotFound, RunFinished, code_of
 from broker.leases.lease_refusal import FINISHED
 from db import archive, attempts, run_queue, submissions
 from db.pool import Executor, retries
+from db.run_queue import RunFilter
 
 REQUEUED_MAX = 1000  # runs in one call
+BULK_MAX = 1000  # likewise, of a filter
+CHANGED = ("priority", "not_before", "reason")
+FILTERS = ("status", "model", "runner", "batch", "from", "before", "text", "id")
+
+TEXT_MAX = 200
+_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 STATUSES = ("PENDING", "CLAIMED", "IN_PROGRESS", "COMPLETE", "FAILED", "CANCELLED")
 # What a run's page shows of its row; lease_id stays inside, and the job has a place of its own.
@@ -49,13 +58,15 @@ class QueueView:
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
 
-    async def page(self, status: str | None, cursor: str | None, limit: int) -> Page:
-        """Return `limit` runs after `cursor`, oldest first. Raises InvalidRequest."""
-        if status is not None and status not in STATUSES:
-            raise bad_query("/status", f"must be one of {', '.join(STATUSES)}")
+    async def page(
+        self, wanted: RunFilter, cursor: str | None, limit: int, *, newest_first: bool = False
+    ) -> Page:
+        """Return `limit` runs after `cursor`, oldest or newest first. Raises InvalidRequest."""
         check_limit(limit)
         after = read_cursor(cursor) if cursor else None
-        rows = await run_queue.list_page(self._pool, status=status, after=after, limit=limit + 1)
+        rows = await run_queue.list_page(
+            self._pool, wanted, after=after, limit=limit + 1, newest_first=newest_first
+        )
         shown, more = rows[:limit], len(rows) > limit
         return Page(
             [{**_shown(row, _LISTED), "model": row["model_name"]} for row in shown],
@@ -171,6 +182,71 @@ class QueueView:
         return await self.requeue(by, run_id, reason)
 
     @retries
+    async def change(self, by: Admin, run_id: UUID, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Set the priority and the earliest start (null: now) of a PENDING run.
+
+        Returns {run_id, status, priority, retry_after}. Raises NotFound, InvalidRequest for a time
+        that has passed, RunFinished, or Conflict while a runner works on it.
+        """
+        if not {"priority", "not_before"} & wanted.keys():
+            raise InvalidRequest("Give the new priority or not_before: there is nothing to change.")
+        not_before = wanted.get("not_before")
+        async with self._pool.acquire() as connection, connection.transaction():
+            row = await run_queue.change(
+                connection,
+                run_id,
+                wanted.get("priority"),
+                time_to_come(not_before, "/not_before") if not_before else None,
+                sets_not_before="not_before" in wanted,
+            )
+            if row is not None:
+                await record(
+                    connection, by.actor, "queue.set", f"run:{run_id}", run_id=run_id,
+                    **{name: wanted[name] for name in CHANGED if name in wanted},
+                )  # fmt: skip
+                return dict(row.items())
+        status = (await self._find(run_id))["status"]
+        if status in FINISHED:
+            raise RunFinished(f"The run is {status} already.")
+        raise Conflict(f"The run is {status}: only a PENDING run has a place in the queue.")
+
+    async def change_many(self, by: Admin, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Cancel, requeue or change up to BULK_MAX runs that fit a filter, one after the other.
+
+        Without `expected`, only counts: {matched}. With it, {matched, done, results: [{run_id,
+        status} or {run_id, code, detail}]}. Raises Conflict when another number fits by now, and
+        InvalidRequest.
+        """
+        runs = read_filter(wanted["filter"], "/filter")
+        matched = await run_queue.count(self._pool, runs)
+        if (expected := wanted.get("expected")) is None:
+            return {"matched": matched}
+        if expected != matched:
+            raise Conflict(f"{matched} runs fit the filter by now, not {expected}: look again.")
+        await record(
+            self._pool, by.actor, "queue.bulk", "queue", change=wanted["action"],
+            filter=wanted["filter"], reason=wanted["reason"], matched=matched,
+        )  # fmt: skip
+        rows = await run_queue.list_page(self._pool, runs, after=None, limit=BULK_MAX)
+        results = [await self._change_one(by, row["run_id"], wanted) for row in rows]
+        done = sum("code" not in result for result in results)
+        return {"matched": matched, "done": done, "results": results}
+
+    async def _change_one(
+        self, by: Admin, run_id: UUID, wanted: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        try:
+            if wanted["action"] == "cancel":
+                status = await self.cancel(by, run_id, wanted["reason"])
+                return {"run_id": run_id, "status": status}
+            if wanted["action"] == "requeue":
+                return await self.requeue(by, run_id, wanted["reason"])
+            changes = {name: wanted[name] for name in CHANGED if name in wanted}
+            return await self.change(by, run_id, changes)
+        except (NotFound, Conflict, RunFinished) as error:  # of this run alone
+            return {"run_id": run_id, "code": code_of(error), "detail": str(error)}
+
+    @retries
     async def requeue_failed_by(
         self, by: Admin, runner_id: str, within_s: int, reason: str
     ) -> list[UUID]:
@@ -215,6 +291,51 @@ def _shown(row: asyncpg.Record, names: Sequence[str]) -> dict[str, Any]:
     if row["status"] == "PENDING":
         shown |= {"claimed_by": None, "claimed_at": None}
     return shown
+
+
+def read_filter(asked: Mapping[str, str], at: str = "") -> RunFilter:
+    """Return the runs that a query, or the filter of a body at the pointer `at`, means.
+
+    `id` is the beginning of a run_id. Raises InvalidRequest that points to the member.
+    """
+    status = asked.get("status")
+    if status is not None and status not in STATUSES:
+        raise bad_query(f"{at}/status", f"must be one of {', '.join(STATUSES)}")
+    begun, before = (
+        parse_time(asked[name], f"{at}/{name}") if name in asked else None
+        for name in ("from", "before")
+    )
+    batch = asked.get("batch")
+    if batch is not None and not _UUID.fullmatch(batch):
+        raise bad_query(f"{at}/batch", "must be a UUID in lower case, with its hyphens")
+    return RunFilter(
+        status=status,
+        model=_storable(asked, "model", at),
+        runner_id=_storable(asked, "runner", at),
+        batch_id=UUID(batch) if batch else None,
+        created_from=begun,
+        created_before=before,
+        text=_storable(asked, "text", at),
+        id_range=_id_range(asked["id"], f"{at}/id") if "id" in asked else None,
+    )
+
+
+def _storable(asked: Mapping[str, str], name: str, at: str) -> str | None:
+    """Return a text of the filter; PostgreSQL has no U+0000."""
+    text = asked.get(name)
+    if text is not None and ("\0" in text or not 1 <= len(text) <= TEXT_MAX):
+        raise bad_query(f"{at}/{name}", f"must be 1 to {TEXT_MAX} characters, without U+0000")
+    return text
+
+
+def _id_range(beginning: str, at: str) -> tuple[UUID, UUID]:
+    """Return the first and the last UUID that begin so."""
+    digits = beginning.replace("-", "")
+    if not re.fullmatch("[0-9a-f]{1,32}", digits) or not str(
+        UUID(digits.ljust(32, "0"))
+    ).startswith(beginning):
+        raise bad_query(at, "must be the beginning of a UUID in lower case")
+    return UUID(digits.ljust(32, "0")), UUID(digits.ljust(32, "f"))
 
 
 def ledger(rows: Sequence[asyncpg.Record]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ class Offer:
     deferred: int
     next_retry: datetime | None  # of the first deferred run
     due_in: timedelta | None  # the same, as it was from the database's clock
+    pause_reason: str | None  # of the queue's or the model's pause
 
     @classmethod
     def from_row(cls, row: asyncpg.Record) -> Self:
@@ -47,7 +48,11 @@ class Offer:
 
     def fits(self, runner: Capabilities) -> bool:
         """Return whether the runner can run it: the VRAM rule and the quantization."""
-        return self.need_gb <= runner.vram_gb and self.quantizations <= {*runner.quantizations}
+        return (
+            self.pause_reason is None
+            and self.need_gb <= runner.vram_gb
+            and self.quantizations <= {*runner.quantizations}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,10 @@ def reasons(offers: Sequence[Offer], runner: Capabilities) -> list[Reason]:
     found = []
     if not offers:
         found.append(Reason("queue_empty", 0, "No run is PENDING.", None))
+    if paused := [offer for offer in offers if offer.pause_reason is not None]:
+        detail = f"paused by an admin: {paused[0].pause_reason}"
+        found.append(Reason("paused", count(paused), detail, paused[0].name))
+        offers = [offer for offer in offers if offer.pause_reason is None]
     if too_big := [offer for offer in offers if offer.need_gb > runner.vram_gb]:
         nearest = min(too_big, key=lambda offer: offer.need_gb)
         detail = f"needs {nearest.need_gb} GB, you offer {runner.vram_gb}"

@@ -131,3 +131,7 @@ WITH forgotten AS (
 SELECT f.need_gb, pg_notify('bakeoff_queue', '')
 FROM models AS m LEFT JOIN forgotten AS f ON true
 WHERE m.model_id = $1
+
+-- name: named
+-- The models of this name or model_id.
+SELECT model_id FROM models WHERE name = $1 OR model_id::text = $1 ORDER BY model_id

@@ -74,7 +74,7 @@ DECLARE
     forgotten text[] = ARRAY[
         'run_queue', 'attempts', 'run_archive', 'attempts_archive', 'run_archive_changes',
         'submission_refusals', 'idempotency_keys', 'registration_nonces', 'revoked_tokens',
-        'audit_unchained', 'run_deferrals', 'learned_needs', 'ring_keys'
+        'audit_unchained', 'run_deferrals', 'learned_needs', 'ring_keys', 'queue_pauses'
     ];
     only_added text[] = ARRAY['audit', 'audit_chain', 'submission_files'];
     hidden text[] = ARRAY[

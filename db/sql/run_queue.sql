@@ -98,7 +98,7 @@ queues AS MATERIALIZED (
     FROM queue_heads() AS w
     INNER JOIN model_vram AS m ON w.model_id = m.model_id
     INNER JOIN model_vram AS j ON w.judge_model_id = j.model_id
-    WHERE EXISTS (SELECT FROM kinds)
+    WHERE EXISTS (SELECT FROM kinds) AND pause_of(w.model_id, w.judge_model_id) IS NULL
 ),
 
 -- One kind after the other, each from what those before it have left.
@@ -450,7 +450,8 @@ SELECT
     r.runs + d.runs AS claimable,
     l.runs AS deferred,
     l.next_retry,
-    l.next_retry - statement_timestamp() AS due_in
+    l.next_retry - statement_timestamp() AS due_in,
+    pause_of(w.model_id, w.judge_model_id) AS pause_reason
 FROM queue_heads() AS w
 INNER JOIN model_vram AS m ON w.model_id = m.model_id
 INNER JOIN model_vram AS j ON w.judge_model_id = j.model_id
@@ -697,18 +698,37 @@ FROM run_queue
 WHERE status IN ('CLAIMED', 'IN_PROGRESS') AND lease_slot IS NOT NULL AND job IS NOT NULL
 
 -- name: tally
--- How many runs are in each state, and for how long the oldest one that could be claimed has waited,
--- in seconds (0 in the other states). Each part has an index of its own rows, and the archived runs
--- are counted already, so that it costs what is in the queue, and not what ever was.
+-- The number of runs in each state, and the age in seconds of the oldest PENDING one that a live runner
+-- could be given (0 in the other states). Each part has an index of its own rows, and the archived runs
+-- are counted already: the cost is that of the queue, not of all runs that ever were.
+WITH obtainable AS MATERIALIZED (
+    SELECT w.model_id, w.judge_model_id
+    FROM queue_heads() AS w
+    INNER JOIN model_vram AS m ON w.model_id = m.model_id
+    INNER JOIN model_vram AS j ON w.judge_model_id = j.model_id
+    WHERE
+        pause_of(w.model_id, w.judge_model_id) IS NULL
+        AND EXISTS (
+            SELECT FROM fleet AS f
+            WHERE
+                NOT (f.revoked OR f.dead OR f.paused OR f.draining)
+                AND f.vram_gb >= greatest(m.need_gb, j.need_gb)
+                AND f.quantizations @> ARRAY[m.quantization, j.quantization]
+        )
+)
+
 SELECT
-    status,
+    q.status,
     count(*) AS runs,
-    coalesce(extract(EPOCH FROM clock_timestamp() - min(created_at) FILTER (
-        WHERE retry_after IS NULL OR retry_after <= clock_timestamp()
+    coalesce(extract(EPOCH FROM clock_timestamp() - min(q.created_at) FILTER (
+        WHERE
+            o.model_id IS NOT NULL
+            AND (q.retry_after IS NULL OR q.retry_after <= clock_timestamp())
     )), 0)::float8 AS oldest_s
-FROM run_queue
-WHERE status = 'PENDING' AND job IS NOT NULL
-GROUP BY status
+FROM run_queue AS q
+LEFT JOIN obtainable AS o ON q.model_id = o.model_id AND q.judge_model_id = o.judge_model_id
+WHERE q.status = 'PENDING' AND q.job IS NOT NULL
+GROUP BY q.status
 UNION ALL
 SELECT status, count(*), 0
 FROM run_queue
@@ -913,6 +933,198 @@ FROM every_run AS q
 LEFT JOIN runner_keys AS k ON k.fingerprint = $2
 WHERE q.run_id = $1 AND q.job IS NOT NULL
 
+-- name: explain
+-- Everything that decides whether a run ($1) can be handed out now, in one row. A runner is stale when
+-- it was silent for $2; it has $3 leases where its key says nothing else. The runs ahead are those that
+-- are not paused and that one of the capable runners could take, counted up to $4 for each model.
+WITH run AS MATERIALIZED (
+    SELECT
+        q.run_id, q.queue_id, q.status, q.priority, q.created_at, q.retry_after, q.attempt_count,
+        q.max_attempts, q.claimed_by, q.claimed_at, q.lease_expires_at, q.completed_at,
+        q.error_detail, q.cancel_reason, m.name AS model_name, m.quantization,
+        CASE WHEN j.model_id <> m.model_id THEN j.name END AS judge_model,
+        j.quantization AS judge_quantization, greatest(m.need_gb, j.need_gb) AS need_gb,
+        pause_of(q.model_id, q.judge_model_id) AS pause_reason
+    FROM every_run AS q
+    INNER JOIN model_vram AS m ON q.model_id = m.model_id
+    INNER JOIN model_vram AS j ON q.judge_model_id = j.model_id
+    WHERE q.run_id = $1 AND q.job IS NOT NULL
+),
+
+machines AS MATERIALIZED (
+    SELECT
+        f.*, run.need_gb <= f.vram_gb AS large_enough,
+        f.quantizations @> ARRAY[run.quantization, run.judge_quantization] AS supports,
+        f.dead OR f.last_heartbeat < clock_timestamp() - $2::interval AS stale,
+        (
+            SELECT count(*) FROM run_queue AS h
+            WHERE h.claimed_by = f.runner_id AND h.lease_slot IS NOT NULL
+        ) >= coalesce(f.max_leases, $3) AS busy,
+        EXISTS (
+            SELECT FROM run_deferrals AS d
+            WHERE
+                d.run_id = run.run_id AND d.runner_id = f.runner_id
+                AND (d.until > clock_timestamp() OR another_fits(d.run_id, d.runner_id))
+        ) AS deferred
+    FROM fleet AS f CROSS JOIN run
+    WHERE NOT f.revoked AND run.status = 'PENDING'
+),
+
+capable AS (
+    SELECT * FROM machines WHERE large_enough AND supports
+),
+
+ahead AS (
+    SELECT coalesce(sum(n.runs), 0)::bigint AS runs, coalesce(bool_or(n.runs >= $4), false) AS more
+    FROM run
+    CROSS JOIN queue_heads() AS w
+    INNER JOIN model_vram AS m ON w.model_id = m.model_id
+    INNER JOIN model_vram AS j ON w.judge_model_id = j.model_id
+    CROSS JOIN LATERAL (
+        SELECT count(*) AS runs FROM (
+            SELECT FROM run_queue AS q
+            WHERE
+                q.model_id = w.model_id AND q.judge_model_id = w.judge_model_id
+                AND q.status = 'PENDING' AND q.job IS NOT NULL AND q.retry_after IS NULL
+                AND (q.priority, q.created_at, q.queue_id)
+                < (run.priority, run.created_at, run.queue_id)
+            LIMIT $4
+        ) AS before
+    ) AS n
+    WHERE
+        run.status = 'PENDING' AND pause_of(w.model_id, w.judge_model_id) IS NULL
+        AND EXISTS (
+            SELECT FROM capable AS c
+            WHERE
+                NOT c.stale AND c.vram_gb >= greatest(m.need_gb, j.need_gb)
+                AND c.quantizations @> ARRAY[m.quantization, j.quantization]
+        )
+)
+
+SELECT
+    run.*, statement_timestamp() AS now, ahead.runs AS ahead, ahead.more AS ahead_more, c.*,
+    (
+        SELECT count(*) FROM capable AS c
+        CROSS JOIN LATERAL (
+            SELECT FROM attempts AS a
+            WHERE a.runner_id = c.runner_id AND a.claimed_at > clock_timestamp() - interval '1 hour'
+            LIMIT 1000
+        ) AS a
+        WHERE NOT c.stale
+    ) AS claimed_last_hour
+FROM run
+CROSS JOIN ahead
+CROSS JOIN LATERAL (
+    SELECT
+        count(*) AS runners,
+        count(*) FILTER (WHERE NOT stale) AS live,
+        max(vram_gb) FILTER (WHERE NOT stale) AS largest_live_gb,
+        max(vram_gb) AS largest_gb,
+        count(*) FILTER (WHERE supports AND NOT stale) AS supporting_live,
+        count(*) FILTER (WHERE supports) AS supporting,
+        count(*) FILTER (WHERE large_enough AND supports) AS capable,
+        count(*) FILTER (WHERE large_enough AND supports AND stale) AS stale,
+        count(*) FILTER (WHERE large_enough AND supports AND NOT stale AND paused) AS paused,
+        count(*) FILTER (
+            WHERE large_enough AND supports AND NOT stale AND NOT paused AND draining
+        ) AS draining,
+        count(*) FILTER (
+            WHERE large_enough AND supports AND NOT (stale OR paused OR draining) AND busy
+        ) AS busy,
+        count(*) FILTER (
+            WHERE
+                large_enough AND supports AND NOT (stale OR paused OR draining OR busy) AND deferred
+        ) AS deferred,
+        count(*) FILTER (
+            WHERE large_enough AND supports AND NOT (stale OR paused OR draining OR busy OR deferred)
+        ) AS free
+    FROM machines
+) AS c
+
+-- name: backlog
+-- The PENDING runs by model and judge, as `offers` counts them (up to $1), beside what the live fleet
+-- (not silent for $2) could take of them.
+WITH live AS MATERIALIZED (
+    SELECT f.vram_gb, f.quantizations FROM fleet AS f
+    WHERE
+        NOT (f.revoked OR f.dead OR f.paused OR f.draining)
+        AND f.last_heartbeat > clock_timestamp() - $2::interval
+)
+
+SELECT
+    pause_of(w.model_id, w.judge_model_id) IS NOT NULL AS paused,
+    EXISTS (
+        SELECT FROM live AS f WHERE f.vram_gb >= greatest(m.need_gb, j.need_gb)
+    ) AS large_enough,
+    EXISTS (
+        SELECT FROM live AS f WHERE f.quantizations @> ARRAY[m.quantization, j.quantization]
+    ) AS supported,
+    EXISTS (
+        SELECT FROM live AS f
+        WHERE
+            f.vram_gb >= greatest(m.need_gb, j.need_gb)
+            AND f.quantizations @> ARRAY[m.quantization, j.quantization]
+    ) AS fits,
+    (
+        SELECT count(*) FROM (
+            SELECT FROM run_queue AS q
+            WHERE
+                q.model_id = w.model_id AND q.judge_model_id = w.judge_model_id
+                AND q.status = 'PENDING' AND q.job IS NOT NULL AND q.retry_after IS NULL
+            LIMIT $1
+        ) AS ready
+    ) AS ready,
+    (
+        SELECT count(*) FROM (
+            SELECT FROM run_queue AS q
+            WHERE
+                q.model_id = w.model_id AND q.judge_model_id = w.judge_model_id
+                AND q.status = 'PENDING' AND q.job IS NOT NULL
+                AND q.retry_after > statement_timestamp()
+            LIMIT $1
+        ) AS later
+    ) AS later
+FROM queue_heads() AS w
+INNER JOIN model_vram AS m ON w.model_id = m.model_id
+INNER JOIN model_vram AS j ON w.judge_model_id = j.model_id
+
+-- name: pause
+-- Pause the queue ($1 is 'queue') or a model; a pause that is there gets the new reason and end.
+INSERT INTO queue_pauses AS p (scope, model_id, reason, paused_at, until, paused_by)
+VALUES ($1, $2, $3, clock_timestamp(), $4, $5)
+ON CONFLICT (scope) DO UPDATE SET
+    reason = excluded.reason, until = excluded.until, paused_by = excluded.paused_by,
+    paused_at = CASE
+        WHEN is_paused(p.paused_at, p.until) THEN p.paused_at ELSE excluded.paused_at
+    END
+RETURNING scope, model_id, reason, paused_at, until, paused_by
+
+-- name: resume
+-- End a pause, and wake the claims that wait. A pause that has ended by itself is none.
+WITH ended AS (
+    DELETE FROM queue_pauses WHERE scope = $1
+    RETURNING is_paused(paused_at, until) AS was_paused
+)
+
+SELECT was_paused, pg_notify('bakeoff_queue', '') FROM ended
+
+-- name: pauses
+SELECT p.scope, p.model_id, m.name AS model, p.reason, p.paused_at, p.until, p.paused_by
+FROM queue_pauses AS p
+LEFT JOIN models AS m ON p.model_id = m.model_id
+WHERE is_paused(p.paused_at, p.until)
+ORDER BY p.paused_at
+
+-- name: set
+-- Change the priority ($2) or the earliest start of a PENDING run; null leaves the priority, and $3
+-- says whether $4 is set. Waiting claims are woken by `announce`.
+UPDATE run_queue SET
+    priority = coalesce($2, priority),
+    retry_after = CASE WHEN $3::boolean THEN $4 ELSE retry_after END,
+    updated_at = clock_timestamp()
+WHERE run_id = $1 AND job IS NOT NULL AND status = 'PENDING'
+RETURNING run_id, status, priority, retry_after
+
 -- name: why_refused
 -- What leases that a guard refused have to do with their runs ($1, archived or not) and keys ($2): a
 -- row each, in order, in one statement. Only what tells the refusals apart: one request may ask for
@@ -1003,8 +1215,11 @@ WHERE q.run_id = any($1::uuid []) AND q.job IS NOT NULL
 SELECT pg_notify('bakeoff_queue', '')
 
 -- name: list_page
--- One page of the admin's list, oldest first, after the cursor ($2, $3); archived runs have their
--- place in it. The cursor is one comparison, without an OR: each table's index begins there.
+-- One page of the admin's list after the cursor ($2, $3), oldest first; archived runs have their place
+-- in it. The cursor is one comparison, without an OR: each table's index begins there. `$5` and later
+-- are filters, null for none: model name or id, runner (of a lease or attempt), batch, the earliest and
+-- the latest time of creation, a text in the model's name or the error, the first digits of the run_id
+-- as a range.
 SELECT
     q.run_id, q.queue_id, q.status, q.priority, q.attempt_count, q.max_attempts, q.claimed_by,
     q.claimed_at, q.created_at, q.completed_at, q.retry_after, q.error_detail, q.batch_id,
@@ -1018,6 +1233,19 @@ WHERE
     q.job IS NOT NULL
     AND ($1::text IS NULL OR q.status = $1)
     AND (q.created_at, q.run_id) > ($2::timestamptz, $3::uuid)
+    AND ($5::text IS NULL OR m.name = $5 OR m.model_id::text = $5)
+    AND (
+        $6::text IS NULL OR q.claimed_by = $6
+        OR EXISTS (SELECT FROM attempts AS a WHERE a.run_id = q.run_id AND a.runner_id = $6)
+    )
+    AND ($7::uuid IS NULL OR q.batch_id = $7)
+    AND ($8::timestamptz IS NULL OR q.created_at >= $8)
+    AND ($9::timestamptz IS NULL OR q.created_at < $9)
+    AND (
+        $10::text IS NULL OR position(lower($10) IN lower(m.name)) > 0
+        OR position(lower($10) IN lower(coalesce(q.error_detail, ''))) > 0
+    )
+    AND ($11::uuid IS NULL OR q.run_id BETWEEN $11 AND $12)
 ORDER BY q.created_at, q.run_id
 LIMIT $4
 

@@ -31,6 +31,29 @@ WITH forgotten AS (
 INSERT INTO submission_refusals (run_id, runner_id, key_fingerprint, code, detail)
 VALUES ($1, $2, $3, $4, $5)
 
+-- name: refusals
+-- Refused submits, the newest first, before the cursor ($3): of one run ($1) or runner ($2), if given.
+SELECT refusal_id, refused_at, run_id, runner_id, key_fingerprint, code, detail
+FROM submission_refusals
+WHERE
+    ($1::uuid IS NULL OR run_id = $1) AND ($2::text IS NULL OR runner_id = $2)
+    AND refusal_id < $3
+ORDER BY refusal_id DESC
+LIMIT $4
+
+-- name: last_day
+-- The last 24 hours of a runner ($1): its leases by how they ended, and its refused submits by code.
+SELECT 'attempts' AS kind, coalesce(how, 'live') AS name, count(*) AS number
+FROM every_attempt
+WHERE runner_id = $1 AND claimed_at > clock_timestamp() - interval '24 hours'
+GROUP BY how
+UNION ALL
+SELECT 'refusals', code, count(*)
+FROM submission_refusals
+WHERE runner_id = $1 AND refused_at > clock_timestamp() - interval '24 hours'
+GROUP BY code
+ORDER BY kind, name
+
 -- name: accepted_of_key
 -- Results that a revoked key brought: each may need a look.
 SELECT run_id FROM submissions

@@ -18,6 +18,7 @@ from config.settings import Settings
 from db import archive
 from db.migrate import migrate, roll_back
 from db.pool import open_pool
+from db.run_queue import RunFilter
 from sandbox.services.sigstore_instance import ThrowawaySigstore
 from tests.service.test_adoption import columns, on
 from tests.service.test_metrics import scrape
@@ -333,7 +334,7 @@ async def test_a_listing_of_few_among_many_archived_runs_reads_those_few(databas
         assert (await archive.archive(connection, WEEK, 5000, archive.START))[0] == 3000
         await connection.execute("VACUUM (ANALYZE)")
     async with open_pool(database, 1) as pool:
-        assert len((await QueueView(pool).page("FAILED", None, 50)).runs) == 3
+        assert len((await QueueView(pool).page(RunFilter("FAILED"), None, 50)).runs) == 3
         await pool.execute("SELECT pg_stat_force_next_flush()")
         by_status = "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelname = $1"
         assert await pool.fetchval(by_status, "run_archive_listed_by_status") == 1

@@ -98,8 +98,18 @@ ROWS: dict[tuple[str, str], Row] = {
     ("GET", "/api/admin/queue"): Row("read"),
     ("POST", "/api/admin/queue"): Row("operate", {"runs": ["RUN_OF"]}),
     ("GET", "/api/admin/queue/{run_id}"): Row("read"),
+    ("PATCH", "/api/admin/queue/{run_id}"): Row("operate", {"priority": 7}, on="pending"),
     ("POST", "/api/admin/queue/{run_id}/cancel"): Row("operate", WHY, on="pending"),
     ("POST", "/api/admin/queue/{run_id}/requeue"): Row("operate", WHY, on="cancelled"),
+    ("GET", "/api/admin/queue/{run_id}/explain"): Row("read"),
+    ("GET", "/api/admin/queue/pauses"): Row("read"),
+    ("POST", "/api/admin/queue/pause"): Row("operate", WHY),
+    ("POST", "/api/admin/queue/resume"): Row("operate", {}),
+    ("POST", "/api/admin/queue/bulk"): Row(
+        "operate", {"action": "cancel", "filter": {"text": "in no run"}, "expected": 0, **WHY}
+    ),
+    ("GET", "/api/admin/refusals"): Row("read"),
+    ("GET", "/api/admin/runner-keys/{fingerprint}"): Row("read"),
     ("POST", "/api/admin/queue/requeue"): Row(
         "operate", {"failed_by": "nobody", "within_s": 1, **WHY}
     ),
