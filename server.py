@@ -24,7 +24,7 @@ from auth.tokens import Tokens
 from broker.admin.admin_tokens import TokenAdmin
 from broker.admin.archiver import INTERVAL_S as ARCHIVER_S
 from broker.admin.archiver import Archiver
-from broker.admin.explain import Explain
+from broker.admin.explain import Explain, stale_after
 from broker.admin.key_rings import INTERVAL_S as KEY_RINGS_S
 from broker.admin.key_rings import KeyRings
 from broker.admin.model_needs import ModelNeeds
@@ -136,14 +136,14 @@ async def open_services(
         receipt_keys = ReceiptKeys(settings.receipt_ring)
         audit_chain = AuditChain(pool, receipt_keys, settings.public_url)
         receipts = Receipts(receipt_keys, settings.public_url, audit_chain)
-        keys = LeaseKeys(leases.client)
+        keys = LeaseKeys(leases.client, telemetry.redis_up.set)
         stack.push_async_callback(keys.flush)  # when all who put keys have ended
         claims = Claims(pool, settings, keys, telemetry, _parked_max(settings))
         if workers is None:
             workers = Workers()
             stack.push_async_callback(workers.close)
         sweep = Sweep(pool, settings, keys, telemetry)
-        listener = ExpiryListener(leases, sweep)
+        listener = ExpiryListener(leases, sweep, telemetry.listener_gaps.inc)
         liveness = Liveness(pool, settings)
         listen_url = settings.database_listen_url or settings.database_url
         wakeup = Wakeup(listen_url.get_secret_value(), claims.parked.notify)
@@ -205,7 +205,7 @@ async def open_services(
             receipts=receipts,
             reload=Reload(settings, trusted, tokens, receipt_keys, key_rings),
             telemetry=telemetry,
-            tally=QueueTally(pool, telemetry),
+            tally=QueueTally(pool, telemetry, stale_after(settings)),
             supervisor=supervisor,
             version=version,
         )

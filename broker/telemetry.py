@@ -21,6 +21,7 @@ NAMESPACE = "bakeoff_queue"
 LOOP_TICK_S = 0.1
 KIB, MIB = 1024, 1024 * 1024
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+WAITS_S = (0.1, 1, 10, 60, 300, 900, 3600, 4 * 3600, 24 * 3600, 7 * 24 * 3600)
 LAGS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900)
 BYTES = (16 * KIB, 64 * KIB, 256 * KIB, MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB, 34 * MIB)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
@@ -94,6 +95,20 @@ class Telemetry:
         self.runs = self._gauge("runs", "Runs of the queue; as old as a few seconds.", "status")
         self.oldest_pending = self._gauge(
             "oldest_pending_age_seconds", "Since the oldest claimable run was enqueued; 0: none."
+        )
+        self.leases_active = self._gauge("leases_active", "Leases that are held now.")
+        self.unclaimable = self._gauge(
+            "unclaimable_runs", "PENDING runs that no live runner can be given, by the reason that"
+            " comes first; counted up to 10,000 for each model.", "reason",
+        )  # fmt: skip
+        self.runners = self._gauge("runners", "Runners that have registered, by state.", "state")
+        self.queue_wait_seconds = self._histogram(
+            "queue_wait_seconds", "From a run's enqueue, or requeue, to its lease.", WAITS_S
+        )
+        self.redis_up = self._gauge("redis_up", "1 while Redis took the last lease keys.")
+        self.redis_up.set(1)
+        self.listener_gaps = self._counter(
+            "listener_gaps", "Times that expired events could not be received for a while."
         )
         self._loop_lag = self._histogram(
             "event_loop_lag_seconds", "How much later than asked the event loop comes back.",

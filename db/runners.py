@@ -157,3 +157,8 @@ async def drain(connection: Executor, runner_id: str) -> bool:
 async def pause_failing(pool: Executor, runner_id: str, pause_s: int) -> str | None:
     """Pause a runner whose last leases failed, were handed back, or were refused; return why."""
     return await pool.fetchval(SQL["pause_failing"], runner_id, pause_s)
+
+
+async def by_state(pool: Executor, stale_after: timedelta) -> list[asyncpg.Record]:
+    """Return (state, runners); a runner is stale when it was silent for `stale_after`."""
+    return await pool.fetch(SQL["by_state"], stale_after)

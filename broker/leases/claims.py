@@ -108,6 +108,8 @@ class Claims:
             outcomes.labels("empty").inc()
         else:
             outcomes.labels("granted" if row["granted_at"] else "replayed").inc()
+            if row["waited"] is not None:
+                self._telemetry.queue_wait_seconds.observe(row["waited"].total_seconds())
         return row
 
     async def _claim(self, claimant: Claimant, wait_s: float) -> asyncpg.Record | None:

@@ -27,9 +27,13 @@ class ExpiryListener:
     Of the events `healthy` and `degraded`, exactly one is set.
     """
 
-    def __init__(self, topology: Topology, sweep: Sweep) -> None:
+    def __init__(
+        self, topology: Topology, sweep: Sweep, degraded: Callable[[], None] = lambda: None
+    ) -> None:
+        """Listen to the primaries of `topology`; call `degraded` each time events may be missed."""
         self._topology = topology
         self._sweep = sweep
+        self._count_gap = degraded
         self._nodes: dict[str, tuple[ExpiryNode, asyncio.Task[None]]] = {}
         self._known: bool | None = None  # who the primaries are; None: not asked yet
         self._lost = asyncio.Event()
@@ -93,6 +97,8 @@ class ExpiryListener:
         healthy = bool(self._known and nodes) and heard
         if healthy != self.healthy.is_set():
             log.info("listener.healthy" if healthy else "listener.degraded", nodes=len(nodes))
+            if not healthy:
+                self._count_gap()
         self._sweep.degraded = not healthy
         _put(self.healthy, healthy)
         _put(self.degraded, not healthy)

@@ -6,7 +6,7 @@ costs latency only (the sweep is the guarantee).
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,9 +42,10 @@ class LeaseKey:
 class LeaseKeys:
     """Sets and drops lease keys, a pipeline at a time, behind the answers."""
 
-    def __init__(self, client: Any) -> None:
-        """Write with `client`, a Topology's."""
+    def __init__(self, client: Any, wrote: Callable[[bool], None] = lambda _: None) -> None:
+        """Write with `client`, a Topology's; tell `wrote` whether each pipeline was taken."""
         self._client = client
+        self._wrote = wrote
         self._changes: dict[str, float | None] = {}  # name -> when it expires, or None to drop it
         self._writer: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
@@ -95,5 +96,7 @@ class LeaseKeys:
                         left_ms = max(1, int((expires - now) * 1000))
                         pipeline.execute_command("SET", name, 1, "PX", left_ms)
                 await pipeline.execute()
+            self._wrote(True)
         except Exception as error:  # a Cluster's client raises more than RedisError
+            self._wrote(False)
             log.warning("lease_keys.lost", keys=len(changes), error=type(error).__name__)

@@ -91,6 +91,10 @@ kinds AS MATERIALIZED (
     GROUP BY e.kind, e.avoided, k.vram_gb, k.quantizations
 ),
 
+pauses AS MATERIALIZED (
+    SELECT model_id FROM queue_pauses WHERE is_paused(paused_at, until)
+),
+
 queues AS MATERIALIZED (
     SELECT
         w.*, m.quantization, j.quantization AS judge_quantization,
@@ -98,7 +102,12 @@ queues AS MATERIALIZED (
     FROM queue_heads() AS w
     INNER JOIN model_vram AS m ON w.model_id = m.model_id
     INNER JOIN model_vram AS j ON w.judge_model_id = j.model_id
-    WHERE EXISTS (SELECT FROM kinds) AND pause_of(w.model_id, w.judge_model_id) IS NULL
+    WHERE
+        EXISTS (SELECT FROM kinds)
+        AND NOT EXISTS (
+            SELECT FROM pauses AS p
+            WHERE p.model_id IS NULL OR p.model_id IN (w.model_id, w.judge_model_id)
+        )
 ),
 
 -- One kind after the other, each from what those before it have left.
@@ -285,6 +294,7 @@ SELECT
     OR (SELECT count(*) FROM replayed_leases) < (SELECT count(*) FROM replayed) AS contended,
     g.queue_id, g.run_id, g.lease_seq, g.lease_id, g.lease_expires_at, g.claim_digest,
     g.granted_at, -- null when the lease was given before
+    g.granted_at - greatest(g.created_at, g.requeued_at) AS waited,
     g.claimed_by AS holder, g.lease_key AS holder_key, g.lease_instance AS holder_instance,
     g.lease_expires_at - clock_timestamp() AS remaining,
     -- The rest of the answer as text: it is handed on, and nobody on the way reads it.
@@ -1053,6 +1063,7 @@ WITH live AS MATERIALIZED (
 
 SELECT
     pause_of(w.model_id, w.judge_model_id) IS NOT NULL AS paused,
+    EXISTS (SELECT FROM live) AS anybody,
     EXISTS (
         SELECT FROM live AS f WHERE f.vram_gb >= greatest(m.need_gb, j.need_gb)
     ) AS large_enough,

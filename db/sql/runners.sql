@@ -166,6 +166,24 @@ CROSS JOIN LATERAL (
 ) AS k
 ORDER BY r.runner_id
 
+-- name: by_state
+-- The number of runners in each state; one is stale when it was silent for $1.
+SELECT
+    CASE
+        WHEN f.revoked THEN 'revoked'
+        WHEN f.paused THEN 'paused'
+        WHEN f.dead OR f.last_heartbeat < clock_timestamp() - $1::interval THEN 'stale'
+        WHEN f.draining THEN 'draining'
+        WHEN EXISTS (
+            SELECT FROM run_queue AS q
+            WHERE q.claimed_by = f.runner_id AND q.lease_slot IS NOT NULL
+        ) THEN 'busy'
+        ELSE 'idle'
+    END AS state,
+    count(*) AS runners
+FROM fleet AS f
+GROUP BY state
+
 -- name: pause
 -- No new leases until $3, or until an admin resumes the runner; what it holds it may finish.
 UPDATE runners SET paused_at = clock_timestamp(), paused_until = $3, pause_reason = $2

@@ -117,6 +117,50 @@ ENQUEUED = (
     ),
 )
 
+PAUSES = (
+    Guard(
+        "pause: nothing that is paused is handed out",
+        f"{QUEUE}:claim",
+        """AND NOT EXISTS (
+            SELECT FROM pauses AS p
+            WHERE p.model_id IS NULL OR p.model_id IN (w.model_id, w.judge_model_id)
+        )""",
+        "",
+        "tests/service/test_explain.py::test_a_pause_hands_out_nothing_until_it_is_resumed",
+    ),
+    Guard(
+        "pause: it ends at its time",
+        f"{QUEUE}:claim",
+        "SELECT model_id FROM queue_pauses WHERE is_paused(paused_at, until)",
+        "SELECT model_id FROM queue_pauses",
+        "tests/service/test_explain.py::test_a_pause_ends_at_its_time",
+    ),
+    Guard(
+        "pause: a resume wakes parked claims",
+        f"{QUEUE}:resume",
+        "SELECT was_paused, pg_notify('bakeoff_queue', '') FROM ended",
+        "SELECT was_paused FROM ended",
+        "tests/service/test_explain.py::"
+        "test_a_resume_wakes_parked_claims_and_a_pause_of_another_model_holds_nobody",
+    ),
+    Guard(
+        "bulk: another number than expected changes nothing",
+        "broker/admin/runs.py",
+        "if expected != matched:",
+        "if False:",
+        "tests/service/test_change_runs.py::"
+        "test_runs_that_fit_a_filter_are_counted_first_and_then_changed_one_by_one",
+    ),
+    Guard(
+        "set: only a PENDING run is changed",
+        f"{QUEUE}:set",
+        "AND status = 'PENDING'",
+        "",
+        "tests/service/test_change_runs.py::"
+        "test_a_priority_and_an_earliest_start_are_set_while_a_run_is_pending",
+    ),
+)
+
 RINGS = (
     Guard(
         "key rings: a kid that is another key is left as it is",
@@ -2711,6 +2755,7 @@ HTTP = (
 
 ALL = (
     ENQUEUED
+    + PAUSES
     + RINGS
     + CLAIM
     + ENDS

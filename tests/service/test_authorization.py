@@ -98,7 +98,7 @@ ROWS: dict[tuple[str, str], Row] = {
     ("GET", "/api/admin/queue"): Row("read"),
     ("POST", "/api/admin/queue"): Row("operate", {"runs": ["RUN_OF"]}),
     ("GET", "/api/admin/queue/{run_id}"): Row("read"),
-    ("PATCH", "/api/admin/queue/{run_id}"): Row("operate", {"priority": 7}, on="pending"),
+    ("PATCH", "/api/admin/queue/{run_id}"): Row("operate", {"priority": 7}, on="fresh"),
     ("POST", "/api/admin/queue/{run_id}/cancel"): Row("operate", WHY, on="pending"),
     ("POST", "/api/admin/queue/{run_id}/requeue"): Row("operate", WHY, on="cancelled"),
     ("GET", "/api/admin/queue/{run_id}/explain"): Row("read"),
@@ -250,7 +250,8 @@ async def staged(settings: Settings, sigstore: ThrowawaySigstore) -> AsyncIterat
         await fleet.cancel(cancelled)
         pending = await fleet.enqueue()
         target = await fleet.sign_on("target")
-        runs = {"done": done, "cancelled": cancelled, "pending": pending}
+        fresh = await fleet.enqueue()
+        runs = {"done": done, "cancelled": cancelled, "pending": pending, "fresh": fresh}
         wanted = {"name": "to-revoke", "scopes": ["read"]}
         minted = (await fleet.admin("POST", "/tokens", json=wanted)).json()
         given = (await fleet.admin("GET", "/runners/target/tokens")).json()["tokens"]
@@ -358,6 +359,8 @@ async def test_a_credential_that_an_address_takes_is_let_in(
                 if row.needs == RUNNER:
                     await scene.renew()
                     by = bearer("a runner's", scene.runner.token, at_runner=None)
+                if row.on == "fresh":  # and not cancelled by the credential before
+                    scene.runs["fresh"] = await scene.fleet.enqueue(priority=500)
                 answer = await scene.send(method, path, by)
                 if not answer.is_success:
                     wrong.append((method, path, by.name, answer.text))

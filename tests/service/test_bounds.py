@@ -40,6 +40,7 @@ BOUNDED = {
     ),
     "idempotency_keys": "an admin adds it; prune",
     "learned_needs": "one for each model",
+    "queue_pauses": "one for each model, and one for the queue",
     "ring_keys": "one for each key that an admin gave a ring; rings forget",
     "audit_chain": "one for each row of the audit",
     "audit": "kept for ever: what admins and the service did, each result, each lapse",

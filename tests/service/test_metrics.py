@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import redis.asyncio
@@ -19,7 +19,7 @@ from db import run_queue
 from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore
 from tests.service.test_health import until_ready
 from tests.service.test_submit import claimed, signed, without
-from tests.support.fleet import Fleet, open_fleet, quiet_sweep
+from tests.support.fleet import Fleet, model_of, open_fleet, quiet_sweep
 from tests.support.raw_http import exchange, head
 from tests.support.result_factory import result_for
 
@@ -36,7 +36,8 @@ NAMES = {
     "listener_connected", "oldest_pending_age_seconds", "rate_limited", "runs", "submission_bytes",
     "submissions",
     "sweep_last_success_timestamp_seconds", "trust_root_age_seconds", "verify_seconds",
-    "workers_lost", "waiters",
+    "workers_lost", "waiters", "leases_active", "unclaimable_runs", "runners", "redis_up",
+    "queue_wait_seconds", "listener_gaps",
 }  # fmt: skip
 
 
@@ -278,6 +279,42 @@ async def test_runs_are_counted_by_state_and_the_oldest_claimable_one_has_an_age
         assert (seen.of("runs", status="PENDING"), seen.of("runs", status="CLAIMED")) == (2, 1)
         assert seen.of("runs", status="FAILED") == 0
         assert 3600 <= seen.of("oldest_pending_age_seconds") < 3700
+
+
+@pytest.mark.gen_test
+async def test_runs_that_no_live_runner_can_be_given_are_counted_by_the_first_reason(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    def unclaimable(seen: Scrape) -> dict[str, float]:
+        found = {r: seen.of("unclaimable_runs", reason=r) for r in queue_tally.REASONS}
+        return {reason: runs for reason, runs in found.items() if runs}
+
+    async with open_fleet(make_settings(), sigstore) as fleet:
+        await fleet.enqueue()
+        assert unclaimable(await scrape(fleet)) == {"no_runner": 1}
+        runner = await fleet.sign_on()
+        large = await fleet.enqueue(model=model_of(60, "fp16", name="Large"))
+        await fleet.enqueue(model=model_of(1, "q5_k_m", name="Odd"))
+        later = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+        await fleet.enqueue(not_before=later)
+        seen = await scrape(fleet)
+        assert unclaimable(seen) == {"vram": 1, "quantization": 1, "not_before": 1}
+        assert seen.of("runners", state="idle") == 1
+        await fleet.sign_on("runner-b", capability_caps={"vram_gb": 24})
+        await fleet.pool.execute(
+            "UPDATE runners SET capabilities = jsonb_build_object('vram_gb', 500, 'quantizations',"
+            " '[\"q8_0\"]'::jsonb) WHERE runner_id = 'runner-a'"
+        )
+        await fleet.enqueue(model=model_of(60, "q4_k_m", name="Both"))
+        assert unclaimable(await scrape(fleet))["no_runner_has_both"] == 1
+        await runner.take()
+        await fleet.admin("POST", "/queue/pause", json={"reason": "r"})
+        seen = await scrape(fleet)
+        assert unclaimable(seen) == {"paused": 4}
+        assert seen.of("oldest_pending_age_seconds") == 0, "nothing that could be handed out"
+        assert (seen.of("leases_active"), seen.of("runners", state="busy")) == (1, 1)
+        assert seen.of("queue_wait_seconds_count") == 1
+        assert (await fleet.row(large))["status"] == "PENDING"
 
 
 @pytest.mark.gen_test
