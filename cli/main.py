@@ -18,6 +18,7 @@ from cli import (
     db,
     demo,
     dev,
+    doctor,
     keys,
     models,
     prune,
@@ -56,6 +57,7 @@ app.command()(demo.demo)
 app.command()(dev.dev)
 app.command()(serve.serve)
 app.command()(serve.healthcheck)
+app.command()(doctor.doctor)
 app.command()(prune.prune)
 
 

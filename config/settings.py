@@ -386,6 +386,13 @@ def load_settings(**arguments: Any) -> Settings:
     raise SettingsRefused("\n".join(problems))
 
 
+def secret_files() -> dict[str, Path]:
+    """Return the files that hold values of settings, by the variable that names each."""
+    own = {PREFIX + name.upper() for name in Settings.model_fields}
+    given = (f"{name}_FILE" for name in own if f"{name}_FILE" not in own)
+    return {name: Path(os.environ[name]) for name in given if name in os.environ}
+
+
 def _unknown_variables() -> list[str]:
     names = {PREFIX + name.upper() for name in Settings.model_fields}
     known = names | {f"{name}_FILE" for name in names} | CLIENT_VARIABLES | {CONFIG_VARIABLE}

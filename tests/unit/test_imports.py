@@ -21,7 +21,7 @@ MAY_IMPORT = {
 # allowed what the ones below it are allowed.
 BROKER_ORDER = [
     {"services"},
-    {"admin", "health", "reload"},
+    {"admin", "health", "reload", "doctor"},
     {"results", "runners"},
     {"leases", "jobs"},
     {"audit", "concurrency"},
@@ -29,7 +29,7 @@ BROKER_ORDER = [
     {"errors"},
 ]
 # Beside the order: health and reload look at what an admin's rings are.
-BROKER_BESIDE = {("health", "admin"), ("reload", "admin")}
+BROKER_BESIDE = {("health", "admin"), ("reload", "admin"), ("doctor", "admin")}
 # Only these commands start private servers; the rest of the command line runs without a sandbox.
 SANDBOX_COMMANDS = {"cli/demo.py", "cli/dev.py"}
 # HTTP is the handlers' and the server's; the clients speak it from the outside.
