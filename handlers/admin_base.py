@@ -17,6 +17,7 @@ class AdminHandler(Handler):
     max_body_bytes = MIB
     scopes: ClassVar[dict[str, str]] = {}
     admin: Admin
+    event: ClassVar[str] = "admin.request"
 
     async def authenticate(self) -> None:
         """Learn which admin sends this, and whether they may."""
@@ -25,6 +26,7 @@ class AdminHandler(Handler):
         if not self.services.credentials.was_good(token):
             await self.throttle()
         self.admin = await self.services.credentials.admin(token, scope, self.client_address)
+        self.facts["actor"] = self.admin.actor.name
 
     def page_size(self, asked: dict[str, str]) -> int:
         """Return the query's limit. Raises InvalidRequest for what is no number."""

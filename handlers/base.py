@@ -50,6 +50,9 @@ from handlers.errors import RETRY_AFTER_S, STATUS, describe_cause, problem, refu
 
 UUID_PATH = r"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+# W3C Trace Context, version 00: trace-id and parent-id, neither of them all zeros.
+_TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_OF_RUNS = ("/api/queue/", "/api/admin/queue/", "/api/admin/results/")
 # How a request says where its body ends, by one of these.
 _FRAMING = {
     "Content-Length": re.compile(r"[0-9]+"),
@@ -73,6 +76,7 @@ class Handler(RequestHandler):
     """A request, from its headers to its answer."""
 
     max_body_bytes = 8 * 1024
+    event: ClassVar[str] = "http.request"  # of the log line that each request leaves
     parameters: ClassVar[dict[str, tuple[str, ...]]] = {}  # of the query, by method
 
     def __init__(
@@ -87,6 +91,10 @@ class Handler(RequestHandler):
         # comes earlier, also when there is no body, and the answer has to say so.
         self._unread = True
         self._arrived = time.monotonic()
+        # Of the log line: whose request it is, and what came of it. Never a token or a lease_id.
+        self.facts: dict[str, Any] = {}
+        if trace := _TRACEPARENT.fullmatch(request.headers.get("Traceparent", "")):
+            self.facts["trace_id"] = trace[1]
         wanted = request.headers.get("X-Request-Id", "")
         self.request_id = wanted if _SANE_REQUEST_ID.fullmatch(wanted) else str(uuid4())
         self._connection = connection_of(request)
@@ -298,6 +306,7 @@ class Handler(RequestHandler):
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Send a problem document, whoever raised: we, Tornado, or a library below us."""
         error = told_as(kwargs.get("exc_info", (None, None, None))[1] or Internal())
+        self.facts["code"] = self.facts["outcome"] = code_of(error)
         status = STATUS[type(error)]
         self.set_status(status)
         if status == 405:
@@ -365,14 +374,18 @@ class Handler(RequestHandler):
         telemetry.request_seconds.labels(route).observe(time.monotonic() - self._arrived)
 
     def log_answer(self) -> None:
-        """Write the access log's line for this request."""
+        """Write the one log line of this request: its event, who, which run, what came of it."""
+        if self.path_args and self.request.path.startswith(_OF_RUNS):
+            self.facts["run_id"] = self.path_args[0]
+        self.facts.setdefault("outcome", "ok")
         log.info(
-            "http.request",
+            self.event,
             request_id=self.request_id,
             route=type(self).__name__,
             method=self.request.method,
             status=self.get_status(),
             dur_ms=round((time.monotonic() - self._arrived) * 1000, 1),
+            **self.facts,
         )
 
     def _check_framing(self) -> None:

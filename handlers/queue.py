@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import re
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -33,6 +33,8 @@ _KEY = re.compile(r"[\x21-\x7e]{1,200}")
 class ClaimHandler(RunnerHandler):
     """POST /api/queue/claim."""
 
+    event: ClassVar[str] = "run.claim"
+
     _claiming: asyncio.Task[None] | None = None
 
     async def post(self) -> None:
@@ -53,6 +55,7 @@ class ClaimHandler(RunnerHandler):
             return  # the runner hung up; what it would have been given goes to another
         finally:
             self._claiming = None
+        self.facts["outcome"] = "empty" if row is None else "granted"
         if row is not None:
             await self._hand_out(row)
         elif body.get("explain"):
@@ -73,8 +76,10 @@ class ClaimHandler(RunnerHandler):
         if isinstance(connection, HTTP1Connection) and connection.stream.closed():
             await self.services.claims.undo(row)
             return
+        self.facts |= {"run_id": str(row["run_id"]), "lease_seq": row["lease_seq"]}
         # Given again, it may be asked for without end, and read by nobody.
         if row["granted_at"] is None:
+            self.facts["outcome"] = "replayed"
             self.hold_replay()
         self.answer(200, claim_response(row, self.services), members=row["members"])
 
@@ -90,6 +95,8 @@ class ClaimHandler(RunnerHandler):
 class HeartbeatHandler(RunnerHandler):
     """POST /api/queue/{run_id}/heartbeat."""
 
+    event: ClassVar[str] = "run.heartbeat"
+
     max_body_bytes = 4 * 1024
 
     async def post(self, run_id: str) -> None:
@@ -101,6 +108,8 @@ class HeartbeatHandler(RunnerHandler):
 
 class HeartbeatsHandler(RunnerHandler):
     """POST /api/queue/heartbeats: several leases in one request, each with its own outcome."""
+
+    event: ClassVar[str] = "run.heartbeat"
 
     max_body_bytes = 32 * 1024
 
@@ -124,6 +133,8 @@ class HeartbeatsHandler(RunnerHandler):
 class ReleaseHandler(RunnerHandler):
     """POST /api/queue/{run_id}/release."""
 
+    event: ClassVar[str] = "run.release"
+
     async def post(self, run_id: str) -> None:
         """Take a lease back; no attempt is burnt."""
         body = self.read_json("release")
@@ -133,6 +144,8 @@ class ReleaseHandler(RunnerHandler):
 
 class FailHandler(RunnerHandler):
     """POST /api/queue/{run_id}/fail."""
+
+    event: ClassVar[str] = "run.fail"
 
     async def post(self, run_id: str) -> None:
         """Take a failed run back; it waits, and is FAILED when its attempts are used up."""
@@ -144,6 +157,8 @@ class FailHandler(RunnerHandler):
 
 class ResumeHandler(RunnerHandler):
     """POST /api/queue/{run_id}/resume."""
+
+    event: ClassVar[str] = "run.resume"
 
     async def post(self, run_id: str) -> None:
         """Give a live lease, with its job, to the process that asks: 200 as a claim."""

@@ -17,6 +17,7 @@ class RunnerHandler(Handler):
         """Learn which runner sends this."""
         self.runner = await self.services.credentials.runner(self.bearer_token())
         runner_id = self.runner.runner_id
+        self.facts |= {"runner_id": runner_id, "key_fp": self.runner.fingerprint[:16]}
         self.services.liveness.saw(runner_id, self.runner.instance_id)
         await self.limit(self.settings["rates"].runners.take(runner_id), "runner")
         if not self.hold(self.services.shares.requests, runner_id):

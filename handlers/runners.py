@@ -1,6 +1,6 @@
 """Runners sign on, ask who they are, and sign off."""
 
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
 from tornado.web import URLSpec
@@ -18,12 +18,15 @@ DIRECTIVES = ["continue", "cancel", "drain"]
 class RegisterHandler(Handler):
     """POST /api/runners/register: signed by the key it names, so it needs no token."""
 
+    event: ClassVar[str] = "runner.register"
+
     async def post(self) -> None:
         """Sign a runner on: 201 the first time, 200 afterwards."""
         body = self.read_json("register")
         sign_on = await self.services.registry.register(
             body["registration"], body["sig"], self.client_address
         )
+        self.facts |= {"runner_id": sign_on.runner_id, "key_fp": sign_on.fingerprint[:16]}
         self.answer(201 if sign_on.created else 200, self._sign_on(sign_on))
 
     def _sign_on(self, sign_on: SignOn) -> dict[str, Any]:

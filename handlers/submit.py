@@ -80,6 +80,8 @@ class Parts:
 class SubmitHandler(RunnerHandler):
     """POST /api/queue/{run_id}/submit."""
 
+    event: ClassVar[str] = "run.submit"
+
     max_body_bytes = sum(CAPS.values()) + FRAMING_BYTES
     parameters: ClassVar[dict[str, tuple[str, ...]]] = {"POST": ("validate_only",)}
 

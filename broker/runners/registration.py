@@ -45,6 +45,7 @@ class SignOn:
 
     created: bool
     runner_id: str
+    fingerprint: str
     instance_id: UUID
     access_token: str
     capabilities: dict[str, Any]
@@ -241,6 +242,7 @@ class Registry:
         return SignOn(
             nonce.created,
             runner_id,
+            nonce.fingerprint,
             instance_id,
             self._tokens.mint(
                 runner_id, nonce.fingerprint, instance_id, nonce.jti, nonce.issued_at
