@@ -74,7 +74,7 @@ def _secret_files() -> list[Finding]:
         except OSError as error:
             found.append(Finding("secret files", "failure", f"{name}: {path}: {error.strerror}"))
             continue
-        if mode & 0o077:
+        if mode & 0o007:
             detail = f"{name}: {path} has mode {mode:04o}: others on this machine can read it"
             found.append(Finding("secret files", "warning", detail, f"chmod 600 {path}"))
     return found or [Finding("secret files", "ok", "readable by their owner only, or none is used")]
