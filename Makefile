@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: unit help demo dev serve test lint history fuzz fuzz-parsers guards upstream bench requirements audit sbom pinned clean
+.PHONY: unit typecheck fmt help demo dev serve test lint history fuzz fuzz-parsers guards upstream bench requirements audit sbom pinned clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,11 @@ $(VENV)/.test: setup.cfg | $(BIN)/python
 	@echo "installing bakeoff-queue and its tests' tools into $(VENV) ..."
 	@$(PIP) install -e '.[test]'
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.lint: setup.cfg | $(BIN)/python
+	@echo "installing ruff into $(VENV) ..."
+	@$(PIP) install "$$(grep -o 'ruff>=[^ ]*' setup.cfg)"
+	@touch $@
 
 $(VENV)/.bench: setup.cfg $(VENV)/.test | $(BIN)/python
 	@echo "installing the benchmarks' peers and the charts' tools into $(VENV) ..."
@@ -45,10 +50,16 @@ test: $(VENV)/.test  ## run all tests on private servers
 unit: $(VENV)/.test  ## run the tests that need no server
 	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)
 
-lint: $(VENV)/.test  ## ruff and pyrefly
+lint: $(VENV)/.lint  ## ruff: rules and format; needs nothing else of the project
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+typecheck: $(VENV)/.test  ## pyrefly
 	@$(BIN)/pyrefly check
+
+fmt: $(VENV)/.lint  ## format the code, and mend what ruff can
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
 
 history: $(VENV)/.test  ## storm the leases and judge the history: SEED=7 MINUTES=10, or KILLS=1000
 	@$(BIN)/python -m tests.history $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(KILLS),--kills $(KILLS))

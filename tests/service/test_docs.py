@@ -32,8 +32,8 @@ from tests.support.routes import IDS, PLACES, RUN
 ROOT = Path(__file__).parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in
          (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}  # fmt: skip
-# The pages that people act by. decisions.md also tells of what was tried, and of other programs.
-TOLD = {name: text for name, text in PAGES.items() if "decisions" not in name}
+# The pages that people act by; performance.md also names what was tried, of other programs.
+TOLD = {name: text for name, text in PAGES.items() if "performance" not in name}
 COMMANDS: Any = get_command(app)
 # Options of other programs that the pages name.
 FOREIGN = {
