@@ -35,10 +35,21 @@ QUEUE = "/api/admin/queue"
 BATCH = 1000  # runs that one request may carry
 BATCH_BYTES = 24 * 1024 * 1024  # of a request; the service takes 32 MiB
 
+
+def _check_run_id(text: str) -> str:
+    """Return a run_id, or its beginning, in lower case. Refused before anything is asked."""
+    if not re.fullmatch("[0-9a-f-]{4,36}", text.lower()):
+        raise typer.BadParameter("4 or more digits of a run_id; `queue ls` shows them")
+    return text.lower()
+
+
 RunId = Annotated[
     str,
     typer.Argument(
-        metavar="RUN_ID", show_default=False, help="As `queue ls` shows it, or its first digits."
+        metavar="RUN_ID",
+        show_default=False,
+        callback=_check_run_id,
+        help="As `queue ls` shows it, or its first digits.",
     ),
 ]
 Reason = Annotated[str, typer.Option(help="Why; it goes into the audit.")]
@@ -346,12 +357,9 @@ def _filter(
 
 def find_run(admin: AdminClient, run_id: str) -> str:
     """Return the run_id that begins so. Raises CommandFailed unless there is exactly one."""
-    text = run_id.lower()
-    if not re.fullmatch("[0-9a-f-]{4,36}", text):
-        raise usage_error("RUN_ID: 4 or more digits of a run_id; `queue ls` shows them")
-    if len(text) == 36:
-        return text
-    found = admin.get(QUEUE, id=text, limit=2)["runs"]
+    if len(run_id) == 36:
+        return run_id
+    found = admin.get(QUEUE, id=run_id, limit=2)["runs"]
     if len(found) == 1:
         return found[0]["run_id"]
     if found:

@@ -375,7 +375,7 @@ class Handler(RequestHandler):
 
     def log_answer(self) -> None:
         """Write the one log line of this request: its event, who, which run, what came of it."""
-        if self.path_args and self.request.path.startswith(_OF_RUNS):
+        if getattr(self, "path_args", None) and self.request.path.startswith(_OF_RUNS):
             self.facts["run_id"] = self.path_args[0]
         self.facts.setdefault("outcome", "ok")
         log.info(

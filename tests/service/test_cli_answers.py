@@ -81,7 +81,7 @@ def arguments(command: Any, folder: Path) -> list[str]:
     runs.write_text(json.dumps({"runs": [{"model": {}}]}))
     receipt.write_text(json.dumps({"sig": {}}))
     known = {"public_key": [PUBLIC_KEY], "fingerprint": ["0" * 64], "targets": [str(uuid.uuid4()),
-             str(folder / "to")], "runner_id": ["gpu-1"]}  # fmt: skip
+             str(folder / "to")], "runner_id": ["gpu-1"], "action": ["cancel"]}  # fmt: skip
     words = []
     for param in command.params:
         if param.param_type_name == "argument":
@@ -105,6 +105,8 @@ def test_a_malformed_answer_is_one_line(
 ) -> None:
     shell, command = Shell(capsys), COMMANDS[where]
     words = arguments(command, tmp_path)
+    if where == ("queue", "bulk"):
+        words += ["--status", "PENDING"]
     forms = [["--json"], []] if any(param.name == "as_json" for param in command.params) else [[]]
     for number, (name, body) in enumerate(MALFORMED.items()):
         admin.other = body

@@ -230,7 +230,20 @@ async def test_every_address_refuses_a_parameter_that_it_does_not_know(
 
 # What takes parameters, and which; docs/api.md and docs/runners.md name the same.
 TAKING = {
-    "/api/admin/queue": {"status", "cursor", "limit"},
+    "/api/admin/queue": {
+        "status",
+        "model",
+        "runner",
+        "batch",
+        "from",
+        "before",
+        "text",
+        "id",
+        "order",
+        "cursor",
+        "limit",
+    },
+    "/api/admin/refusals": {"run_id", "runner_id", "cursor", "limit"},
     "/api/admin/runners": {"cursor", "limit"},
     "/api/admin/results": {"state", "runner_id", "key", "trust", "since", "cursor", "limit"},
     "/api/admin/results/{run_id}/rows": {"cursor", "limit"},
@@ -376,9 +389,9 @@ async def test_a_method_that_an_address_does_not_take_is_405_with_those_it_takes
         f"/api/queue/{RUN}": "GET",
         f"/api/queue/{RUN}/submit": "POST",
         "/api/admin/runner-keys": "GET, POST",
-        f"/api/admin/runner-keys/{'0' * 64}": "DELETE",
+        f"/api/admin/runner-keys/{'0' * 64}": "GET, DELETE",
         "/api/admin/queue": "GET, POST",
-        f"/api/admin/queue/{RUN}": "GET",
+        f"/api/admin/queue/{RUN}": "GET, PATCH",
         f"/api/admin/queue/{RUN}/cancel": "POST",
     }
     methods = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "post", "BREW")

@@ -92,7 +92,7 @@ class Play(tornado.web.RequestHandler):
             self.set_header(name.replace("_", "-"), value)
         self.finish(text if isinstance(text, str | bytes) else json.dumps(text))
 
-    get = post = delete = play  # pyrefly: ignore
+    get = post = patch = delete = play  # pyrefly: ignore
 
 
 @contextmanager

@@ -16,7 +16,8 @@ Json = dict[str, Any]
 KEYWORDS = frozenset({
     "$schema", "$id", "$defs", "$ref", "$comment", "title", "description", "type", "enum", "const",
     "format", "pattern", "properties", "required", "additionalProperties", "propertyNames",
-    "maxProperties", "items", "minItems", "maxItems", "minLength", "maxLength", "minimum",
+    "minProperties", "maxProperties",
+    "items", "minItems", "maxItems", "minLength", "maxLength", "minimum",
     "maximum", "exclusiveMinimum", "anyOf", "if", "then", "else", "not",
 })  # fmt: skip
 FORMATS = {
@@ -114,6 +115,9 @@ def _object(rng: Rng, schema: Json, root: Json) -> Json:
     properties: Json = schema.get("properties", {})
     names = [n for n in properties if n in schema.get("required", ()) or rng.random() < 0.6]
     made = {name: _value(rng, properties[name], root) for name in names}
+    if properties and len(names) < schema.get("minProperties", 0):
+        names = rng.sample([*properties], schema["minProperties"])
+        made = {name: _value(rng, properties[name], root) for name in names}
     made |= {name: "x" for name in schema.get("required", ()) if name not in made}
     more = schema.get("additionalProperties", True)
     if more is not False and rng.random() < 0.4:

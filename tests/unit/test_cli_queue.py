@@ -287,7 +287,7 @@ def test_a_refused_batch_has_nothing_to_go_on_with(admin: Admin, shell: Shell, g
 def test_ls_shows_a_line_per_run_as_it_is_spelled(admin: Admin, shell: Shell) -> None:
     admin.answer("GET", QUEUE, 200, {"runs": [RUN], "next_cursor": None})
     outcome = shell("queue", "ls", "--status", "claimed")
-    assert admin.seen[0].query == {"status": "CLAIMED", "limit": "50"}
+    assert admin.seen[0].query == {"status": "CLAIMED", "order": "newest", "limit": "50"}
     assert "Llama-3.1-8B-Instruct [red]  q4_k_m" in outcome.out
     assert "1 of 5" in outcome.out
     assert len(outcome.out.splitlines()) == 2

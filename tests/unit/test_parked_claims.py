@@ -21,7 +21,9 @@ SMALL = Capabilities(8, ("q8_0",))
 
 def offer(claimable: int, need_gb: int = 4, quantization: str = "q8_0", **more: Any) -> Offer:
     """Return what the queue has of one model."""
-    given: dict[str, Any] = {"deferred": 0, "next_retry": None, "due_in": None, **more}
+    given: dict[str, Any] = {
+        "deferred": 0, "next_retry": None, "due_in": None, "pause_reason": None, **more,
+    }  # fmt: skip
     return Offer("m", quantization, None, quantization, need_gb, claimable, **given)
 
 
