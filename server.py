@@ -48,6 +48,7 @@ from broker.health import Health
 from broker.in_flight import InFlight
 from broker.jobs.enqueue import Enqueue
 from broker.leases.breaker import RunnerBreaker
+from broker.leases.cadence import Cadence
 from broker.leases.claims import Claims
 from broker.leases.expiry_listener import LOOK_S as LISTENER_LOOK_S
 from broker.leases.expiry_listener import ExpiryListener
@@ -138,7 +139,8 @@ async def open_services(
         receipts = Receipts(receipt_keys, settings.public_url, audit_chain)
         keys = LeaseKeys(leases.client, telemetry.redis_up.set)
         stack.push_async_callback(keys.flush)  # when all who put keys have ended
-        claims = Claims(pool, settings, keys, telemetry, _parked_max(settings))
+        cadence = Cadence(settings)
+        claims = Claims(pool, settings, keys, telemetry, cadence, _parked_max(settings))
         if workers is None:
             workers = Workers()
             stack.push_async_callback(workers.close)
@@ -178,8 +180,9 @@ async def open_services(
             settings=settings,
             credentials=Credentials(pool, tokens, revocations),
             registry=Registry(pool, settings, tokens, revocations, keys),
+            cadence=cadence,
             claims=claims,
-            heartbeats=Heartbeats(pool, settings, keys, telemetry),
+            heartbeats=Heartbeats(pool, settings, keys, telemetry, cadence),
             handbacks=LeaseReleases(pool, settings, keys, breaker),
             submissions=Submissions(
                 pool, settings, keys, trusted, receipts, workers, telemetry, breaker, shares

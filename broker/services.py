@@ -19,6 +19,7 @@ from broker.concurrency.supervision import Supervisor
 from broker.health import Health
 from broker.in_flight import InFlight
 from broker.jobs.enqueue import Enqueue
+from broker.leases.cadence import Cadence
 from broker.leases.claims import Claims
 from broker.leases.heartbeats import Heartbeats
 from broker.leases.releases import LeaseReleases
@@ -39,6 +40,7 @@ class Services:
     settings: Settings
     credentials: Credentials
     registry: Registry
+    cadence: Cadence
     claims: Claims
     heartbeats: Heartbeats
     handbacks: LeaseReleases

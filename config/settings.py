@@ -136,9 +136,23 @@ class Settings(BaseSettings):
     clock_skew_s: int = Field(
         300, ge=1, description="How far signed_at of a registration may be from our clock."
     )
-    lease_ttl_s: int = Field(300, ge=2, description="A lease that is silent for so long lapses.")
+    lease_ttl_s: int = Field(
+        300,
+        ge=2,
+        description="A lease that is silent for so long lapses: of a large fleet, where loaded GPU"
+        " hosts miss beats.",
+    )
+    lease_ttl_min_s: int = Field(
+        60,
+        ge=2,
+        description="The same of a small fleet. As heartbeats grow beyond 100 a second and process,"
+        " answers stretch it to lease_ttl_s. Set both to the same for a fixed lease.",
+    )
     heartbeat_interval_s: int = Field(
-        30, ge=1, description="How often a runner beats; loaded GPU hosts miss beats, hence 1/10."
+        30, ge=1, description="How often a runner beats, in a large fleet."
+    )
+    heartbeat_interval_min_s: int = Field(
+        10, ge=1, description="The same in a small fleet; stretched likewise."
     )
     claim_wait_max_s: int = Field(
         50, ge=0, le=300, description="Longest wait of a claim; balancers cut at 60 s."
@@ -294,6 +308,12 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"lease_ttl_s ({self.lease_ttl_s}) must be at least 3 x heartbeat_interval_s"
                 f" ({self.heartbeat_interval_s}): one lost beat must not cost a lease"
+            )
+        ttl_s = min(self.lease_ttl_min_s, self.lease_ttl_s)
+        if ttl_s < 3 * min(self.heartbeat_interval_min_s, self.heartbeat_interval_s):
+            raise ValueError(
+                f"lease_ttl_min_s ({self.lease_ttl_min_s}) must be at least 3 x"
+                f" heartbeat_interval_min_s ({self.heartbeat_interval_min_s})"
             )
         if self.redis_lease_url == self.redis_token_url:
             raise ValueError(

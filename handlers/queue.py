@@ -190,15 +190,14 @@ def idempotency_key(handler: Handler) -> str | None:
 
 def claim_response(row: asyncpg.Record, services: Services) -> dict[str, Any]:
     """Return what a claim hands out beside `members`: the lease, and our limits."""
-    settings = services.settings
     return {
         "queue_id": row["queue_id"],
         "run_id": row["run_id"],
         "attempt": row["lease_seq"],
         "lease_id": row["lease_id"],
         "lease_expires_at": row["lease_expires_at"],
-        "lease_ttl_s": settings.lease_ttl_s,
-        "heartbeat_interval_s": settings.heartbeat_interval_s,
+        "lease_ttl_s": services.cadence.ttl_s,
+        "heartbeat_interval_s": services.cadence.interval_s,
         "upload": UPLOAD,
     }
 
@@ -207,8 +206,8 @@ def renewed(renewal: Renewal, services: Services) -> dict[str, Any]:
     """Return what a heartbeat answers."""
     answer: dict[str, Any] = {
         "lease_expires_at": renewal.lease_expires_at,
-        "lease_ttl_s": services.settings.lease_ttl_s,
-        "heartbeat_interval_s": services.settings.heartbeat_interval_s,
+        "lease_ttl_s": services.cadence.ttl_s,
+        "heartbeat_interval_s": services.cadence.interval_s,
         "directive": renewal.directive,
     }
     if renewal.reason is not None:

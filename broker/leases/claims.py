@@ -30,6 +30,7 @@ from broker.errors import (
     LeaseLimit,
     RunnerPaused,
 )
+from broker.leases.cadence import Cadence
 from broker.leases.lease_keys import LeaseKey, LeaseKeys
 from broker.leases.lease_refusal import refusals
 from broker.leases.matching import (
@@ -73,9 +74,11 @@ class Claims:
         settings: Settings,
         keys: LeaseKeys,
         telemetry: Telemetry,
+        cadence: Cadence,
         parked_max: int,
     ) -> None:
         self._pool = pool
+        self._cadence = cadence
         self._settings = settings
         self._keys = keys
         self._telemetry = telemetry
@@ -154,7 +157,7 @@ class Claims:
             instance_id=runner.instance_id,
             token=runner.jti,
             claim_key=f"resume {run_id}",  # with a blank: no Idempotency-Key has one
-            ttl=timedelta(seconds=self._settings.lease_ttl_s),
+            ttl=timedelta(seconds=self._cadence.ttl_s),
             max_runtime_s=self._settings.max_runtime_s,
         )
         if key is not None:
@@ -233,7 +236,7 @@ class Claims:
                     found = await run_queue.claim(
                         self._pool,
                         list(waiting.values()),
-                        ttl=timedelta(seconds=self._settings.lease_ttl_s),
+                        ttl=timedelta(seconds=self._cadence.ttl_s),
                         max_leases=self._settings.max_leases,
                         max_runtime_s=self._settings.max_runtime_s,
                         by_fit=self._settings.aging_s > 0,

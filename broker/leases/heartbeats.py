@@ -15,6 +15,7 @@ import asyncpg
 
 from broker.concurrency.batching import Batcher
 from broker.errors import BrokerError
+from broker.leases.cadence import Cadence
 from broker.leases.lease_keys import LeaseKey, LeaseKeys
 from broker.leases.lease_refusal import refusals
 from broker.telemetry import Telemetry, failures_counted, outcome_of
@@ -39,9 +40,15 @@ class Heartbeats:
     """Renews leases."""
 
     def __init__(
-        self, pool: asyncpg.Pool, settings: Settings, keys: LeaseKeys, telemetry: Telemetry
+        self,
+        pool: asyncpg.Pool,
+        settings: Settings,
+        keys: LeaseKeys,
+        telemetry: Telemetry,
+        cadence: Cadence,
     ) -> None:
         self._pool = pool
+        self._cadence = cadence
         self._settings = settings
         self._keys = keys
         self._outcomes = telemetry.heartbeats
@@ -80,9 +87,10 @@ class Heartbeats:
         rows = await run_queue.beat(
             self._pool,
             list(by_lease.values()),
-            ttl=timedelta(seconds=self._settings.lease_ttl_s),
+            ttl=timedelta(seconds=self._cadence.ttl_s),
             max_runtime_s=self._settings.max_runtime_s,
         )
+        self._cadence.count(len(rows))
         self._keys.put(LeaseKey(r["queue_id"], r["lease_seq"], r["remaining"]) for r in rows)
         places = {row["place"]: row for row in rows}
         found = {key: places.get(place) for place, key in enumerate(by_lease, start=1)}

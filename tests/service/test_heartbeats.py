@@ -257,9 +257,9 @@ async def test_the_lease_key_in_redis_lives_as_long_as_the_lease_and_a_little_mo
         name = f"lease:{row['queue_id']}:1"
         keys = LeaseKeys(client)
         await client.delete(name)
-        await Heartbeats(fleet.pool, settings, keys, fleet.services.telemetry).beat(
-            beat_of(runner, job)
-        )
+        await Heartbeats(
+            fleet.pool, settings, keys, fleet.services.telemetry, fleet.services.cadence
+        ).beat(beat_of(runner, job))
         await keys.flush()
         # 100 s, not the TTL of 300 s: the deadline's cap counts here as well.
         assert 95_000 < await client.pttl(name) <= 100_250
@@ -301,3 +301,20 @@ async def gone(client: redis.asyncio.Redis, name: str) -> bool:
         while await client.exists(name):  # noqa: ASYNC110 (another process does it)
             await asyncio.sleep(0.005)
     return True
+
+
+@pytest.mark.gen_test
+async def test_a_small_fleets_leases_are_short_and_a_large_ones_are_stretched(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore
+) -> None:
+    settings = make_settings(lease_ttl_min_s=60, heartbeat_interval_min_s=10)
+    async with open_fleet(settings, sigstore) as fleet:
+        runner = await fleet.sign_on()
+        run_id = await fleet.enqueue()
+        job = await runner.take()
+        assert (job["lease_ttl_s"], job["heartbeat_interval_s"]) == (60, 10)
+        fleet.services.cadence.count(100_000)
+        beat = (await runner.heartbeat(job)).json()
+        assert (beat["lease_ttl_s"], beat["heartbeat_interval_s"]) == (300, 30)
+        row = await fleet.row(run_id)
+        assert row["lease_expires_at"] - row["last_heartbeat"] == about(300)

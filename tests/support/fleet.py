@@ -352,6 +352,9 @@ def settings_of(
         # A test sends thousands of requests from one address, and as one runner.
         "anonymous_rate": 0,
         "runner_rate": 0,
+        # Never shorter than lease_ttl_s and heartbeat_interval_s: fixed, whatever those are.
+        "lease_ttl_min_s": 10**6,
+        "heartbeat_interval_min_s": 10**5,
     }
     return Settings(**{**given, **changes})
 
