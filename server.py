@@ -83,6 +83,7 @@ from handlers import (
     admin_runners,
     admin_tokens,
     health,
+    openapi,
     public,
     queue,
     runners,
@@ -218,7 +219,7 @@ def make_app(services: Services) -> Application:
     """Return the application: every address of every module."""
     modules = (
         runners, queue, submit, admin_keys, admin_queue, admin_audit, admin_models, admin_runners,
-        admin_results, admin_tokens, health, public,
+        admin_results, admin_tokens, health, public, openapi,
     )  # fmt: skip
     return Application(
         [route for module in modules for route in module.routes(services)],

@@ -63,6 +63,7 @@ ROWS: dict[tuple[str, str], Row] = {
             "/metrics",
             "/errors",
             "/api/version",
+            "/openapi.yaml",
             "/.well-known/bakeoff-queue.json",
         )
     },

@@ -32,6 +32,7 @@ from sandbox.services import servers
 from sandbox.services.admin_token import new_token
 from sandbox.services.sigstore_instance import EmailSubject, ThrowawaySigstore
 from server import make_app, make_server, open_services
+from tests.support import traffic
 from tests.support.result_factory import bundle_files, result_for
 
 AUDIENCE = "http://queue.test"
@@ -383,7 +384,9 @@ async def open_fleet(
         url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
         token = await new_token(pool, "test")
         try:
-            async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as http:
+            async with httpx.AsyncClient(
+                base_url=url, timeout=30, trust_env=False, event_hooks={"response": [traffic.hold]}
+            ) as http:
                 yield Fleet(http, services, pool, sigstore, token, url, server)
         finally:
             server.stop()
