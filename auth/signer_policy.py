@@ -1,4 +1,4 @@
-"""Who may sign results: signers, the policy file that lists them, the refusal of empty rules.
+"""Signer policy: who may sign results, the file that lists them, the refusal of empty rules.
 
 Refused is what says more than it names (a pattern), what could mean several things, and a rule
 without a good issuer. An entry of the file that is spelled out, and that no certificate can name,
@@ -215,7 +215,7 @@ def _allowed(entry: Mapping[str, Any], wrong: list[str]) -> list[str]:
 
 
 class _Subject(NamedTuple):
-    """What an OIDC subject says that a certificate says too: the ref, and owner's and own id."""
+    """The parts of an OIDC subject that a certificate repeats: ref, owner's id, own id."""
 
     ref: str
     ids: tuple[str, str] | None
@@ -257,7 +257,7 @@ def _signer_problems(signer: Signer) -> list[str]:
 
 
 def _dangers(signer: Signer) -> list[str]:
-    """What no file may say: a pattern, an issuer that vouches for nobody, what is not clear."""
+    """Yield what a policy must not contain: patterns, issuers that vouch for nobody."""
     problems = _identity_problems(signer) + _issuer_problems(signer.issuer)
     if signer.allow and not source_of(signer.identity):
         problems.append(f"allow means nothing for {_shown(signer.identity)}, which is no workflow")

@@ -55,7 +55,7 @@ MAX_DEPTH = 64  # of arrays and objects; real bundles have 7
 
 @dataclass(frozen=True, slots=True)
 class SignerEvidence:
-    """Who signed a result and when, each fact covered by a signature that was verified.
+    """The signer of a result and the time, each fact covered by a signature that was verified.
 
     `log_index` and `integrated_at` are the transparency log's; an entry without its promise (Rekor
     v2) has the index of its inclusion proof and the time of its timestamp authority. Of a runner
@@ -95,7 +95,7 @@ class BundleVerifier:
         return self._root.age_s(now)
 
     def verify(self, result: bytes, bundle: bytes, expected: Signer | None) -> SignerEvidence:
-        """Who signed exactly these bytes of result.json: `expected`, or else one of the policy.
+        """Return the signer of exactly these bytes: `expected`, or else one of the policy.
 
         Raises `SignatureInvalid`, `SignerNotAllowed` or `Unverifiable`, and nothing else.
         """
@@ -264,7 +264,7 @@ def _read(raw: bytes) -> BundleModel:
 
 
 def _is_of_cosign_2(raw: bytes) -> bool:
-    """Whether this is what `cosign sign-blob --bundle` wrote before version 3."""
+    """Return whether this is the bundle format of `cosign sign-blob --bundle` before version 3."""
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError):
@@ -273,7 +273,7 @@ def _is_of_cosign_2(raw: bytes) -> bool:
 
 
 def _require_one_reading(raw: bytes, model: BundleModel) -> None:
-    """What is kept is the text, and other verifiers must see in it what this one has verified.
+    """Refuse a text that other verifiers could read differently: the text is what is kept.
 
     The library passes over letters that are no base64 and over zeros before a number, and takes
     the last member of a name. Written again, what it read must be what was sent.
@@ -300,7 +300,7 @@ def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _in_words(error: VerificationError, model: BundleModel, cert: Certificate) -> str | None:
-    """What the library's refusal means to the runner, and what to do; None: its words will do."""
+    """Explain a refusal of the library with its fix; None where its own words are clear."""
     if isinstance(error, _WrongSigner):
         return None
     logged_at = model.verification_material.tlog_entries[0].integrated_time

@@ -33,7 +33,7 @@ TOKEN_REVOKED = "The token has been revoked: register again."  # noqa: S105 (a m
 
 @dataclass(frozen=True, slots=True)
 class RunnerIdentity:
-    """What a verified runner token says."""
+    """The runner that a verified token names."""
 
     runner_id: str
     fingerprint: str

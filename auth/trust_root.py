@@ -97,7 +97,7 @@ def read_root(path: Path | None) -> RootFile:
 
 
 def printable(text: object) -> str:
-    """What can be shown of text from outside: one printable line of at most 200 characters."""
+    """Return one printable line, of at most 200 characters, of text from outside."""
     line = " ".join(str(text).split()) or type(text).__name__
     return "".join(char if " " <= char <= "~" else "?" for char in line[:200])
 

@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether to send requests here, and what each part says."""
+    """Readiness: whether to send requests here, and the state of each part."""
 
     ready: bool
     checks: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What is counted of this process, in Prometheus' terms.
+"""Metrics of this process, for Prometheus.
 
 One `Telemetry` per process, given by constructor to those who count. What has a state of its own
 (a gauge) is not told: it is looked at when somebody scrapes, see `watch`. No label ever holds a

@@ -1,4 +1,4 @@
-"""What the console script calls: it holds Ctrl-C, closed pipes and full disks from its start."""
+"""Entry point of the console script: handles Ctrl-C, closed pipes and full disks."""
 
 import io
 import os

@@ -270,7 +270,7 @@ def change(
 
 
 class Action(StrEnum):
-    """What `queue bulk` does."""
+    """The actions of `queue bulk`."""
 
     CANCEL = "cancel"
     REQUEUE = "requeue"

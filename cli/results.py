@@ -51,7 +51,7 @@ class State(StrEnum):
 
 
 class Trust(StrEnum):
-    """What a result's signature is."""
+    """The kinds of a result's signature."""
 
     SIGSTORE = "sigstore"
     RUNNER_KEY = "runner-key"

@@ -1,4 +1,4 @@
-"""What the commands of `results` ask of the admin API."""
+"""Requests of the `results` commands to the admin API."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Whose signatures a verification accepts: by the command's options, and else by the settings.
+"""Accepted signers of a verification: by the command's options, else by the settings.
 
 Nothing that a server says is accepted instead: it could name the signer of what it made up.
 """

@@ -91,7 +91,7 @@ def _find(model: Mapping[str, Any], files: Sequence[DescriptorFile]) -> Descript
 
 
 def _is_of_weights(body: Mapping[str, Any], gguf: Any) -> bool:
-    """Whether a source is this very file, or its repository in this file's quantization."""
+    """Return whether a source is this very file, or its repository in this file's quantization."""
     *folders, file_name = re.split(r"[\\/]", gguf) if isinstance(gguf, str) else [""]
     if not file_name:
         return False

@@ -35,7 +35,7 @@ class JudgeMode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """What `queue add` takes beside a config.yaml."""
+    """Options of `queue add` beside the config.yaml."""
 
     tasks: Path | None = None
     floor_tasks: Path | None = None

@@ -1,4 +1,4 @@
-"""What commands print: tables or JSON on stdout, one line per error or note on stderr.
+"""Output of commands: tables or JSON on stdout, one line per error or note on stderr.
 
 A command that cannot do its work, or was not told to, raises `CommandFailed`; `cli/main.py` prints
 it and exits with its code. Text from files and servers is stripped of control characters, so that
@@ -28,7 +28,7 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do it; without this, only say 
 
 
 class ExitCode(IntEnum):
-    """What the shell is told."""
+    """Exit codes."""
 
     OK = 0
     FAILURE = 1

@@ -68,7 +68,7 @@ def pointer(path: Iterable[str | int]) -> str:
 
 
 def is_long(digits: str) -> bool:
-    """Whether an integer has more digits than any double."""
+    """Return whether an integer has more digits than any double."""
     return len(digits.removeprefix("-")) > MAX_DIGITS
 
 

@@ -352,7 +352,7 @@ class Settings(BaseSettings):
 
     @property
     def verify_processes(self) -> int:
-        """How many processes verify bundles at most."""
+        """The largest number of processes that verify bundles."""
         return self.workers or min(os.cpu_count() or 1, 4)
 
     @property

@@ -16,7 +16,7 @@ SQL = load("audit")
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who acts: `admin:<name>`, `runner:<id>`, `database:<role>` or `system`; from which address.
+    """Actor of an audit row: `admin:<name>`, `runner:<id>`, `database:<role>` or `system`.
 
     `token_id` is the admin token they came with.
     """
@@ -40,7 +40,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Which rows of the trail are wanted; None is any."""
+    """Filter of audit rows; None is any."""
 
     actor: str | None = None
     action: str | None = None

@@ -13,7 +13,7 @@ SQL = load("metrics")
 
 @dataclass(frozen=True, slots=True)
 class MetricsText:
-    """So many rows of run_model_metrics as one JSON text, which only PostgreSQL reads."""
+    """Rows of run_model_metrics as one JSON text, which only PostgreSQL reads, and their number."""
 
     rows: int
     text: str

@@ -1,4 +1,4 @@
-"""What is past its time: `sql/prune.sql` has a count and a delete for each kind.
+"""Rows past their retention: `sql/prune.sql` has a count and a delete for each kind.
 
 An accepted result is of no kind: submissions, their files and metrics, archived COMPLETE runs and
 the audit trail are never deleted.
@@ -19,7 +19,7 @@ Kind = Literal["failed_runs", "ledgers", "refusals", "answers", "nonces", "revok
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """How many rows are past their time, and how old the oldest is (None: there is none)."""
+    """The number of rows past their retention, and the age of the oldest (None: no row)."""
 
     rows: int
     oldest: datetime | None

@@ -33,7 +33,7 @@ AHEAD_MAX = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a runner can run: whole GB of VRAM, and quantizations in a fixed order."""
+    """Capabilities of a runner: whole GB of VRAM, and quantizations in a fixed order."""
 
     vram_gb: int
     quantizations: tuple[str, ...]
@@ -66,7 +66,7 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class LeaseGuard:
-    """What a runner must show to touch a lease: the run, the secret, its name and its key.
+    """Proof that a lease is a runner's: the run, the secret lease_id, its name and its key.
 
     `instance_id` is the process that shows it: a lease is handed back by the one that holds it.
     """
@@ -362,7 +362,7 @@ def _in_pieces(runs: Sequence[QueuedRun]) -> Iterator[list[QueuedRun]]:
 
 @dataclass(frozen=True, slots=True)
 class RunFilter:
-    """Which runs are meant; None leaves a member open. Of `id_range` both ends are meant."""
+    """Filter of runs; None leaves a member open. Both ends of `id_range` are included."""
 
     status: str | None = None
     model: str | None = None  # its name or model_id

@@ -19,7 +19,7 @@ FIRST_PAGE = ""
 
 @dataclass(frozen=True, slots=True)
 class SignedOn:
-    """What a runner says of itself when it registers."""
+    """The data of a runner's registration."""
 
     runner_id: str
     public_key: str
@@ -135,7 +135,7 @@ async def show(pool: asyncpg.Pool, runner_id: str) -> asyncpg.Record | None:
 
 
 async def is_draining(pool: Executor, runner_id: str) -> bool:
-    """Whether an admin asked this runner to finish and stop."""
+    """Return whether an admin asked this runner to finish and stop."""
     return bool(await pool.fetchval(SQL["is_draining"], runner_id))
 
 

@@ -25,7 +25,7 @@ PIECE = 256 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """What is recorded of an accepted result."""
+    """The row of an accepted result."""
 
     run_id: UUID
     receipt_id: UUID
@@ -45,7 +45,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which submissions a listing is of; None is any."""
+    """Filter of submissions; None is any."""
 
     state: str | None = None
     runner_id: str | None = None

@@ -1,4 +1,4 @@
-"""What every handler shares: the order of checks, bodies, answers and problem documents.
+"""Base of all handlers: the order of checks, bodies, answers and problem documents.
 
 The order: route, framing, method, credential, query (all before the body is read), media type,
 size, JSON, schema, state. Bodies are streamed into our own buffer, so that a cap is a real 413 and
@@ -294,7 +294,7 @@ class Handler(RequestHandler):
 
     @property
     def doomed(self) -> bool:
-        """Whether this is refused, whatever still comes of its body."""
+        """Return whether this is refused, whatever still comes of its body."""
         return self._refused is not None or self._too_large
 
     def give_up_body(self) -> None:

@@ -51,11 +51,11 @@ log = structlog.get_logger()
 
 
 class Request(Protocol):
-    """What answers a request, as its connection sees it."""
+    """Interface of a request's handler, as its connection sees it."""
 
     @property
     def doomed(self) -> bool:
-        """Whether the rest of its body changes nothing any more."""
+        """Return whether the rest of its body changes nothing any more."""
         ...
 
     def give_up_body(self) -> None:
@@ -64,7 +64,7 @@ class Request(Protocol):
 
 
 class Progress:
-    """Whether bytes move: enough of them in each window."""
+    """Progress of a transfer: enough bytes in each window."""
 
     def __init__(self, count: int, now: float) -> None:
         self._count, self._since = count, now
@@ -172,7 +172,7 @@ class ClientStream(IOStream):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many connections there may be, and of one client (0: any number), but for proxies."""
+    """Limits of connections, in all and of one client (0: any number), proxies excepted."""
 
     connections_max: int
     per_client: int
@@ -189,7 +189,7 @@ class Lingering:
         self._sockets: dict[socket.socket, asyncio.TimerHandle] = {}
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of them."""
         return len(self._sockets)
 
     def take(self, connection: socket.socket) -> None:

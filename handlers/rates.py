@@ -24,7 +24,7 @@ CLIENTS_MAX = 10_000
 
 @dataclass(slots=True)
 class Bucket:
-    """What a client may still send, as of a time."""
+    """The number of requests that a client may still send, as of a time."""
 
     left: float
     at: float
@@ -41,7 +41,7 @@ class Standing:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What tells a client of it (draft-ietf-httpapi-ratelimit-headers-10)."""
+        """The headers that inform a client (draft-ietf-httpapi-ratelimit-headers-10)."""
         return {
             "RateLimit-Policy": f'"client";q={self.limit};w={int(self.window_s)}',
             "RateLimit": f'"client";r={self.remaining};t={max(1, round(self.wait_s))}',
@@ -49,7 +49,7 @@ class Standing:
 
 
 class ClientRates:
-    """What is counted of the clients of one process."""
+    """Counters of the clients of one process."""
 
     def __init__(self, anonymous_per_s: float, runner_per_s: float) -> None:
         self.anonymous = Rates(anonymous_per_s)  # by address
@@ -69,7 +69,7 @@ class Rates:
 
     @property
     def is_limited(self) -> bool:
-        """Whether there is a limit at all."""
+        """Return whether there is a limit at all."""
         return self._per_s > 0
 
     def take(self, client: str) -> Standing | None:

@@ -55,7 +55,7 @@ class MeHandler(RunnerHandler):
     """GET and DELETE /api/runners/me."""
 
     async def get(self) -> None:
-        """Who am I, what do I hold, am I paused?"""
+        """Show the runner, its leases, and whether it is paused."""
         me = await self.services.registry.me(self.runner)
         held = [held_lease(row, self.runner.instance_id) for row in me.pop("held_leases")]
         self.answer(200, {**me, "held_leases": held})

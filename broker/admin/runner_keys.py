@@ -23,7 +23,7 @@ from db.pool import retries
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
-    """What a revocation did: the runs it freed, and the results that may need a look."""
+    """The effect of a revocation: the runs it freed, the results that may need a review."""
 
     fingerprint: str
     revoked_at: datetime
@@ -32,7 +32,7 @@ class Revocation:
 
 
 class Allowlist:
-    """Whose keys may run and submit."""
+    """The allowlist of runner keys."""
 
     def __init__(
         self, pool: asyncpg.Pool, tokens: Tokens, revocations: Revocations, keys: LeaseKeys

@@ -75,7 +75,7 @@ class Supervisor:
 
     @property
     def problems(self) -> dict[str, str]:
-        """What is wrong with each loop that has ended, or is late."""
+        """The problem of each loop that has ended, or is late, by its name."""
         found = {}
         for name, loop in self._loops.items():
             silent_s = time.monotonic() - loop.since

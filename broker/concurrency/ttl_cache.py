@@ -12,7 +12,7 @@ Value = TypeVar("Value")
 
 
 class TTLCache(Generic[Key, Value]):
-    """What was learnt within the last second, and no more of it.
+    """Cache of values that are at most a second old, bounded in number.
 
     Answers leave by themselves, at most a second after they became too old, whether anybody asks or
     not: those of thousands of runners, kept between what their connections use, would hold all of

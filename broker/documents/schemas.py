@@ -72,7 +72,7 @@ class Schema:
             raise refusal(violations=violations)
 
     def violations(self, document: Any) -> tuple[Violation, ...]:
-        """What is wrong with a parsed document, the first 50; empty when it fits.
+        """Return the first 50 violations of a parsed document; empty when it fits.
 
         The details are at most 200 characters and never hold the document's values.
         """
@@ -153,7 +153,7 @@ def _reach(document: Any, members: tuple[str, ...]) -> Any:
 
 
 def _looks_at_types(rules: dict[str, Any]) -> bool:
-    """Whether no rule looks deeper into members than `_thin` does by `properties` alone."""
+    """Return whether no rule looks deeper into members than `_thin` does by `properties` alone."""
     then = [rules[name] for name in ("if", "then") if name in rules]
     looked_at = {name: rule for part in then for name, rule in part.get("properties", {}).items()}
     return (

@@ -137,7 +137,7 @@ def _int(digits: str) -> int:
 
 
 def holds_more(text: bytes, values: int) -> bool:
-    """Whether a JSON text has more members and entries than that, counted without parsing it.
+    """Return whether a JSON text has more members and entries than that, without parsing it.
 
     Each has a comma or a bracket before it; `{}` and `[]` count as two.
     """
@@ -151,7 +151,7 @@ def holds_more(text: bytes, values: int) -> bool:
 
 
 def suspicious(text: bytes) -> bool:
-    """Whether a parsed text can hold what `check_text` looks for (raw forms are not JSON)."""
+    """Return whether a parsed text can hold what `check_text` refuses (raw forms are not JSON)."""
     return _SUSPICIOUS.search(text) is not None
 
 

@@ -45,7 +45,7 @@ class CellMetrics:
 
 @dataclass(frozen=True, slots=True)
 class _Judged:
-    """What the judge said of a cell: a score, nominally 1 to 5, or why there is none."""
+    """The judgement of a cell: a score, nominally 1 to 5, or the reason that there is none."""
 
     score: float | None
     problem: str | None
@@ -91,7 +91,7 @@ def judge_score(entry: Mapping[str, Any]) -> float | None:
 
 
 def failed(record: Mapping[str, Any]) -> bool:
-    """Whether a record or judgement failed: a code or an error, even an empty one (upstream)."""
+    """Return whether a record or judgement failed: it has a code or an error, even an empty one."""
     return record.get("failure_code") is not None or record.get("error") is not None
 
 
@@ -100,7 +100,7 @@ def _key(entry: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _judgements(result: dict[str, Any]) -> dict[tuple[str, str, str], _Judged]:
-    """What the judge said of each cell; a score counts more than an attempt that failed."""
+    """Return the judgement of each cell; a score counts more than an attempt that failed."""
     judged: dict[tuple[str, str, str], _Judged] = {}
     for entry in result.get("judgements") or ():
         score = None if failed(entry) else judge_score(entry)

@@ -55,7 +55,7 @@ class PreparedRun:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a body adds. Rows are sorted by their keys; sources, tasks and prompts are JSON texts.
+    """The rows that a body adds, sorted by their keys; sources, tasks and prompts are JSON texts.
 
     In one order in every transaction, or two enqueues of the same rows could deadlock.
     """
@@ -144,7 +144,7 @@ def _judges(judge: Any) -> bool:
 
 
 def _twice(ids: Sequence[str | None], at: str, member: str = "id") -> list[Violation]:
-    """What is named by its id must be there once: two could not be told apart in a result."""
+    """Yield each id that occurs twice: a result could not name which of both it means."""
     first = {each: i for i, each in reversed(list(enumerate(ids)))}
     return [
         Violation(f"{at}/{i}/{member}", f"is the {member} of {at}/{first[each]} too")

@@ -58,7 +58,7 @@ class Job:
 
     @property
     def cell_count(self) -> int:
-        """How many cells there are."""
+        """The number of cells."""
         return len(self.tasks) * len(self.prompts) + len(self.floor_tasks)
 
     def cells(self) -> Iterator[Cell]:

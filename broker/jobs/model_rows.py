@@ -24,7 +24,7 @@ Lookups = Mapping[str, Mapping[str, int]]
 
 @dataclass(frozen=True, slots=True)
 class ModelRows:
-    """What a descriptor adds to the database."""
+    """The rows that a model descriptor adds to the database."""
 
     model: NewModel
     creator: NewCreator | None

@@ -27,7 +27,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class LeaseKey:
-    """Which lease, and how long it has to live."""
+    """The name of a lease in Redis, and its remaining life."""
 
     queue_id: UUID
     lease_seq: int

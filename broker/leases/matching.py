@@ -1,4 +1,4 @@
-"""What fits whom: a runner's capabilities against what the queue has, model by model."""
+"""Matching of a runner's capabilities with the queue's backlog, model by model."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,18 +32,18 @@ class Offer:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The name for people."""
         judged = f" judged by {self.judge_name}" if self.judge_name else ""
         return f"{self.model_name} {self.quantization}{judged}"
 
     @property
     def quantizations(self) -> frozenset[str]:
-        """What a runner must support to run it."""
+        """The quantizations that a runner must support to run it."""
         return frozenset({self.quantization, self.judge_quantization})
 
     @property
     def runs(self) -> int:
-        """How many there are."""
+        """The number of them."""
         return self.claimable + self.deferred
 
     def fits(self, runner: Capabilities) -> bool:

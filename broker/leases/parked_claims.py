@@ -55,12 +55,12 @@ class ParkedClaims:
         self.generation = 0
 
     def __len__(self) -> int:
-        """How many wait."""
+        """The number of claims that wait."""
         return len(self._waiters)
 
     @property
     def is_full(self) -> bool:
-        """Whether nobody else may wait: each one holds a connection, and others need some too."""
+        """Return whether no other claim may wait: each holds a connection that others need too."""
         return len(self._waiters) >= self._most
 
     def notify(self) -> None:

@@ -38,7 +38,7 @@ class RedisUrlRefused(ValueError):
 
 
 class Topology(Protocol):
-    """What the rest of the service sees of Redis."""
+    """Interface of a Redis, be it one server, a Sentinel's or a Cluster."""
 
     client: Any  # redis.asyncio.Redis or RedisCluster: the same commands, no common type
     database: int

@@ -50,7 +50,7 @@ class Sweep:
 
     @property
     def held(self) -> bool:
-        """Whether the breaker held the last pass back."""
+        """Return whether the breaker held the last pass back."""
         return self._breaker.open
 
     def notify(self) -> None:

@@ -1,4 +1,4 @@
-"""What bakeoff-results refuses of a bundle beyond our own schemas: one such bundle stops its site.
+"""Rules of bakeoff-results beyond our own schemas: one bundle against them stops its site.
 
 The rules are those of its validator (schema bakeoff-results/v1) and of what its site's build takes
 for granted. They are checked at submit, where the runner can still mend it, and at export, for
@@ -64,7 +64,7 @@ def _models(result: Mapping[str, Any]) -> Iterator[Violation]:
 
 
 def _shown(result: Mapping[str, Any]) -> Iterator[Violation]:
-    """What the archive's pages show as it stands, if it is there."""
+    """Yield the texts that the archive's pages show unchanged, where they are present."""
     hardware = result.get("hardware") or {}
     if not isinstance(hardware.get("device_name", ""), str):
         yield Violation("/hardware/device_name", "is not text: the archive's page shows it")
@@ -77,7 +77,7 @@ def _shown(result: Mapping[str, Any]) -> Iterator[Violation]:
 
 
 def _counts(vram_gb: Any) -> bool:
-    """Whether the page can make whole megabytes of it; of what is no number it makes none."""
+    """Return whether the page can make whole megabytes of a value."""
     if isinstance(vram_gb, str):
         try:
             vram_gb = float(vram_gb.replace("GB", "").strip())

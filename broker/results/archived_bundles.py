@@ -50,7 +50,7 @@ def parse_result(text: bytes, document: Any) -> dict[str, Any]:
 
 
 def must_be_signed(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest asks for a signature."""
+    """Return whether a manifest asks for a signature."""
     return bool((manifest.get("signature") or {}).get("required"))
 
 
@@ -61,7 +61,7 @@ def refuse_unsigned() -> None:
 
 
 def can_hash(result: Mapping[str, Any]) -> bool:
-    """Whether the result has the harness's hash of its config, and not an older version's."""
+    """Return whether the result has the harness's hash of its config, not an older version's."""
     return _HASH.fullmatch(result["provenance"].get("config_hash") or "") is not None
 
 

@@ -90,7 +90,7 @@ class _Grid:
         return cls(job.model_ref, cells, pairs, frozenset(cell.task_id for cell in cells))
 
     def foreign(self, place: tuple[str, int], entry: dict[str, Any]) -> Iterator[Violation]:
-        """What of a record or judgement (which has no tier) is not of the job."""
+        """Yield the parts of a record or judgement (which has no tier) that are not of the job."""
         task_id, prompt_id, tier = entry["task_id"], entry["prompt_id"], entry.get("tier")
         pairwise = entry.get("a_model") is not None  # of two models, one is always another
         for member in ("a_model", "b_model") if pairwise else ("model_id",):

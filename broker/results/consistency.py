@@ -1,4 +1,4 @@
-"""What a bundle says beside its cells: it must not contradict the job, nor the manifest the result.
+"""Consistency of a bundle beside its cells: with the job, and of the manifest with the result.
 
 Only what both sides say is compared, and only what is the same on every machine: a harness may add
 members, leave them out, and name its own paths, server and costs. Rows are made from the job and
@@ -119,7 +119,7 @@ def _models_of(result: Mapping[str, Any]) -> set[str | None]:
 
 
 def _same_time(told: str | None, said: str) -> bool:
-    """Whether two times may be one: to the second, and by the clock if one has no offset."""
+    """Return whether two times may be one: to the second, and by the clock if one has no offset."""
     if told is None or told == said:
         return True
     try:
@@ -144,6 +144,6 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _ids(listed: Any, member: str) -> list[str | None]:
-    """What each entry of a list is called; None where it is called nothing."""
+    """Return the id of each entry of a list; None where it has none."""
     named = [_members(entry).get(member) for entry in _listed(listed)]
     return [name if isinstance(name, str) else None for name in named]

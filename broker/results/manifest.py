@@ -61,7 +61,7 @@ def _other_files(files: dict[str, Any], submitted: Mapping[str, str]) -> Iterato
 
 
 def _other_signature(manifest: dict[str, Any], submitted: Mapping[str, str]) -> Iterator[Violation]:
-    """What verifies years later starts from here, and must not look for a file that never was."""
+    """Yield the signature's path when no such file was submitted: later verifiers start from it."""
     path = (manifest.get("signature") or {}).get("path")
     if path is not None and path not in submitted:
         yield Violation("/signature/path", "is not a file of the bundle")

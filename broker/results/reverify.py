@@ -62,7 +62,7 @@ class Report:
 
     @property
     def verified(self) -> bool:
-        """Whether nothing failed, and the signature was checked."""
+        """Return whether nothing failed, and the signature was checked."""
         return self.outcome == VERIFIED
 
     def check(

@@ -1,4 +1,4 @@
-"""What is stored of a result, compared with the result: digests, signer, metric rows, receipt.
+"""Comparison of a result with what is stored of it: digests, signer, metric rows, receipt.
 
 Each check returns what it found, or raises `Differs` (or what the check beneath it raises).
 """
@@ -19,12 +19,12 @@ TOLD = 5  # differences of one check
 
 
 class Differs(Exception):
-    """What is stored is not what it should be; the message names the first differences."""
+    """The stored data differ from the result; the message names the first differences."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What the service says of a result: answers of the admin API, as JSON holds them.
+    """The service's answers about a result, as the JSON of the admin API has them.
 
     `record` is the result's own page, `job` what was handed out (None: the run has left the queue),
     `rows` what the leaderboard reads; `public_url` and `receipt_keys` (kid to public key) are the
@@ -67,7 +67,7 @@ def check_evidence(evidence: SignerEvidence, record: Mapping[str, Any]) -> None:
 
 
 def check_rows(result: dict[str, Any], job: Job, stored: Stored) -> int:
-    """What the leaderboard reads is what the result says; return how many rows that are."""
+    """Compare the leaderboard's rows with the result; return their number."""
     names = {cell.prompt.content_sha256: cell for cell in task_rows.cells(stored.job or {})}
     digests = {(cell.task_id, cell.prompt_id): digest for digest, cell in names.items()}
     said = {

@@ -99,7 +99,7 @@ class Submissions:
 
     @property
     def uploads_free(self) -> int:
-        """How many more uploads there is room for."""
+        """Return how many more uploads may begin."""
         return self._uploads_free
 
     def open_spool(self, runner_id: str) -> Spool:

@@ -31,7 +31,7 @@ CELLS_PER_TEXT = 2000  # rows of one statement: some 50 ms of PostgreSQL, far fr
 
 @dataclass(frozen=True, slots=True)
 class VerificationTask:
-    """What was handed out: the run, its job (JSON text as stored), and how a result is signed."""
+    """Input of a verification: the run, its job (JSON text as stored), how a result is signed."""
 
     run_id: str
     job: str

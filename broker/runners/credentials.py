@@ -1,4 +1,4 @@
-"""Who sends this request: a runner by its token, or an admin by theirs."""
+"""Credentials: a runner by its token, an admin by theirs."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -16,7 +16,7 @@ from db import admin, runner_keys
 
 
 class PostgresRevocationSource:
-    """What `broker/runners/revocations.py` asks when Redis cannot answer."""
+    """Source of revocations in PostgreSQL, used when Redis cannot answer."""
 
     def __init__(self, pool: asyncpg.Pool, token_life: timedelta) -> None:
         self._pool = pool
@@ -69,7 +69,7 @@ class Credentials:
             raise InvalidToken(TOKEN_REVOKED)
 
     def was_good(self, token: str) -> bool:
-        """Whether this admin token was good when it was last looked up here."""
+        """Return whether this admin token was good when it was last looked up in this process."""
         return admin_tokens.digest(token) in self._good_admins
 
     async def settle(self) -> None:

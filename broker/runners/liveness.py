@@ -1,4 +1,4 @@
-"""Which runners are alive, and by which process: heard of by any request, written in batches.
+"""Liveness of runners and their processes: noted at any request, written in batches.
 
 A claim that finds nothing is a sign of life like a heartbeat, so idle runners count as well. The
 rows are upstream's (`runners.status`: ACTIVE, IDLE, DEAD): for people, never for a decision.

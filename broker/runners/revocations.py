@@ -42,7 +42,7 @@ class Revoked:
 
 
 class RevocationSource(Protocol):
-    """Who knows for certain: Postgres, through `broker/runners/credentials.py`."""
+    """Interface of the authority on revocations: PostgreSQL, through credentials.py."""
 
     async def revoked_among(self, asked: Sequence[RunnerIdentity]) -> Sequence[bool]:
         """Return of each whether its key is not good (any more), or its token is revoked."""

@@ -1,4 +1,4 @@
-"""What the demo knows at a moment: the queue by the admin API, and what its processes said."""
+"""State of the demo: the queue by the admin API, and the events of its processes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ class Board:
 
     @property
     def finished(self) -> bool:
-        """Whether all that can run has run, and the server has explained what cannot."""
+        """Return whether all that can run has run, and the server has explained what cannot."""
         waiting = [run for run in self.runs if run["status"] in UNFINISHED]
         return (
             bool(self.runs)
@@ -44,7 +44,7 @@ class Board:
         return f"{complete} of {len(self.runs)} runs COMPLETE"
 
     def fits_nobody(self, run: Run) -> bool:
-        """Whether the run waits for a larger runner than there is."""
+        """Return whether the run waits for a larger runner than there is."""
         return run["status"] == "PENDING" and run["need_gb"] > self._largest_gb
 
     def lose(self, beat: Event) -> str:

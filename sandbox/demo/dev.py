@@ -122,7 +122,7 @@ def _as_json(_logger: object, _name: str, facts: Mapping[str, Any]) -> str:
 
 
 def _welcome(stack: Stack, url: str, token: str, data: Path | None) -> list[str]:
-    """What to know and what to type; every command works from any folder."""
+    """Return the welcome text with commands that work from any folder."""
     program = str(Path(sys.executable).with_name("bakeoff-queue"))
     module, *options = stack.runner_command(RUNNER, url, url)
     runner = [sys.executable, "-P", "-m", module, *options]

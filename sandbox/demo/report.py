@@ -1,4 +1,4 @@
-"""What came of the demo: the results, the ledger, and whether all went as it should."""
+"""Report of the demo: the results, the attempts, and whether all went well."""
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,7 +89,7 @@ def verdict(report: Report, board: Board) -> str | None:
 
 
 def _lapse_problem(report: Report, board: Board) -> str | None:
-    """What is wrong with the run whose runner was killed, if anything."""
+    """Return the problem of the run whose runner was killed, if there is one."""
     run = next(run for run in report.runs if run["run_id"] == board.lost)
     ends = {attempt["how"]: attempt["runner_id"] for attempt in run["attempts"]}
     if "lapsed" not in ends:

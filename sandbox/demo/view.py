@@ -1,4 +1,4 @@
-"""What the demo looks like: a live table on a terminal, a line per event elsewhere."""
+"""View of the demo: a live table on a terminal, a line per event elsewhere."""
 
 import time
 from collections import deque

@@ -57,7 +57,7 @@ class RunnerClient:
 
     @property
     def registered(self) -> bool:
-        """Whether the server has ever given this process a token."""
+        """Return whether the server has ever given this process a token."""
         return self._token is not None
 
     async def register(self) -> dict[str, Any]:

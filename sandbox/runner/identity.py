@@ -1,4 +1,4 @@
-"""Who a runner is: its Ed25519 key file, and the registration that proves it has the key."""
+"""Identity of a runner: its Ed25519 key file, and the registration signed by it."""
 
 import base64
 import hashlib
@@ -19,7 +19,7 @@ VERSION = "demo-runner/0.1.0"
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who registers: the runner's Ed25519 key, the server it means, and what it can run."""
+    """Identity of a registering process: the Ed25519 key, the server, the capabilities."""
 
     key: SigningKey
     audience: str

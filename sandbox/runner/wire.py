@@ -1,4 +1,4 @@
-"""What goes over the wire between a runner and the server, and how its answers are read.
+"""Wire format between a runner and the server, and how its answers are read.
 
 Only a problem document with one of the server's codes is a refusal. A bare 404 or 5xx, a proxy's
 HTML page, a reset connection say nothing about the lease.
@@ -54,7 +54,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the server said: its status, its JSON object ({} for a 204), its Retry-After."""
+    """Answer of the server: its status, its JSON object ({} for a 204), its Retry-After."""
 
     status: int
     body: dict[str, Any]
@@ -101,13 +101,13 @@ class Job:
 
     @property
     def model_ref(self) -> str:
-        """What the result's records carry as `model_id`: the harness's id, not our UUID."""
+        """The `model_id` of a result's records: the harness's id, not our UUID."""
         return self.config["models"][0]["id"]
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a claim brought: a job, or nothing with the reasons (when asked) and a pause."""
+    """Outcome of a claim: a job, or none with the reasons (when asked) and a pause."""
 
     job: Job | None
     reasons: list[dict[str, Any]] = field(default_factory=list)

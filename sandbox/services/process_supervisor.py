@@ -70,7 +70,7 @@ def choose_account(kept: Path | None) -> Account | None:
 
 
 def output_as(account: Account | None, *argv: str) -> str | None:
-    """What a command prints when the account runs it; None if it may not, or it fails."""
+    """Return the output of a command run by the account; None if it may not, or it fails."""
     identity: dict[str, Any] = {}
     if account:
         identity = {"user": account.uid, "group": account.gid, "extra_groups": []}
@@ -242,7 +242,7 @@ class ServerProcess:
 
 
 def tie_to(parent: int, death_signal: int) -> Callable[[], None]:
-    """What a child does between fork and exec so that it never outlives `parent`."""
+    """Return the function for a child between fork and exec, so that it never outlives `parent`."""
 
     def tie() -> None:
         # subprocess calls this after setuid, which would have cleared the setting.

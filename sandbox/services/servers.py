@@ -107,7 +107,7 @@ def _wheel(package: str, inside: str) -> list[Path]:
 
 
 class _Server:
-    """What both servers can do; made by `postgres()` and `redis()` below."""
+    """Base of both servers; made by `postgres()` and `redis()` below."""
 
     socket_name: str
     greeting: bytes  # makes the server show that it is ready, and hang up

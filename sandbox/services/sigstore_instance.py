@@ -190,7 +190,7 @@ def _log(url: str, key: ec.EllipticCurvePrivateKey, since: dict[str, str]) -> di
 
 
 def _hashedrekord(certificate: x509.Certificate, signature: bytes, digest: bytes) -> bytes:
-    """What Rekor stores of a signed blob: its digest, the signature and the certificate."""
+    """Return Rekor's entry of a signed blob: its digest, the signature and the certificate."""
     pem = certificate.public_bytes(Encoding.PEM)
     spec = {
         "data": {"hash": {"algorithm": "sha256", "value": digest.hex()}},
