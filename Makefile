@@ -23,11 +23,13 @@ $(VENV)/.demo: setup.cfg | $(BIN)/python
 $(VENV)/.test: setup.cfg | $(BIN)/python
 	@echo "installing bakeoff-queue and its tests' tools into $(VENV) ..."
 	@$(PIP) install -e '.[test]'
-	@touch $@ $(VENV)/.demo
+	@touch $@ $(VENV)/.demo $(VENV)/.lint
 
+# What ruff and pyrefly need: themselves, and what the code imports. Not PostgreSQL and Redis, which
+# are the largest wheels of the tests and are imported nowhere.
 $(VENV)/.lint: setup.cfg | $(BIN)/python
-	@echo "installing ruff into $(VENV) ..."
-	@$(PIP) install "$$(grep -o 'ruff>=[^ ]*' setup.cfg)"
+	@echo "installing ruff, pyrefly and the imported packages into $(VENV) ..."
+	@$(BIN)/python -c 'import configparser; c = configparser.RawConfigParser(); c.read("setup.cfg"); n = c["options"]["install_requires"] + c["options.extras_require"]["test"]; print(*(x for x in n.splitlines() if x and "%(" not in x), sep="\n")' | $(PIP) install -r /dev/stdin
 	@touch $@
 
 $(VENV)/.bench: setup.cfg $(VENV)/.test | $(BIN)/python
@@ -50,16 +52,16 @@ test: $(VENV)/.test  ## run all tests on private servers
 unit: $(VENV)/.test  ## run the tests that need no server
 	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)
 
-lint: $(VENV)/.lint  ## ruff: rules and format; needs nothing else of the project
+lint: $(VENV)/.lint  ## ruff and pyrefly: changes nothing, needs no database wheels
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
-typecheck: $(VENV)/.test  ## pyrefly
-	@$(BIN)/pyrefly check
+typecheck: $(VENV)/.lint  ## pyrefly alone
+	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
-fmt: $(VENV)/.lint  ## format the code, and mend what ruff can
-	@$(BIN)/ruff format .
-	@$(BIN)/ruff check --fix .
+fmt: $(VENV)/.lint  ## let ruff mend and format the code
+	@code=0; $(BIN)/ruff check --fix . || code=$$?; $(BIN)/ruff format .; exit $$code
 
 history: $(VENV)/.test  ## storm the leases and judge the history: SEED=7 MINUTES=10, or KILLS=1000
 	@$(BIN)/python -m tests.history $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(KILLS),--kills $(KILLS))

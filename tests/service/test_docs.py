@@ -1,4 +1,4 @@
-"""README.md and docs/ against the program: each command line, setting, code, pointer and body.
+"""README.md, CONTRIBUTING.md and docs/ against the program: commands, settings, codes, bodies.
 
 What a page shows can be typed or sent as it stands, and each name that it gives is one of the
 program's.
@@ -30,10 +30,10 @@ from tests.support.fleet import open_fleet
 from tests.support.routes import IDS, PLACES, RUN
 
 ROOT = Path(__file__).parents[2]
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in
-         (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}  # fmt: skip
-# The pages that people act by; performance.md also names what was tried, of other programs.
-TOLD = {name: text for name, text in PAGES.items() if "performance" not in name}
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in FILES}
+# The pages that people act by. The decisions also tell of other programs.
+TOLD = {name: text for name, text in PAGES.items() if "decisions" not in name}
 COMMANDS: Any = get_command(app)
 # Options of other programs that the pages name.
 FOREIGN = {

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from db.migration_files import Migration, Script
 
-# Written before there was a database in use (docs/decisions).
+# Written before there was a database in use (docs/decisions/0021-migrations.md).
 LAST_FREE = "20261126000001"
 # A few rows for ever: a lock on one of these is over before anybody notices it.
 FEW_ROWS = {"admin_tokens"}
