@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sandbox.services.process_supervisor import ProcessSupervisor, ServerFailed, choose_account
 
-DEPLOYED = Path(__file__).parents[1] / "deploy/nginx.conf"
+DEPLOYED = Path(__file__).parents[2] / "deploy/nginx.conf"
 READY_S = 10.0
 SERVER = re.compile(r"^( *server 127\.0\.0\.1):\d+( .*;)\n", re.MULTILINE)
 LISTEN = "listen 443 ssl;"

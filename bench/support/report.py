@@ -20,7 +20,7 @@ from rich.table import Table
 
 from bench.support.load import Load, generator
 
-LATEST = Path(__file__).parent / "results/latest.json"
+LATEST = Path(__file__).parents[1] / "results/latest.json"
 NOT_HERE = 3  # exit code of a benchmark whose tools this machine lacks: no figure, and no fault
 PACKAGES = ("tornado", "asyncpg", "redis", "orjson", "pyjwt")
 Found = TypeVar("Found")
