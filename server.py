@@ -67,6 +67,7 @@ from broker.runners.liveness import INTERVAL_S as LIVENESS_S
 from broker.runners.liveness import Liveness
 from broker.runners.registration import Registry
 from broker.runners.revocations import Revocations
+from broker.runners.shared_rates import SharedRates
 from broker.services import Services
 from broker.telemetry import LOOP_TICK_S, Telemetry
 from config.descriptors import TooFewDescriptors, connections_max, raise_limit
@@ -201,6 +202,7 @@ async def open_services(
             runner_admin=RunnerAdmin(pool, settings),
             runner_tokens=RunnerTokens(pool, tokens, revocations),
             shares=shares,
+            shared_rates=SharedRates(revoked.client, settings.anonymous_rate),
             tokens=TokenAdmin(pool),
             audit=AuditLog(pool),
             health=Health(

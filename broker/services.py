@@ -29,6 +29,7 @@ from broker.results.submissions import Submissions
 from broker.runners.credentials import Credentials
 from broker.runners.liveness import Liveness
 from broker.runners.registration import Registry
+from broker.runners.shared_rates import SharedRates
 from broker.telemetry import Telemetry
 from config.settings import Settings
 
@@ -59,6 +60,7 @@ class Services:
     runner_admin: RunnerAdmin
     runner_tokens: RunnerTokens
     shares: RunnerShares
+    shared_rates: SharedRates
     tokens: TokenAdmin
     audit: AuditLog
     receipts: Receipts

@@ -68,6 +68,8 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 
+TOO_MANY = "This {} sends more requests than the service takes of one."
+
 log = structlog.get_logger()
 
 
@@ -165,6 +167,8 @@ class Handler(RequestHandler):
         await self.limit(known.anonymous.take(client), "address")
         if known.anonymous.is_limited and not self.hold(known.in_flight, client):
             await self._delay("This address has too many requests in flight.", 1)
+        if wait_s := await self.services.shared_rates.wait_s(client):
+            await self._delay(TOO_MANY.format("address"), wait_s)
 
     async def limit(self, standing: rates.Standing | None, whose: str) -> None:
         """Tell the client where it stands. Raises RateLimited, after a delay, for one too many."""
@@ -173,9 +177,7 @@ class Handler(RequestHandler):
         self._standing = standing
         self._show_standing()
         if standing.wait_s:
-            await self._delay(
-                f"This {whose} sends more requests than the service takes of one.", standing.wait_s
-            )
+            await self._delay(TOO_MANY.format(whose), standing.wait_s)
 
     def _show_standing(self) -> None:
         if self._standing is not None:

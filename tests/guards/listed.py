@@ -470,6 +470,13 @@ CLAIM = (
         "tests/service/test_shares.py::test_a_job_that_is_given_again_without_end_is_not_held_for_slow_readers",
     ),
     Guard(
+        "rate: an address has one rate over all processes",
+        "handlers/base.py",
+        "if wait_s := await self.services.shared_rates.wait_s(client):",
+        "if wait_s := 0:",
+        "tests/service/test_rates.py::test_an_address_has_one_rate_over_all_processes",
+    ),
+    Guard(
         "rate: anonymous requests",
         "handlers/base.py",
         '        await self.limit(known.anonymous.take(client), "address")\n',

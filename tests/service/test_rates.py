@@ -6,6 +6,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
+from broker.runners import shared_rates
 from config.settings import Settings
 from db import admin
 from handlers import rates
@@ -93,6 +94,41 @@ async def test_a_refusal_comes_late_so_that_a_flood_in_a_loop_is_slow(
         monkeypatch.setattr(asyncio, "sleep", noted)
         assert (await flood(fleet, "GET", "/x")).status_code == 429
         assert slept.qsize() == 1
+
+
+@pytest.mark.gen_test
+async def test_an_address_has_one_rate_over_all_processes(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_rates, "time", Clock())
+    settings = make_settings(anonymous_rate=SLOW)
+    async with open_fleet(settings, sigstore) as one, open_fleet(settings, sigstore) as other:
+        for fleet in (one, other) * 2:
+            assert (await fleet.http.get("/x")).status_code == 404
+        for fleet in (one, other):
+            answer = await fleet.http.get("/x")
+            if fleet is other:
+                assert code_of(answer) == (429, "rate_limited")
+                assert 1 <= int(answer.headers["Retry-After"]) <= shared_rates.WINDOW_S
+            else:
+                assert answer.status_code == 404
+        # Of the next window, and of each process while Redis is away: its own bucket decides.
+        Clock.now += shared_rates.WINDOW_S
+        assert (await other.http.get("/x")).status_code == 404
+        monkeypatch.setattr(other.services.shared_rates, "_client", None)
+        assert (await other.http.get("/x")).status_code == 404
+
+
+class Clock:
+    """Stands still within a window."""
+
+    now = 1_000_000.0
+
+    def time(self) -> float:
+        return Clock.now
+
+    def monotonic(self) -> float:
+        return Clock.now
 
 
 @pytest.mark.gen_test
