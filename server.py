@@ -185,7 +185,7 @@ async def open_services(
             cadence=cadence,
             claims=claims,
             heartbeats=Heartbeats(pool, settings, keys, telemetry, cadence),
-            handbacks=LeaseReleases(pool, settings, keys, breaker),
+            releases=LeaseReleases(pool, settings, keys, breaker),
             submissions=Submissions(
                 pool, settings, keys, trusted, receipts, workers, telemetry, breaker, shares
             ),

@@ -44,7 +44,7 @@ class Services:
     cadence: Cadence
     claims: Claims
     heartbeats: Heartbeats
-    handbacks: LeaseReleases
+    releases: LeaseReleases
     submissions: Submissions
     allowlist: Allowlist
     enqueue: Enqueue

@@ -51,7 +51,7 @@ def pause(
 ) -> None:
     """Give a runner nothing new until it is resumed; what it holds it may finish."""
     body = {"reason": reason} | ({"until": moment("--until", until)} if until else {})
-    _steer(runner_id, "pause", body, yes, url, token, as_json)
+    _manage(runner_id, "pause", body, yes, url, token, as_json)
 
 
 @app.command()
@@ -59,7 +59,7 @@ def resume(
     runner_id: RunnerId, url: Url = DEFAULT_URL, token: Token = "", as_json: AsJson = False
 ) -> None:
     """Undo a pause or a drain."""
-    _steer(runner_id, "resume", {}, True, url, token, as_json)
+    _manage(runner_id, "resume", {}, True, url, token, as_json)
 
 
 @app.command()
@@ -71,7 +71,7 @@ def drain(
     as_json: AsJson = False,
 ) -> None:
     """Tell a runner to finish what it holds and to stop."""
-    _steer(runner_id, "drain", {}, yes, url, token, as_json)
+    _manage(runner_id, "drain", {}, yes, url, token, as_json)
 
 
 @app.command(name="tokens")
@@ -105,7 +105,7 @@ def revoke_token(
     print_json(answer) if as_json else print_members(answer)
 
 
-def _steer(
+def _manage(
     runner_id: str,
     verb: str,
     body: dict[str, Any],

@@ -1,4 +1,4 @@
-"""The archive: finished runs and their ledger, out of the way of the hot tables.
+"""The archive: finished runs and their attempts, out of the way of the hot tables.
 
 Reads of a run or of its attempts go through the views `every_run` and `every_attempt`.
 """

@@ -1,4 +1,4 @@
-"""The ledger: a row per lease."""
+"""Attempts: a row per lease."""
 
 from uuid import UUID
 

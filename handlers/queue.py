@@ -139,7 +139,7 @@ class ReleaseHandler(RunnerHandler):
         """Take a lease back; no attempt is burnt."""
         body = self.read_json("release")
         guard = self.guard(run_id, body["lease_id"])
-        self.answer(200, await self.services.handbacks.release(guard, body["reason"]))
+        self.answer(200, await self.services.releases.release(guard, body["reason"]))
 
 
 class FailHandler(RunnerHandler):
@@ -152,7 +152,7 @@ class FailHandler(RunnerHandler):
         body = self.read_json("fail")
         failure = Failure(body["failure_code"], body["detail"], int(body.get("retry_after_s", 0)))
         guard = self.guard(run_id, body["lease_id"])
-        self.answer(200, await self.services.handbacks.fail(guard, failure))
+        self.answer(200, await self.services.releases.fail(guard, failure))
 
 
 class ResumeHandler(RunnerHandler):

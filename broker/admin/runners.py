@@ -1,4 +1,4 @@
-"""Runners as admins see and steer them: list, pause, resume, drain."""
+"""Runners as admins see and manage them: list, pause, resume, drain."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -94,24 +94,24 @@ class RunnerAdmin:
         Raises NotFound, and InvalidRequest when `until` is not a time to come.
         """
         end = time_to_come(until, "/until") if until else None
-        return await self._steer(
+        return await self._manage(
             by, runner_id, "pause", lambda c: runners.pause(c, runner_id, reason, end), reason
         )
 
     async def resume(self, by: Admin, runner_id: str, reason: str | None) -> dict[str, Any]:
         """Undo a pause or a drain. Raises NotFound."""
-        return await self._steer(
+        return await self._manage(
             by, runner_id, "resume", lambda c: runners.resume(c, runner_id), reason
         )
 
     async def drain(self, by: Admin, runner_id: str, reason: str | None) -> dict[str, Any]:
         """Let a runner finish what it holds, and no more. Raises NotFound."""
-        return await self._steer(
+        return await self._manage(
             by, runner_id, "drain", lambda c: runners.drain(c, runner_id), reason
         )
 
     @retries
-    async def _steer(
+    async def _manage(
         self,
         by: Admin,
         runner_id: str,

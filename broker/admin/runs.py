@@ -81,13 +81,13 @@ class QueueView:
         return text
 
     async def run(self, run_id: UUID) -> dict[str, Any]:
-        """Return a run with its ledger and its receipt, without its job. Raises NotFound."""
+        """Return a run with its attempts and its receipt, without its job. Raises NotFound."""
         row = await self._find(run_id)
         submission = await submissions.find(self._pool, run_id)
         return {
             **_shown(row, _ROW),
             "model": row["model_name"],
-            "attempts": ledger(await attempts.of_run(self._pool, run_id)),
+            "attempts": shown_attempts(await attempts.of_run(self._pool, run_id)),
             "receipt": submission["receipt"] if submission else None,
             "result": told_state(submission) if submission else None,
         }
@@ -101,7 +101,7 @@ class QueueView:
         mine = await attempts.of_run(self._pool, run_id, runner.runner_id)
         submission = await submissions.find(self._pool, run_id)
         own = submission is not None and submission["runner_id"] == runner.runner_id
-        # The ledger of an accepted result may have been pruned; the result is still this runner's.
+        # Attempts of an accepted result may have been pruned; the result stays this runner's.
         if not mine and not own:
             raise NotFound(f"There is no run {run_id} of yours.")
         holds = row["claimed_by"] == runner.runner_id and row["lease_expires_at"] is not None
@@ -114,7 +114,7 @@ class QueueView:
             "run_id": run_id,
             "status": row["status"],
             "lease": lease if holds else None,
-            "attempts": ledger(mine),
+            "attempts": shown_attempts(mine),
             "receipt": submission["receipt"] if submission and own else None,
             "result": told_state(submission) if submission and own else None,
         }
@@ -338,7 +338,7 @@ def _id_range(beginning: str, at: str) -> tuple[UUID, UUID]:
     return UUID(digits.ljust(32, "0")), UUID(digits.ljust(32, "f"))
 
 
-def ledger(rows: Sequence[asyncpg.Record]) -> list[dict[str, Any]]:
+def shown_attempts(rows: Sequence[asyncpg.Record]) -> list[dict[str, Any]]:
     """Return a run's attempts as they are shown."""
     return [{"attempt": row["lease_seq"], **_without(row, "lease_seq")} for row in rows]
 

@@ -1,7 +1,7 @@
 """Release and fail: a runner gives a lease back before its time.
 
 Each is one guarded statement. A request that is sent again finds its lease ended, and is answered
-from the ledger with what the first one was told.
+from the attempts with what the first one was told.
 """
 
 from dataclasses import dataclass
