@@ -32,6 +32,10 @@ class Pair:
         """Let the first server take no changes any more; its sessions stay."""
         await on(self.first, "ALTER SYSTEM SET default_transaction_read_only = on")
         await on(self.first, "SELECT pg_reload_conf()")
+        # A new session that knows it: the signal has gone to all that there were before.
+        async with asyncio.timeout(20):
+            while await on(self.first, "SHOW default_transaction_read_only") != "on":  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
     async def fail_over(self) -> None:
         """Make the second server the primary, once it has all that the first one has."""
