@@ -118,7 +118,7 @@ def bench(amount: Amount) -> Figure:
         }
         own = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         with subprocess.Popen(
-            [sys.executable, "-m", "bench.submits.__main__.server"],
+            [sys.executable, "-m", "bench.submits.server"],
             env={**own, **{PREFIX + name: value for name, value in settings.items()}},
             stdout=subprocess.PIPE,
             text=True,
