@@ -115,6 +115,7 @@ def bench(amount: Amount) -> Figure:
             "TRUSTED_ROOT": str(sigstore.trusted_root),
             "SIGNERS_FILE": str(signers),
             "LEASE_TTL_S": "3600",
+            "LEASE_TTL_MIN_S": "3600",
         }
         own = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         with subprocess.Popen(

@@ -73,6 +73,9 @@ class BenchEnv:
             "CONNECTIONS_PER_ADDRESS": 0,  # thousands of runners live at this one
             "ANONYMOUS_RATE": 0,
             "RUNNER_RATE": 0,
+            # Leases that are claimed in a round live longer than it.
+            "LEASE_TTL_MIN_S": 300,
+            "HEARTBEAT_INTERVAL_MIN_S": 30,
             "RECEIPT_KEYS": f"bench:{'ab' * 32}",
             "PUBLIC_URL": PUBLIC_URL,
             **{name.upper(): value for name, value in settings.items()},

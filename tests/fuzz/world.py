@@ -185,6 +185,14 @@ def _server(under: Servers, policy: Path, sabotage: str) -> Iterator[int]:
         "TRUSTED_ROOT": str(under.sigstore.trusted_root),
         "SIGNERS_FILE": str(policy),
         "LEASE_TTL_S": DAY_S,
+        "LEASE_TTL_MIN_S": DAY_S,
+        # Thousands of bad bundles of one runner, as fast as they are answered.
+        "FAILING_RUNNER_PAUSE_S": "0",
+        "ANONYMOUS_RATE": "0",
+        "RUNNER_RATE": "0",
+        # Its share is a quarter of these, and an honest bundle among the mutants must not wait.
+        "VERIFY_MAX": "64",
+        "UPLOADS_MAX": "64",
         "TOKEN_TTL_S": DAY_S,
         "MAX_RUNTIME_S": DAY_S,
     }
