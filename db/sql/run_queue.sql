@@ -13,25 +13,31 @@ WITH RECURSIVE requests AS (
 ),
 
 -- The key rows are locked so that no claim slips past a revocation that commits at the same time:
--- a revocation in flight makes this wait, and PostgreSQL then checks the row again, by its newest
+-- a revocation in flight makes this wait, and PostgreSQL then reads the row again, by its newest
 -- version. Without the lock this statement's snapshot would still show the key as good, and the
 -- revocation would not see the lease. Likewise a sign-off: what it ended stands in the key's row.
-admitted AS MATERIALIZED (
-    SELECT fingerprint, coalesce(max_leases, $9) AS max_leases, ended_tokens
+keys AS MATERIALIZED (
+    SELECT
+        *,
+        revoked_at IS NULL AND (not_after IS NULL OR not_after > clock_timestamp()) AS good
     FROM runner_keys
-    WHERE
-        fingerprint = any($4) AND revoked_at IS NULL
-        AND (not_after IS NULL OR not_after > clock_timestamp())
+    WHERE fingerprint = any($4)
     FOR SHARE
+),
+
+-- The requests whose key is good.
+admitted AS MATERIALIZED (
+    SELECT r.*, coalesce(k.max_leases, $9) AS max_leases
+    FROM requests AS r
+    INNER JOIN keys AS k
+        ON r.fingerprint = k.fingerprint AND k.good AND r.token <> all(k.ended_tokens)
 ),
 
 -- A claim sent again, while its lease lives, gets that lease and nothing new. Only by a
 -- good key: a revocation that was waited for above has ended the lease this snapshot still shows.
 replayed AS (
     SELECT r.place, q.queue_id
-    FROM requests AS r
-    INNER JOIN admitted AS a
-        ON r.fingerprint = a.fingerprint AND r.token <> all(a.ended_tokens)
+    FROM admitted AS r
     CROSS JOIN LATERAL (
         SELECT q.queue_id FROM run_queue AS q
         WHERE q.claimed_by = r.runner_id AND q.claim_key = r.claim_key
@@ -45,15 +51,13 @@ entitled AS MATERIALIZED (
     SELECT
         r.*, s.slot, d.avoided,
         row_number() OVER (PARTITION BY r.kind, d.avoided ORDER BY r.place) AS turn
-    FROM requests AS r
-    INNER JOIN admitted AS a
-        ON r.fingerprint = a.fingerprint AND r.token <> all(a.ended_tokens)
+    FROM admitted AS r
     INNER JOIN runners AS u
         ON
             r.runner_id = u.runner_id
             AND NOT is_paused(u.paused_at, u.paused_until) AND u.drain_requested_at IS NULL
     CROSS JOIN LATERAL (
-        SELECT slot FROM generate_series(1, a.max_leases) AS slot
+        SELECT slot FROM generate_series(1, r.max_leases) AS slot
         WHERE NOT EXISTS (
             SELECT FROM run_queue AS q
             WHERE q.claimed_by = r.runner_id AND q.lease_slot = slot
@@ -279,8 +283,8 @@ described AS (
 SELECT
     r.place,
     k.fingerprint IS NOT NULL AS key_known,
-    a.fingerprint IS NOT NULL AS key_good,
-    r.token = any(a.ended_tokens) AS token_ended,
+    coalesce(k.good, false) AS key_good,
+    k.good AND r.token = any(k.ended_tokens) AS token_ended,
     is_paused(u.paused_at, u.paused_until) AS paused,
     u.pause_reason,
     u.drain_requested_at IS NOT NULL AS draining,
@@ -322,8 +326,7 @@ SELECT
         )
     )::text END AS members
 FROM requests AS r
-LEFT JOIN runner_keys AS k ON r.fingerprint = k.fingerprint
-LEFT JOIN admitted AS a ON r.fingerprint = a.fingerprint
+LEFT JOIN keys AS k ON r.fingerprint = k.fingerprint
 LEFT JOIN runners AS u ON r.runner_id = u.runner_id
 LEFT JOIN entitled AS e ON r.place = e.place
 LEFT JOIN granted AS g ON r.place = g.place
