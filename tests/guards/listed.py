@@ -301,7 +301,7 @@ CLAIM = (
     Guard(
         "claim: as many leases as the key says",
         f"{QUEUE}:claim",
-        "generate_series(1, a.max_leases)",
+        "generate_series(1, r.max_leases)",
         "generate_series(1, a.max_leases + 1)",
         f"{RACES}::test_a_runner_may_hold_as_many_leases_as_its_key_says",
     ),
