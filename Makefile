@@ -29,7 +29,7 @@ $(VENV)/.test: setup.cfg | $(BIN)/python
 # are the largest wheels of the tests and are imported nowhere.
 $(VENV)/.lint: setup.cfg | $(BIN)/python
 	@echo "installing ruff, pyrefly and the imported packages into $(VENV) ..."
-	@$(BIN)/python -c 'import configparser; c = configparser.RawConfigParser(); c.read("setup.cfg"); n = c["options"]["install_requires"] + c["options.extras_require"]["test"]; print(*(x for x in n.splitlines() if x and "%(" not in x), sep="\n")' | $(PIP) install -r /dev/stdin
+	@$(BIN)/python -c 'import configparser; c = configparser.RawConfigParser(); c.read("setup.cfg"); e = c["options.extras_require"]; n = c["options"]["install_requires"] + e["otel"] + e["test"]; print(*(x for x in n.splitlines() if x and "%(" not in x), sep="\n")' | $(PIP) install -r /dev/stdin
 	@touch $@
 
 $(VENV)/.bench: setup.cfg $(VENV)/.test | $(BIN)/python

@@ -73,6 +73,7 @@ from broker.telemetry import LOOP_TICK_S, Telemetry
 from config.descriptors import TooFewDescriptors, connections_max, raise_limit
 from config.logging import configure_logging, dropped_lines
 from config.settings import PREFIX, Settings, SettingsRefused, load_settings
+from config.tracing import open_tracing
 from db.migration_files import newest_version
 from db.pool import DatabaseUnready, check_migrated, describe, open_pool
 from handlers import (
@@ -122,11 +123,13 @@ async def open_services(
     if settings.missing_for_server:
         raise ServerRefused("; ".join(settings.missing_for_server))
     check_schemas()
+    version = installed_version("bakeoff-queue")
     async with AsyncExitStack() as stack:
+        if settings.tracing:
+            stack.enter_context(open_tracing(version))
         dsn = settings.database_url.get_secret_value()
         verifier = BundleVerifier(settings.trusted_root, load_policy(settings.signers_file))
         trusted = ActiveVerifier(verifier, settings.trusted_root_stale_s)
-        version = installed_version("bakeoff-queue")
         telemetry = Telemetry(version)
         pool = await stack.enter_async_context(open_pool(dsn, settings.database_pool_max))
         await check_migrated(pool, newest_version())

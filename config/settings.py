@@ -21,6 +21,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from config import strict_yaml
 from config.key_rings import HeldKey, held_keys, parse_key_ring, parse_seed_ring
 from config.read_errors import describe_read_error
+from config.tracing import INSTALL, is_installed
 from config.urls import check_http_url, check_listen_address, check_url
 
 PREFIX = "BAKEOFF_QUEUE_"
@@ -39,6 +40,7 @@ NO_RECEIPT_KEYS = (
     f"{PREFIX}RECEIPT_KEYS is not set, and receipts are signed with them: give all processes the"
     ' same key ring, for instance "2026-01:$(openssl rand -hex 32)"'
 )
+NO_TRACING = f"{PREFIX}TRACING is set and OpenTelemetry is not installed: {INSTALL}, or unset it"
 
 
 class SettingsRefused(Exception):
@@ -255,6 +257,11 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="auto: console on a terminal, JSON elsewhere."
     )
+    tracing: bool = Field(
+        False,
+        description="OpenTelemetry traces by OTLP over HTTP (extra `otel`); OTEL_* variables say"
+        " where to and how many.",
+    )
     sandbox_postgres: Path | None = Field(
         None, description="Folder of the PostgreSQL programs that demo, dev and tests start."
     )
@@ -362,8 +369,12 @@ class Settings(BaseSettings):
         A key made at the start would serve one process alone: behind a balancer, every other answer
         would be 401, and no two receipts would be signed alike.
         """
-        needed = ((self.token_ring, NO_TOKEN_KEYS), (self.receipt_ring, NO_RECEIPT_KEYS))
-        return [line for ring, line in needed if not ring]
+        needed = (
+            (self.token_ring, NO_TOKEN_KEYS),
+            (self.receipt_ring, NO_RECEIPT_KEYS),
+            (not self.tracing or is_installed(), NO_TRACING),
+        )
+        return [line for given, line in needed if not given]
 
     @classmethod
     def settings_customise_sources(
