@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: unit typecheck fmt help demo dev serve test lint history fuzz fuzz-parsers guards upstream bench requirements audit sbom pinned clean
+.PHONY: unit typecheck fmt help demo dev serve test lint history fuzz fuzz-openapi fuzz-parsers guards upstream bench requirements audit sbom pinned clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,10 @@ history: $(VENV)/.test  ## storm the leases and judge the history: SEED=7 MINUTE
 
 fuzz: $(VENV)/.test  ## submit N mutated bundles over HTTP and judge each answer: N=100000 SEED=7
 	@$(BIN)/python -m tests.fuzz $(if $(N),--mutants $(N)) $(if $(SEED),--seed $(SEED))
+
+fuzz-openapi: $(VENV)/.test  ## schemathesis over /openapi.yaml, as an admin and as a runner: EXAMPLES=60
+	@$(PIP) install -e '.[test,openapi]'
+	@$(BIN)/python -m tests.fuzz.openapi $(if $(EXAMPLES),--examples $(EXAMPLES))
 
 fuzz-parsers: $(VENV)/.test  ## let atheris look for paths through the five parsers: SECONDS=60
 	@$(PIP) install -e '.[fuzz]' || echo "atheris has no wheel for this Python: the parsers get random mutations only"

@@ -31,7 +31,7 @@ JOB = {
     "floor_tasks": [],
     "prompts": [{"id": "plain", "system": ""}],
     "config": {"run": {"seed": 7}, "models": [{"id": "bench"}]},
-    "config_hash": "",
+    "config_hash": "a" * 64,
 }
 ADD_MODELS = """
 INSERT INTO models (model_id, name, parameter_count_b, active_parameter_count_b, quantization_id)
@@ -47,8 +47,8 @@ WITH made AS (
 numbered AS (SELECT run_id, row_number() OVER () AS n FROM made)
 INSERT INTO run_queue (queue_id, run_id, model_id, judge_model_id, job, config_hash, priority,
     retry_after, created_at)
-SELECT gen_random_uuid(), run_id, m.model_id, m.model_id, $3, '', $4, now() + $5::interval,
-    now() - interval '1 hour' + n * interval '1 microsecond'
+SELECT gen_random_uuid(), run_id, m.model_id, m.model_id, $3, repeat('a', 64), $4,
+    now() + $5::interval, now() - interval '1 hour' + n * interval '1 microsecond'
 FROM numbered, LATERAL (SELECT ($1::uuid[])[1 + n % cardinality($1)] AS model_id) AS m
 """
 ADD_KEYS = """
