@@ -272,7 +272,9 @@ async def _node(client: Any, check: str, has_leases: bool) -> AsyncIterator[Find
             "redis-cli CONFIG SET maxmemory-policy noeviction, and the same in redis.conf",
         )  # fmt: skip
     else:
-        yield Finding(f"{check} eviction", "ok", policy or "cannot be asked")
+        idle = policy not in ("", "noeviction")
+        detail = f"{policy}, but no maxmemory: nothing is evicted" if idle else policy
+        yield Finding(f"{check} eviction", "ok", detail or "cannot be asked")
     if not has_leases:
         return
     events = told.get("notify-keyspace-events", "")

@@ -1,7 +1,11 @@
 """docs/results.md does what it says: its code signs and lists a bundle that is accepted."""
 
+import asyncio
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from broker.admin.moderation import EDGES
 from config.settings import Settings
 from handlers.errors import STATUS, code_of
 from sandbox.services.sigstore_instance import ThrowawaySigstore
+from tests.service.test_cli_service import environment
 from tests.service.test_runner_key_policy import claimed
 from tests.support.result_factory import result_for
 
@@ -45,6 +50,45 @@ async def test_the_page_signs_and_lists_a_bundle_that_is_accepted(
         files = {name: (tmp_path / name).read_bytes() for name in names}
         answer = await runner.submit(job, files)
         assert answer.status_code == 201, answer.text
+
+
+@pytest.mark.gen_test
+async def test_the_commands_of_the_page_submit_show_moderate_verify_and_export(
+    make_settings: MakeSettings, sigstore: ThrowawaySigstore, tmp_path: Path
+) -> None:
+    settings = make_settings()
+    async with claimed(settings, sigstore, "sigstore") as (fleet, runner, job):
+        for name, content in runner.bundle(job).items():
+            (tmp_path / name).write_bytes(content)
+        given = {
+            **environment(
+                url=fleet.url,
+                token=fleet.admin_token,
+                trusted_root=settings.trusted_root,
+                signers_file=settings.signers_file,
+            ),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "URL": fleet.url, "TOKEN": runner.token, "RUN_ID": job["run_id"],
+            "LEASE_ID": job["lease_id"], "DIR": str(tmp_path / "archive"),
+        }  # fmt: skip
+        lines = re.sub(r"\b(RUN_ID|DIR)\b(?!\")(?!/)", r"$\1", "\n".join(_shell_lines()))
+        lines = lines.replace("$$", "$").replace("$RUN_ID...", "$RUN_ID")
+        done = await asyncio.to_thread(
+            subprocess.run,
+            ["/bin/bash", "-exc", lines], env=given, cwd=tmp_path,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        state = await fleet.pool.fetchval("SELECT state FROM submissions")
+    assert state == "revoked"
+    (exported,) = (tmp_path / "archive").glob("submissions/*/*")
+    assert (exported / "result.json").read_bytes() == (tmp_path / "result.json").read_bytes()
+
+
+def _shell_lines() -> list[str]:
+    """The page's shell examples in their order, but for cosign, which needs a login."""
+    blocks = re.findall(r"```sh\n(.*?)```", TEXT, re.S)
+    return [block for block in blocks if "cosign" not in block]
 
 
 def test_the_page_has_every_refusal_of_a_bundle_and_every_decision() -> None:
